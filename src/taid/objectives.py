@@ -1,0 +1,222 @@
+r"""The objectives, each a pure function of two sets of logits: the readable truth that every fast path is tested against.
+
+    objective(student_logits, teacher_logits, **its_own_parameters) -> per-token loss
+
+Logits are ``[..., V]`` of any float dtype; the result is ``[...]``, float32, in nats. Nothing is averaged here: who
+calls sums over the trained tokens and divides once by their number. The teacher's logits receive no gradient.
+
+Below, ``q`` is the student's distribution, ``p`` the teacher's, ``z_q`` and ``z_p`` their logits. ``-inf`` marks an
+entry that is no token. Masked on both sides, it has probability zero and contributes nothing; masked by the student
+alone, a divergence that is infinite comes out as a huge finite number.
+
+**Rounding.** ``sum p (log p - log q)`` is off by the rounding of the two normalisers, about 1e-6 nats whatever the
+divergence is, so a small KL is mostly noise. The same sum with ``q - p`` (which adds up to zero) under it,
+``sum p (exp(d) - 1 - d)`` with ``d = log q - log p``, has terms that are never negative and is insensitive to the
+normalisers to first order. On 151,936 entries and a KL of 5e-5 nats the relative error falls from 4e-2 to 2e-6.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "forward_kl",
+    "interpolated_log_probs",
+    "jsd",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "taid",
+    "tvd",
+]
+
+# Stands for -inf: exp() of it is 0, and unlike -inf it survives `0 * x` and `x - x` without becoming NaN.
+_LOG_ZERO = -1e30
+
+
+def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor) -> Tensor:
+    r"""TAID: KL to a target interpolated, on logits, between the student itself and the teacher.
+
+    .. math:: KL(p_t \,\|\, q), \qquad p_t = softmax((1 - t)\, z_q' + t\, z_p)
+
+    with ``z_q'`` the student's logits held constant, so that the gradient on ``z_q`` is ``q - p_t``. At ``t = 0`` loss
+    and gradient are exactly zero; at ``t = 1`` this is :func:`forward_kl`.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        t: where the target stands between student (0) and teacher (1); a number or a 0-dim tensor.
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats.
+
+    Raises:
+        ValueError: ``t`` is a number outside [0, 1], or the shapes differ.
+
+    Reference: Shing et al., "TAID", ICLR 2025, arXiv 2501.16937, eq. 3 and 4. The official code minimises the
+    cross-entropy of ``p_t``, which has the same gradient and another value; it mixes in the logits' own dtype.
+    """
+    return _kl(interpolated_log_probs(student_logits, teacher_logits, t=t), _log_probs(student_logits))
+
+
+def interpolated_log_probs(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor) -> Tensor:
+    """Return ``log p_t``, the log-probabilities of TAID's target: ``[..., V]``, float32, without a gradient.
+
+    See :func:`taid` for the arguments and the formula.
+    """
+    if not isinstance(t, Tensor) and not 0.0 <= t <= 1.0:
+        raise ValueError(f"t must lie in [0, 1], got {t}")
+    _require_same_shape(student_logits, teacher_logits)
+    mixed = (1 - t) * _centred(student_logits.detach()) + t * _centred(teacher_logits.detach())
+    return mixed - mixed.logsumexp(-1, keepdim=True)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Forward KL, ``KL(p || q)``: the classic of knowledge distillation; the student covers all of the teacher's modes.
+
+    Args and result as in the module's docstring. The gradient on ``z_q`` is ``q - p``.
+
+    Reference: Hinton, Vinyals and Dean, 2015, arXiv 1503.02531.
+    """
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    return _kl(log_p, log_q)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Reverse KL, ``KL(q || p)``: the student seeks few of the teacher's modes.
+
+    Args and result as in the module's docstring.
+
+    Reference: Gu et al., "MiniLLM", arXiv 2306.08543.
+    """
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    return _kl(log_q, log_p)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Generalised Jensen-Shannon divergence, ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``.
+
+    ``jsd / beta`` goes to forward KL as ``beta`` goes to 0, ``jsd / (1 - beta)`` to reverse KL as it goes to 1.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        beta: weight of the teacher in the mixture, inside (0, 1); 0.1 is the TAID paper's GKD setting.
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats.
+
+    Raises:
+        ValueError: ``beta`` is not inside (0, 1), where the divergence is zero whatever the logits are.
+
+    Reference: Agarwal et al., "GKD", arXiv 2306.13649.
+    """
+    if not 0.0 < beta < 1.0:
+        raise ValueError(
+            f"jsd's beta must lie strictly between 0 and 1, got {beta}: at the ends it is constantly zero. "
+            "Its scaled limits are forward_kl (beta to 0) and reverse_kl (beta to 1)."
+        )
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def tvd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Total variation distance, ``0.5 sum |p - q|``, in [0, 1].
+
+    Args and result as in the module's docstring.
+
+    Reference: Wen et al., "f-distill", arXiv 2307.15190.
+    """
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1) -> Tensor:
+    """Skewed forward KL, ``KL(p || skew p + (1 - skew) q)``; ``skew = 0`` is :func:`forward_kl`.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        skew: share of the teacher in the second argument, in [0, 1).
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats; at most ``-log(skew)``.
+
+    Raises:
+        ValueError: ``skew`` lies outside [0, 1).
+
+    Reference: Ko et al., "DistiLLM", arXiv 2402.03898.
+    """
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    return _kl(log_p, _skewed(log_q, log_p, skew))
+
+
+def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1) -> Tensor:
+    """Skewed reverse KL, ``KL(q || (1 - skew) p + skew q)``; ``skew = 0`` is :func:`reverse_kl`.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        skew: share of the student in the second argument, in [0, 1).
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats; at most ``-log(skew)``.
+
+    Raises:
+        ValueError: ``skew`` lies outside [0, 1).
+
+    Reference: Ko et al., "DistiLLM", arXiv 2402.03898.
+    """
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    return _kl(log_q, _skewed(log_p, log_q, skew))
+
+
+def _skewed(log_base: Tensor, log_pull: Tensor, skew: float) -> Tensor:
+    """Return ``log((1 - skew) base + skew pull)``."""
+    if not 0.0 <= skew < 1.0:
+        raise ValueError(f"skew must lie in [0, 1), got {skew}: at 1 the two arguments of the divergence are equal")
+    if skew == 0.0:
+        return log_base
+    return torch.logaddexp(log_base + math.log1p(-skew), log_pull + math.log(skew))
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """``KL(a || b) = sum a (exp(d) - 1 - d)``, ``d = log b - log a``; see "Rounding" above."""
+    a, difference = log_a.exp(), log_b - log_a
+    # Where b is far larger than a, exp(d) overflows: there the terms are summed as b - a - a d.
+    near = difference.clamp(max=1.0)
+    terms = torch.where(
+        difference <= 1.0,
+        a * (torch.expm1(near) - near),
+        log_b.exp() - a - a * difference,
+    )
+    return terms.sum(-1)
+
+
+def _log_probs_pair(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    _require_same_shape(student_logits, teacher_logits)
+    return _log_probs(student_logits), _log_probs(teacher_logits.detach())
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    # logsumexp sums pairwise where log_softmax adds up 151,936 terms in a row: ten times less rounding on CPU.
+    centred = _centred(logits)
+    return centred - centred.logsumexp(-1, keepdim=True)
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Logits in float32 with their maximum at 0, so that mixing loses no digits to a common offset."""
+    logits = logits.float().clamp(min=_LOG_ZERO)
+    return logits - logits.detach().amax(-1, keepdim=True)
+
+
+def _require_same_shape(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in "
+            "shape; where only the padding of the vocabulary differs, take the shared ids of both (taid.vocabulary)"
+        )

@@ -1,0 +1,140 @@
+"""The schedule of t: how TAID's target moves from the student to the teacher.
+
+Pure Python, no torch and no trainer: frozen state in, frozen state out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def auto_alpha(total_steps: int) -> float:
+    """The step size that gives a run of any length the shape of the paper's: 5e-4 over its 15,000 steps, 7.5 / N."""
+    return 7.5 / total_steps
+
+
+@dataclass(frozen=True)
+class ScheduleState:
+    """Where a schedule stands before optimizer step `step`.
+
+    Attributes:
+        step: n, the number of optimizer steps done.
+        t: t_n, used in step n.
+        momentum: m_n, the moving average of the relative fall of the loss.
+        previous_loss: J_{n-1} in nats a token; None before the first step.
+    """
+
+    step: int
+    t: float
+    momentum: float
+    previous_loss: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TAIDSchedule:
+    r"""The adaptive schedule of t (TAID, arXiv 2501.16937, algorithm 1), one move an optimizer step.
+
+    With :math:`J_n` the loss of step n over all its trained tokens, of every micro-batch and every rank::
+
+        t_0 = t_start, m_0 = 0;   n = 0:  t_1 = t_0
+        n > 0:  t_linear = t_start + (t_end - t_start) * n / N
+                delta_n  = (J_{n-1} - J_n) / (J_{n-1} + 1e-15)
+                m_n      = beta * m_{n-1} + (1 - beta) * delta_n
+                t_{n+1}  = min(t_end, max(t_linear, t_n + alpha * sigmoid(m_n) * (1 - t_n)))
+
+    t never falls, never lies under the linear ramp and never passes t_end. With ``adaptive=False``, t is the ramp.
+
+    Attributes:
+        total_steps: N, the optimizer steps of the whole run.
+        t_start: the first t; 0.2 to 0.4, larger for a larger gap between student and teacher.
+        t_end: the last t.
+        alpha: size of the adaptive step; :func:`auto_alpha` keeps the paper's shape on short runs.
+        beta: momentum of the loss's relative fall.
+        adaptive: False for the linear ramp, the paper's "without adaptive update".
+
+    Raises:
+        ValueError: a value out of range; the message names it.
+    """
+
+    total_steps: int
+    t_start: float = 0.4
+    t_end: float = 1.0
+    alpha: float = 5e-4
+    beta: float = 0.99
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        check_range(t_start=self.t_start, t_end=self.t_end, alpha=self.alpha, beta=self.beta)
+
+    def initial_state(self) -> ScheduleState:
+        """The state before the first step."""
+        return ScheduleState(step=0, t=self.t_start, momentum=0.0, previous_loss=None)
+
+    def advance(self, state: ScheduleState, loss: float) -> ScheduleState:
+        """Return the state after a step that had `state.t` and ended with `loss`, J_n in nats a token.
+
+        Raises:
+            ValueError: the loss is not finite; nothing sensible can follow from it.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of step {state.step} is {loss}; t cannot move by it")
+        if state.previous_loss is None:
+            return ScheduleState(step=state.step + 1, t=state.t, momentum=state.momentum, previous_loss=loss)
+        delta = (state.previous_loss - loss) / (state.previous_loss + 1e-15)
+        momentum = self.beta * state.momentum + (1 - self.beta) * delta
+        t = self.linear(state.step)
+        if self.adaptive:
+            t = max(t, state.t + self.alpha * _sigmoid(momentum) * (1 - state.t))
+        return ScheduleState(step=state.step + 1, t=min(self.t_end, t), momentum=momentum, previous_loss=loss)
+
+    def linear(self, step: int) -> float:
+        """The linear floor of t after optimizer step `step`: t_start + (t_end - t_start) * step / N."""
+        return self.t_start + (self.t_end - self.t_start) * step / self.total_steps
+
+    @property
+    def is_adaptive_in_effect(self) -> bool:
+        """Whether the adaptive step can beat the linear floor at all: alpha / 2 * (1 - t_start) * N > t_end - t_start.
+
+        sigmoid(m) stays near 1/2, so with t_end = 1 this is N > 2 / alpha.
+        """
+        return self.adaptive and self.alpha / 2 * (1 - self.t_start) * self.total_steps > self.t_end - self.t_start
+
+    def regime(self) -> str:
+        """One sentence for the user: which of the two schedules this run really follows, and how to get the other."""
+        span = f"t goes from {self.t_start:g} to {self.t_end:g} over {self.total_steps:,} steps"
+        if not self.adaptive:
+            return f"{span} on the linear ramp, as asked (taid_adaptive: false)."
+        if self.is_adaptive_in_effect:
+            return f"{span} adaptively (alpha {self.alpha:g}): it runs ahead of the linear ramp while the loss falls."
+        needed = 2 * (self.t_end - self.t_start) / (self.alpha * (1 - self.t_start)) if self.t_start < 1 else math.inf
+        return (
+            f"{span} on the linear ramp: with alpha {self.alpha:g} the adaptive step is the larger one only in runs of "
+            f"more than {needed:,.0f} steps. For the paper's shape on a run of this length set taid_alpha: auto "
+            f"({auto_alpha(self.total_steps):.3g}); to ask for the ramp set taid_adaptive: false."
+        )
+
+
+def check_range(*, t_start: float, t_end: float, alpha: float, beta: float) -> None:
+    """Raise a ValueError that names the first constant of the schedule that is out of range."""
+    if not 0.0 <= t_start <= 1.0:
+        raise ValueError(f"t_start must lie in [0, 1], got {t_start}")
+    if not t_start <= t_end <= 1.0:
+        raise ValueError(f"t_end must lie between t_start ({t_start}) and 1, got {t_end}")
+    if not (alpha > 0.0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be a positive number, got {alpha}")
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"beta must lie in [0, 1), got {beta}")
+
+
+def _sigmoid(x: float) -> float:
+    # Both branches keep exp's argument at or below 0: after a loss of zero, delta can be as low as -1e15.
+    if x >= 0:
+        return 1 / (1 + math.exp(-x))
+    return math.exp(x) / (1 + math.exp(x))
