@@ -1,0 +1,179 @@
+"""The command line: ``taid train``, ``taid report``, ``taid demo``.
+
+Heavy imports wait until a command needs them, so that ``taid --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taid.config import DataArguments, TAIDConfig
+    from taid.trainer import TAIDTrainer
+
+_DESCRIPTION = "Distil a large language model into a small one, with TAID and the objectives it is compared with."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # A run's machine and arguments are nobody else's business; set TRANSFORMERS_VERBOSITY to hear more.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        if arguments[:1] == ["train"]:  # its options come from TRL and transformers, which take seconds to import
+            train(arguments[1:])
+            return 0
+        options = _parser().parse_args(arguments)
+        if options.command is None:
+            _parser().print_help()
+        else:
+            options.run(options)
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("TAID_TRACEBACK"):
+            traceback.print_exc()
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"taid: error{rank}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("taid: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="taid", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"taid {metadata.version('taid')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("train", help="distil a teacher into a student (taid train --help)")
+    report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
+    report.add_argument("run_dir", type=Path, help="the output_dir of a run")
+    report.set_defaults(run=_report)
+    demo = commands.add_parser("demo", help="distil on this Python's own standard library, in minutes")
+    demo.add_argument("--output_dir", type=Path, default=Path("taid-demo"), help="default: %(default)s")
+    demo.add_argument("--steps", type=int, default=250, help="optimizer steps a method (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def train(argv: Sequence[str]) -> None:
+    """``taid train``: from the configuration to the trained student and its report."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    from taid import config, run_folder
+    from taid.report import write_report
+
+    model_arguments, data_arguments, args = config.parse(argv)
+    if not sys.stderr.isatty():  # bars are for eyes; a log file gets a line a logged step
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+        args.disable_tqdm = True
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("taid").setLevel(logging.INFO)
+    required = {"model_name_or_path": model_arguments.model_name_or_path, "dataset_name": data_arguments.dataset_name}
+    for name, value in required.items():
+        if value is None:
+            raise ValueError(f"{name} is not set: give it in the configuration or as --{name}")
+
+    output_dir, is_main = Path(args.output_dir), args.process_index == 0
+    with run_folder.claimed(output_dir) if is_main else contextlib.nullcontext():
+        checkpoint = _checkpoint_to_resume(output_dir, args)
+        if is_main and checkpoint is None:
+            run_folder.check_free(output_dir, overwrite=args.overwrite_output_dir)
+        trainer = _build_trainer(model_arguments, data_arguments, args, resuming=checkpoint is not None)
+        if is_main and checkpoint is None:
+            run_folder.clear(output_dir)  # holds a run only where overwriting it was asked for
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.global_step, trainer.state.log_history):
+            trainer.evaluate()
+        trainer.save_model()
+        if is_main:
+            print(f"student: {output_dir}\nreport:  {write_report(output_dir)}")
+
+
+def _build_trainer(
+    model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig, *, resuming: bool
+) -> TAIDTrainer:
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from taid import config, data
+    from taid.models import load_model
+    from taid.progress import StepProgress
+    from taid.trainer import TAIDTrainer
+
+    def load(name: str | None, split: str) -> Any:
+        return name and data.load_rows(
+            name, config=data_arguments.dataset_config, split=split, text_field=args.dataset_text_field
+        )
+
+    train_rows = load(data_arguments.dataset_name, data_arguments.dataset_train_split)
+    eval_rows = load(data_arguments.eval_dataset_name, data_arguments.dataset_test_split)
+    args.eval_on_start = eval_rows is not None and not resuming
+    student = load_model(
+        model_arguments.model_name_or_path,
+        role="student",
+        revision=model_arguments.model_revision,
+        dtype=model_arguments.dtype,
+        attn_implementation=model_arguments.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+        quantization_config=get_quantization_config(model_arguments),
+        **(args.model_init_kwargs or {}),
+    )
+    args.model_init_kwargs = None
+    trainer = TAIDTrainer(
+        student,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        peft_config=get_peft_config(model_arguments),
+    )
+    trainer.configuration = config.resolved(model_arguments, data_arguments, args)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(StepProgress)
+    return trainer
+
+
+def _checkpoint_to_resume(output_dir: Path, args: TAIDConfig) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint [PATH]`` means."""
+    from taid import run_folder
+
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    folder = output_dir if str(asked).lower() == "true" else Path(asked).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"cannot resume: folder {folder} does not exist")
+    checkpoint = folder if (folder / "trainer_state.json").exists() else run_folder.last_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"cannot resume: {folder} holds no complete checkpoint; start anew with --overwrite_output_dir"
+        )
+    return checkpoint
+
+
+def _evaluated_at(step: int, log_history: list[dict[str, Any]]) -> bool:
+    return any(row["step"] == step and "eval_loss" in row for row in log_history)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from taid.report import write_report
+
+    print(write_report(options.run_dir))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from taid.demo import run
+
+    run(options.output_dir, steps=options.steps)

@@ -1,0 +1,278 @@
+"""Configuration: one flat set of names for YAML, command line and Python, and an error for each that does not exist."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+from trl import ModelConfig, SFTConfig
+
+from taid.schedule import auto_alpha, check_range
+
+Objective = Literal["taid", "forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "sft"]
+
+
+@dataclass
+class TAIDConfig(SFTConfig):  # type: ignore[misc]
+    """Everything that :class:`taid.TAIDTrainer` can be told, beside TRL's ``SFTConfig`` and ``TrainingArguments``.
+
+    Each field's help says what it does. Values are checked at construction.
+
+    Raises:
+        ValueError: a value out of range or an option that TAID does not go together with; names it and the remedy.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
+
+    objective: Objective = field(
+        default="taid",
+        metadata={"help": "What the student is trained on; all but 'sft' compare it with a teacher."},
+    )
+    taid_t_start: float = field(
+        default=0.4,
+        metadata={"help": "TAID: the first t, 0.2 to 0.4; larger for a larger gap between student and teacher."},
+    )
+    taid_t_end: float = field(default=1.0, metadata={"help": "TAID: the last t; 1 is the teacher itself."})
+    taid_alpha: float | str | None = field(
+        default=5e-4,
+        metadata={
+            "help": "TAID: size of the adaptive step. 'auto' (7.5 / steps) gives a short run the shape of the paper's; "
+            "with 5e-4 a run of 4,000 steps or fewer is the linear schedule."
+        },
+    )
+    taid_beta: float = field(default=0.99, metadata={"help": "TAID: momentum of the loss's relative fall."})
+    taid_adaptive: bool = field(default=True, metadata={"help": "TAID: 'false' moves t on the linear ramp."})
+    taid_signal: Literal["kl", "cross_entropy"] = field(
+        default="kl",
+        metadata={
+            "help": "TAID: which value drives t. 'kl' is the paper's; 'cross_entropy' is the official code's, for "
+            "faithful re-runs."
+        },
+    )
+    jsd_beta: float = field(default=0.1, metadata={"help": "jsd: weight of the teacher in the mixture, in (0, 1)."})
+    skew: float = field(
+        default=0.1, metadata={"help": "skew_forward_kl and skew_reverse_kl: share of the other side, in [0, 1)."}
+    )
+    kd_ratio: float = field(
+        default=1.0,
+        metadata={"help": "Share of the objective; the rest is cross-entropy to the labels. 1 is distillation only."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher: a folder with safetensors or a Hub name."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "The teacher's branch, tag or commit on the Hub."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of from_pretrained for the teacher, as JSON or a YAML mapping. Its dtype is "
+            "that of the checkpoint in bf16 and fp16 runs and float32 otherwise, unless given here."
+        },
+    )
+    tokenizer_from: Literal["student", "teacher"] = field(
+        default="student",
+        metadata={
+            "help": "'teacher' gives the student the teacher's tokenizer and resizes its embeddings; tokens known to "
+            "both keep their vectors."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the run that output_dir holds and start anew."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check TAID's own values, then let TRL and transformers check theirs."""
+        if isinstance(self.taid_alpha, str) and self.taid_alpha != "auto":
+            try:
+                self.taid_alpha = float(self.taid_alpha)
+            except ValueError:
+                raise ValueError(f"taid_alpha must be a positive number or 'auto', got {self.taid_alpha!r}") from None
+        if self.taid_alpha is None:
+            raise ValueError("taid_alpha must be a positive number or 'auto', got null; the paper's is 5e-4")
+        if self.objective not in Objective.__args__:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"objective {self.objective!r} does not exist{_nearest(self.objective, Objective.__args__)}"
+            )  # type: ignore[attr-defined]
+        check_range(
+            t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
+        )
+        if not 0.0 < self.jsd_beta < 1.0:
+            raise ValueError(f"jsd_beta must lie strictly between 0 and 1, got {self.jsd_beta}")
+        if not 0.0 <= self.skew < 1.0:
+            raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
+        if not 0.0 <= self.kd_ratio <= 1.0:
+            raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
+        if self.activation_checkpointing is None:  # TRL sets only the old name, which transformers warns about
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.loss_type != "nll":
+            raise ValueError(f"loss_type {self.loss_type!r} is TRL's; here `objective` and `kd_ratio` define the loss")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}, but no objective here smooths")
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
+        super().__post_init__()
+
+    def alpha_for(self, total_steps: int) -> float:
+        """The step size of t in a run of `total_steps`."""
+        return auto_alpha(total_steps) if isinstance(self.taid_alpha, str) else float(self.taid_alpha or 0.0)
+
+    @property
+    def distillation_share(self) -> float:
+        """The weight of the teacher in the loss: `kd_ratio`, and 0 for sft."""
+        return 0.0 if self.objective == "sft" else self.kd_ratio
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training rows: a .jsonl, .json, .parquet or .txt file, a glob of them, a folder, or a Hub name. "
+            "Rows have `messages`, `prompt` and `completion`, or `text`; .txt files are split at blank lines."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split of a Hub data set or folder to train on."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out rows, like dataset_name; evaluated at the start, every eval_steps and at the end."},
+    )
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of a Hub data set or folder to evaluate on."}
+    )
+
+
+# What `taid train --help` shows of transformers' 120 training arguments; `--help_all` shows the rest.
+_COMMON = frozenset(
+    ["output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "activation_checkpointing", "seed", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "resume_from_checkpoint", "report_to", "use_cpu"]
+)
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
+    """Read ``--config FILE`` and ``--field value`` pairs; the command line wins.
+
+    Raises:
+        ValueError: unknown name (with the nearest known one), wrong type, broken YAML, or a value out of range.
+        FileNotFoundError: no such YAML file.
+    """
+    parser = _parser(show_all="--help_all" in argv)
+    values = ["--help" if value == "--help_all" else value for value in argv]
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", type=Path)
+    config, values = config_parser.parse_known_args(values)
+    if config.config is not None:
+        values = _yaml_as_arguments(parser, config.config) + values
+    namespace, unknown = parser.parse_known_args(values)
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        raise ValueError(f"unknown option {unknown[0]!r}{_nearest(name, _names(parser))}")
+    options = vars(namespace)
+    model, data, taid = (
+        cls(**{f.name: options[f.name] for f in fields(cls) if f.init})
+        for cls in (ModelConfig, DataArguments, TAIDConfig)
+    )
+    return model, data, taid
+
+
+def resolved(*configurations: Any) -> dict[str, Any]:
+    """All values of a run as one flat mapping for config.yaml, without secrets and without deprecated names."""
+    values: dict[str, Any] = {}
+    for configuration in configurations:
+        values |= configuration.to_dict() if hasattr(configuration, "to_dict") else vars(configuration)
+    eos_token = next((c.eos_token for c in configurations if hasattr(c, "eos_token")), None)
+    values = {
+        k: v for k, v in values.items() if not k.endswith("_token") and not k.startswith("gradient_checkpointing")
+    }
+    return json.loads(json.dumps(values | {"eos_token": eos_token}, default=str))  # type: ignore[no-any-return]
+
+
+class _Parser(HfArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(message)
+
+
+def _parser(*, show_all: bool) -> _Parser:
+    parser = _Parser(
+        [TAIDConfig, ModelConfig, DataArguments],
+        prog="taid train",
+        usage="taid train --config recipe.yaml [--field value ...]",
+        description="Distil a teacher into a student.",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    own = set(TAIDConfig.__annotations__)
+    sections = {
+        "Objective and teacher": own,
+        "Student model": {f.name for f in fields(ModelConfig)},
+        "Data": {f.name for f in fields(DataArguments)},
+        "Rows and packing (TRL's SFTConfig)": set(SFTConfig.__annotations__) - _COMMON,
+        "Training": set(_COMMON),
+        "All other training arguments (transformers)": {f.name for f in fields(TAIDConfig)},
+    }
+    actions, parser._action_groups = list(parser._actions), []
+    general = parser.add_argument_group("General")
+    general.add_argument(
+        "--config", metavar="FILE", help="YAML file with any of the names below; the command line wins"
+    )
+    general.add_argument("--help", action="help", help="show this message")
+    general.add_argument("--help_all", action="help", help="show all of transformers' training arguments too")
+    for title, names in sections.items():
+        group = parser.add_argument_group(title)
+        for action in [a for a in actions if a.dest in names]:
+            actions.remove(action)
+            if action.dest == "resume_from_checkpoint":
+                action.nargs, action.const = "?", "true"
+                action.help = "Continue the last complete checkpoint of output_dir, or the given one."
+            hidden = title.startswith("All other") and not show_all
+            if hidden or action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
+            action.metavar = action.metavar or (None if action.choices else "VALUE")
+            action.option_strings = [name for name in action.option_strings if hidden or "-" not in name[2:]]
+            group._group_actions.append(action)
+    return parser
+
+
+def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """Turn a YAML mapping into command-line arguments, so that both are checked by the same rules."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of names to values, not a {type(values).__name__}")
+    names = _names(parser)
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{path}: unknown key {name!r}{_nearest(str(name), names)}")
+        if value is None or value == []:
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments.append(f"--{name}={json.dumps(value)}")
+        else:
+            arguments.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return arguments
+
+
+def _names(parser: argparse.ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help", "help_all", "config"}
+
+
+def _nearest(name: str, known: Any) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

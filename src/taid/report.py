@@ -1,0 +1,396 @@
+"""The run report: a run folder in, one page and two pictures out.
+
+Reads `config.yaml`, `versions.json` and `metrics.jsonl`, nothing else: no torch, no model, and a run that is still
+writing can be reported at any time. A row is one step's finite numbers; a series is one quantity over the steps.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from taid.schedule import TAIDSchedule, auto_alpha
+
+Series = list[tuple[int, float]]
+
+_METHODS = {
+    "taid": "TAID",
+    "forward_kl": "Forward KL",
+    "reverse_kl": "Reverse KL",
+    "jsd": "Jensen-Shannon divergence",
+    "tvd": "Total variation distance",
+    "skew_forward_kl": "Skew forward KL",
+    "skew_reverse_kl": "Skew reverse KL",
+}
+_IMPORTANT = ["objective", "taid_t_start", "taid_t_end", "taid_alpha", "taid_beta", "taid_adaptive", "taid_signal", "kd_ratio", "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "eval_dataset_name", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed", "output_dir"]
+# Reports are passed around; these two may hold a credential.
+_SECRET = {"hub_token", "push_to_hub_token"}
+
+_HELD_OUT = ("loss", "cross_entropy", "kl", "teacher_cross_entropy", "entropy", "mean_token_accuracy", "tokens")
+# Lazy, so that eval_teacher_cross_entropy is the teacher's cross-entropy and not that of a set named "teacher".
+_HELD_OUT_KEY = re.compile(rf"(eval_(?:.+?_)??)({'|'.join(_HELD_OUT)})")
+
+# Okabe and Ito's blue, vermillion and green, the last two darkened until they can be read as text on white.
+_BLUE, _VERMILLION, _GREEN, _INK, _MUTED, _GRID = "#0072b2", "#b84a00", "#00795a", "#2b2b2a", "#66665f", "#ebebe6"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html`, `loss.png` and, for TAID, `t.png` into a run folder, from the files it holds.
+
+    The page stands alone: pictures are inside it, it loads nothing and runs nothing. Each file is replaced whole.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it lacks `config.yaml` or `metrics.jsonl`.
+        ValueError: no training step is logged yet, or a file cannot be read; the message names file and line.
+    """
+    run = _read_run(Path(run_dir))
+    plots = [_plot_t(run)] if run.config["objective"] == "taid" and run.series("t") else []
+    plots += [_plot_training(run), *_plot_held_out(run), *_plot_optimizer(run)]
+    for plot in plots:
+        if plot.file is not None:
+            _replace(run.folder / plot.file, plot.png)
+    page = run.folder / "report.html"
+    _replace(page, _page(run, plots).encode())
+    return page
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Run:
+    folder: Path
+    config: dict[str, Any]
+    versions: dict[str, Any]
+    rows: dict[int, dict[str, float]]
+    not_finite: int
+
+    def series(self, key: str) -> Series:
+        return [(step, row[key]) for step, row in self.rows.items() if key in row]
+
+    @property
+    def last_step(self) -> int:
+        return max(self.rows)
+
+    @property
+    def total_steps(self) -> int | None:
+        """N; None where neither versions.json nor the configuration tells."""
+        for value in (self.versions.get("total_steps"), self.config.get("max_steps")):
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """The evaluation sets: name ("" for a single unnamed one) -> prefix of its keys."""
+        matches = [_HELD_OUT_KEY.fullmatch(key) for row in self.rows.values() for key in row]
+        prefixes = dict.fromkeys(m[1] for m in matches if m and m[2] in ("loss", "cross_entropy", "kl"))
+        return {prefix.removeprefix("eval_").removesuffix("_"): prefix for prefix in prefixes}
+
+    @property
+    def schedule(self) -> TAIDSchedule | None:
+        """The schedule of t that the configuration describes; None while N is unknown."""
+        if self.total_steps is None:
+            return None
+        given = {name: self.config.get(f"taid_{name}") for name in ("t_start", "t_end", "alpha", "beta", "adaptive")}
+        if given["alpha"] == "auto":
+            given["alpha"] = auto_alpha(self.total_steps)
+        return TAIDSchedule(self.total_steps, **{name: value for name, value in given.items() if value is not None})
+
+
+def _read_run(folder: Path) -> _Run:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; give the output_dir of a run")
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}; give the output_dir of a run")
+    rows, not_finite = _read_metrics(folder / "metrics.jsonl")
+    if not any(key in row for row in rows.values() for key in ("loss", "kl", "cross_entropy")):
+        raise ValueError(
+            f"{folder / 'metrics.jsonl'} holds no training step yet; wait for the first logged one (every logging_steps)"
+        )
+    config = _read_mapping(folder / "config.yaml", yaml.safe_load)
+    if not isinstance(config.get("objective"), str):
+        raise ValueError(f"{folder / 'config.yaml'} names no objective; give the output_dir of a run")
+    versions = folder / "versions.json"
+    return _Run(folder, config, _read_mapping(versions, json.loads) if versions.is_file() else {}, rows, not_finite)
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a mapping of names to values, got {type(content).__name__}")
+    return content
+
+
+def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
+    """Rows by step, in order, and how many values were NaN or infinite and are left out."""
+    lines = path.read_bytes().rstrip().split(b"\n")
+    rows: dict[int, dict[str, float]] = {}
+    not_finite = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+        except ValueError as error:
+            if number == len(lines):  # killed or still writing
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; mend or delete the line") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object; mend or delete the line")
+        numbers = {key: value for key, value in record.items() if type(value) in (int, float)}
+        finite = {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
+        not_finite += len(numbers) - len(finite)
+        if "step" in finite:
+            step = int(finite["step"])
+            # A resumed run goes back to its checkpoint: what was logged past it no longer led here.
+            while rows and next(reversed(rows)) > step:
+                rows.popitem()
+            rows.setdefault(step, {}).update(finite)
+    return rows, not_finite
+
+
+# ---------------------------------------------------------------------------------------------------------- wording
+
+
+def _opening(run: _Run) -> str:
+    """What happened, in one sentence."""
+    objective, student, teacher = run.config["objective"], *_names(run)
+    total, seconds = run.total_steps, run.series("seconds")
+    finished = total is None or run.last_step >= total
+    if objective == "sft":
+        what = f"Supervised fine-tuning {'trained' if finished else 'was training'} {student}"
+    else:
+        method = _METHODS.get(objective, objective)
+        what = f"{method} {'distilled' if finished else 'was distilling'} {teacher} into {student}"
+    if finished:
+        what += f" in {run.last_step:,} step{'s' * (run.last_step != 1)}"
+        what += f" and {_duration(seconds[-1][1])}" if seconds else ""
+    else:
+        what += f" and has stopped at step {run.last_step:,} of {total:,} (unfinished or still running)"
+        what += f" after {_duration(seconds[-1][1])}" if seconds else ""
+    return f"{what}: {'; '.join(_outcome(run))}."
+
+
+def _names(run: _Run) -> tuple[str, str]:
+    student = run.config.get("model_name_or_path") or "the student"
+    sources = ("teacher_model_name_or_path", "teacher_cache", "teacher_server_url")
+    return str(student), str(next((run.config[key] for key in sources if run.config.get(key)), "a teacher"))
+
+
+def _outcome(run: _Run) -> list[str]:
+    """The clauses on what was reached: on the first evaluation set, or in training where there is none."""
+    name, prefix = next(iter(run.held_out.items()), ("", ""))
+    student, kl = run.series(f"{prefix}cross_entropy"), run.series(f"{prefix}kl")
+    where = f"held-out cross-entropy{f' on {name}' if name else ''}" if prefix else "training cross-entropy"
+    clauses = [_change(where, student) + _gap(run, prefix, student)] if student else []
+    clauses += [_change("the KL to the teacher", kl)] if kl else []
+    if not prefix:
+        clauses = clauses or [_change("the training loss", run.series("loss"))]
+        clauses.append("nothing was held out to evaluate")
+    return clauses or [_change("the held-out loss", run.series(f"{prefix}loss"))]
+
+
+def _change(what: str, series: Series) -> str:
+    (first_step, first), (last_step, last) = series[0], series[-1]
+    if len(series) == 1:
+        return f"{what} is {last:.3f} nats per token at step {last_step:,}, its only measurement"
+    start = f"{first:.3f} at step {first_step:,}" if first_step else f"{first:.3f}"
+    if f"{first:.3f}" == f"{last:.3f}":
+        return f"{what} stayed at {last:.3f} nats per token"
+    return f"{what} {'fell' if last < first else 'rose'} from {start} to {last:.3f} nats per token"
+
+
+def _gap(run: _Run, prefix: str, student: Series) -> str:
+    """The share of the gap to the teacher that was closed: (start - end) / (start - teacher)."""
+    teachers = run.series(f"{prefix}teacher_cross_entropy") if prefix else []
+    if not teachers:
+        return ""
+    start, end, teacher = student[0][1], student[-1][1], teachers[-1][1]
+    if len(student) == 1 or start <= teacher:
+        return f" (the teacher's is {teacher:.3f})"
+    share = (start - end) / (start - teacher)
+    percent = f"{abs(share):.0%}" if abs(share) >= 0.1 else f"{abs(share):.1%}"
+    if share < 0:
+        return f", which moved away from the teacher ({teacher:.3f}) by {percent} of the gap"
+    return f", which closed {percent} of the gap to the teacher ({teacher:.3f})"
+
+
+def _duration(seconds: float) -> str:
+    """Two units at most, as in "1 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{round(seconds / 3600) // 24} d {round(seconds / 3600) % 24} h"
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class _Plot:
+    title: str
+    alt: str
+    caption: str
+    png: bytes
+    file: str | None = None
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class _Line:
+    series: Series
+    colour: str
+    label: str
+    dashed: bool = False
+
+
+def _plot_t(run: _Run) -> _Plot:
+    t, schedule = run.series("t"), run.schedule
+    figure, (axes,) = _figure(["t"], run.total_steps or run.last_step)
+    lines = [_Line(t, _BLUE, f"t {t[-1][1]:.2f}")]
+    alt, caption = f"t over the training steps: {_from_to(t)}", ""
+    if schedule is not None:
+        floor = [(step, schedule.linear(step)) for step in (0, schedule.total_steps)]
+        lines.append(_Line(floor, _MUTED, "floor", dashed=True))
+        under = [schedule.linear(step) for step, _ in t]
+        ahead = [max(value, low) for (_, value), low in zip(t, under, strict=True)]
+        axes.fill_between([step for step, _ in t], under, ahead, color=_BLUE, alpha=0.14, linewidth=0)
+        alt += f"; the linear floor rises from {floor[0][1]:g} to {floor[1][1]:g} at step {floor[1][0]:,}"
+        caption = f"As configured, {schedule.regime()} Dashed: the linear floor. Shaded: how far t is ahead of it."
+    _draw(axes, lines, smooth=False)
+    return _Plot("t, from the student (0) to the teacher (1)", f"{alt}.", caption, _png(figure), "t.png")
+
+
+def _plot_training(run: _Run) -> _Plot:
+    kinds = [
+        ("loss", "loss", _BLUE),
+        ("kl", "KL to the teacher", _VERMILLION),
+        ("cross_entropy", "cross-entropy", _GREEN),
+    ]
+    lines = [_Line(series, colour, words) for key, words, colour in kinds if (series := run.series(key))]
+    figure, (axes,) = _figure(["nats per token"], run.last_step)
+    window = _draw(axes, lines, from_zero=True)
+    notes = [f"Lines are running means over {window} logged steps; pale, every logged value."] if window > 1 else []
+    if run.not_finite:
+        notes.append(f"{run.not_finite:,} logged values were not finite numbers and are left out of this page.")
+    alt = f"Training losses over the steps: {'; '.join(f'{line.label} {_from_to(line.series)}' for line in lines)}."
+    return _Plot("Training", alt, " ".join(notes), _png(figure), "loss.png")
+
+
+def _plot_held_out(run: _Run) -> list[_Plot]:
+    """One picture an evaluation set: cross-entropy beside the teacher's, and below it the KL to the teacher."""
+    plots = []
+    for name, prefix in run.held_out.items():
+        student, kl = run.series(f"{prefix}cross_entropy"), run.series(f"{prefix}kl")
+        panels = [words for words, series in (("cross-entropy", student), ("KL to the teacher", kl)) if series]
+        if not panels:
+            continue
+        figure, axes = _figure([f"{words}\nnats per token" for words in panels], run.last_step)
+        alt = []
+        if student:
+            lines = [_Line(student, _GREEN, f"student {student[-1][1]:.3f}")]
+            alt.append(f"the student's cross-entropy {_from_to(student)}")
+            if teacher := run.series(f"{prefix}teacher_cross_entropy"):
+                level = teacher[-1][1]
+                ends = [(0, level), (run.last_step, level)]
+                lines.append(_Line(ends, _MUTED, f"teacher {level:.3f}", dashed=True))
+                alt.append(f"the teacher's is {level:.3f}")
+            _draw(axes[0], lines, smooth=False)
+        if kl:
+            _draw(axes[-1], [_Line(kl, _VERMILLION, f"{kl[-1][1]:.3f}")], smooth=False, from_zero=True)
+            alt.append(f"the KL to the teacher {_from_to(kl)}")
+        title = f"Held out: {name}" if name else "Held out"
+        plots.append(_Plot(title, f"Held-out curves over the steps: {'; '.join(alt)}.", "", _png(figure)))
+    return plots
+
+
+def _plot_optimizer(run: _Run) -> list[_Plot]:
+    kinds = [("grad_norm", "gradient norm"), ("learning_rate", "learning rate")]
+    present = [(words, series) for key, words in kinds if (series := run.series(key))]
+    if not present:
+        return []
+    figure, panels = _figure([words for words, _ in present], run.last_step, height=1.35)
+    for axes, (words, series) in zip(panels, present, strict=True):
+        _draw(axes, [_Line(series, _INK, "")], smooth=words == "gradient norm", from_zero=True)
+    alt = "; ".join(f"{words} {_from_to(series)}" for words, series in present)
+    return [_Plot("Gradient norm and learning rate", f"Over the steps: {alt}.", "", _png(figure))]
+
+
+def _from_to(series: Series) -> str:
+    (first_step, first), (last_step, last) = series[0], series[-1]
+    return f"from {first:.4g} at step {first_step:,} to {last:.4g} at step {last_step:,}"
+
+
+def _figure(units: list[str], last_step: int, height: float = 3.1) -> tuple[Figure, list[Any]]:
+    """Panels one above the other on one axis of steps; 6 inches at 200 dpi are twice the pixels of the page's column."""
+    figure = Figure(figsize=(6, 0.3 + len(units) * (height if len(units) == 1 else min(height, 2.1))), dpi=200)
+    figure.set_layout_engine("constrained")
+    panels = list(figure.subplots(len(units), sharex=True, squeeze=False)[:, 0])
+    for axes, unit in zip(panels, units, strict=True):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_MUTED)
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=_MUTED, labelsize=9, length=0)
+        axes.set_ylabel(unit, color=_MUTED, fontsize=9)
+        axes.set_xlim(0, max(1, last_step))
+        axes.margins(y=0.08)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panels[-1].set_xlabel("step", color=_MUTED, fontsize=9)
+    return figure, panels
+
+
+def _draw(axes: Any, lines: Sequence[_Line], *, smooth: bool = True, from_zero: bool = False) -> int:
+    """Draw lines, each named at its end; returns over how many points they are averaged (1: not at all)."""
+    window = max(1, max(len(line.series) for line in lines) // 60) if smooth else 1
+    for rank, line in enumerate(lines):
+        steps, values = zip(*line.series, strict=True)
+        # Where two lines coincide (loss and KL in forward_kl), the wider one below still shows.
+        width = 2.4 - 0.5 * min(rank, 2)
+        style = (0, (4, 3)) if line.dashed else "-"
+        marker = "o" if len(values) < 25 and not line.dashed else None
+        if window > 1:
+            axes.plot(steps, values, color=line.colour, alpha=0.25, linewidth=0.7)
+        axes.plot(
+            steps,
+            _running_mean(values, window),
+            color=line.colour,
+            linewidth=width,
+            linestyle=style,
+            marker=marker,
+            markersize=4,
+            clip_on=False,
+            solid_capstyle="round",
+        )
+    if from_zero and axes.get_ylim()[0] > -math.inf:
+        axes.set_ylim(bottom=min(0.0, *(value for line in lines for _, value in line.series)))
+    _name_ends(axes, lines)
+    return window

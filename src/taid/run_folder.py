@@ -1,0 +1,140 @@
+"""What a run leaves in its `output_dir`, and how it is found again.
+
+config.yaml      the resolved configuration           metrics.jsonl   one object a logged step
+versions.json    versions, machine, N                  checkpoint-N/   written by transformers
+report.html, t.png, loss.png, and the student as an ordinary save_pretrained folder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG, VERSIONS, METRICS = "config.yaml", "versions.json", "metrics.jsonl"
+# What taid, transformers and peft write beside the checkpoints; a file of the user's own is never deleted.
+_OWN_FILES = ["config.yaml", "versions.json", "metrics.jsonl", "report.html", "t.png", "loss.png", "README.md", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "*.partial"]
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds another run, unless told to overwrite; nothing is deleted here.
+
+    Raises:
+        ValueError: the folder holds a run and `overwrite` is false, or other files, which taid never deletes.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file")
+    if not any(folder.iterdir()):
+        return
+    is_run = (folder / CONFIG).exists() or (folder / METRICS).exists() or last_checkpoint(folder) is not None
+    if not is_run:
+        raise ValueError(f"output_dir {folder} holds files that are no taid run: choose another folder")
+    if not overwrite:
+        raise ValueError(
+            f"output_dir {folder} holds another run: choose another folder, continue it with "
+            "--resume_from_checkpoint, or delete it with --overwrite_output_dir"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run wrote, so that a new one starts from nothing."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if _CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif path.is_file() and any(path.match(pattern) for pattern in _OWN_FILES):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second process; the operating system lets go when this one ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; two runs in one folder are then not noticed
+        yield
+        return
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"output_dir {folder} is in use by another taid process") from None
+    finally:
+        os.close(descriptor)
+        if not existed and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that is whole. A kill while saving leaves one without a readable trainer_state.json."""
+    found = [(int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+    return None
+
+
+def start(folder: Path, configuration: dict[str, Any], *, total_steps: int, processes: int, device: str) -> None:
+    """Write config.yaml and versions.json."""
+    packages = ("taid", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+    versions = {name: metadata.version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "processes": processes,
+        "total_steps": total_steps,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG, yaml.safe_dump(configuration, sort_keys=True, allow_unicode=True))
+    write_atomically(folder / VERSIONS, json.dumps(versions, indent=2) + "\n")
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """Append one logged step to metrics.jsonl."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def truncate_metrics(folder: Path, step: int) -> None:
+    """Forget what was logged after `step`: a resumed run logs it again."""
+    rows = read_metrics(folder) if (folder / METRICS).exists() else []
+    write_atomically(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line without its end (a killed or still writing run) is left out.
+
+    Raises:
+        ValueError: another line is broken; names it.
+    """
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is either the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(partial, path)

@@ -1,0 +1,474 @@
+"""TAIDTrainer: TRL's SFTTrainer with a teacher, an objective and a moving t. The only file that knows TRL's inside.
+
+One optimizer step, from the batch to t:
+
+    get_batch_samples   counts the trained tokens of the step: every micro-batch, every rank
+    compute_loss        student and teacher logits -> objective, summed over trained tokens, divided by that count
+    _get_grad_norm      the last place before the optimizer: sums the step over ranks, stops if it is not finite,
+                        and moves t by the global loss
+    log                 means over the steps since the last log
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTTrainer
+
+from taid import objectives, run_folder
+from taid.config import TAIDConfig, resolved
+from taid.models import load_model, load_tokenizer, output_rows
+from taid.schedule import ScheduleState, TAIDSchedule
+from taid.vocabulary import Vocabulary, adopt_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
+
+
+class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
+    """Distil a teacher into a student.
+
+    The loss of an optimizer step is ``sum over trained tokens / their number``, over all micro-batches and ranks, of
+    ``kd_ratio * objective + (1 - kd_ratio) * cross-entropy``; so it does not depend on how the rows are split. t moves
+    once an optimizer step, in training only, by the objective's part of that loss (arXiv 2501.16937).
+
+    Held-out evaluation gives, in nats a token over all held-out tokens: ``eval_cross_entropy``, ``eval_kl`` (forward KL
+    to the teacher), ``eval_teacher_cross_entropy`` and ``eval_loss``, the training loss with TAID's target at
+    ``taid_t_end``: a loss at a moving t could not be compared from one evaluation to the next.
+
+    Args:
+        model: the student, loaded or by name.
+        teacher_model: the teacher, loaded or by name; ``args.teacher_model_name_or_path`` if None. ``objective: sft``
+            needs none, and with one it still reports the KL to it when evaluating.
+        args: a :class:`TAIDConfig`.
+        train_dataset: rows with ``messages``, ``prompt``/``completion``, ``text`` or ``input_ids``.
+        eval_dataset: held-out rows, or a dict of them.
+        processing_class: the student's tokenizer; loaded with the student if None.
+        teacher_processing_class: the teacher's tokenizer; loaded with the teacher if None.
+        peft_config: trains an adapter (LoRA, DoRA) instead of the student's own weights.
+        callbacks: as in transformers.
+        optimizers: as in transformers.
+
+    Raises:
+        ValueError: student and teacher do not fit, no trained token is left, or an option does not go together with
+            distillation; names the value and the remedy.
+        FloatingPointError: loss or gradient of a step is not finite; raised before the optimizer moves.
+    """
+
+    _name = "TAID"
+    _tag_names = ["trl", "taid"]  # noqa: RUF012
+    _paper = {  # noqa: RUF012
+        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language Models",
+        "id": "2501.16937",
+    }
+    # compute_loss divides by the tokens of the whole step, so Trainer must not divide by the micro-batches again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: Any = None,
+        args: TAIDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args or TAIDConfig()
+        student_name = model if isinstance(model, str) else model.config._name_or_path
+        teacher_model = teacher_model or args.teacher_model_name_or_path
+        teacher_name = (
+            teacher_model
+            if teacher_model is None or isinstance(teacher_model, str)
+            else (teacher_model.config._name_or_path)
+        )
+        if teacher_model is None and args.distillation_share > 0:
+            raise ValueError(f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path")
+        if isinstance(model, str):
+            model = load_model(
+                model, role="student", trust_remote_code=args.trust_remote_code, dtype=torch.float32,
+                **(args.model_init_kwargs or {}),
+            )  # fmt: skip
+        if processing_class is None:
+            processing_class = load_tokenizer(student_name, role="student", trust_remote_code=args.trust_remote_code)
+        if isinstance(teacher_model, str):
+            teacher_model = _load_teacher(teacher_model, args)
+        if teacher_model is model:
+            raise ValueError("student and teacher are one object: load the teacher a second time")
+        if teacher_model is not None and teacher_processing_class is None:
+            if not teacher_name:
+                raise ValueError("a teacher made in memory needs its tokenizer: pass teacher_processing_class")
+            teacher_processing_class = load_tokenizer(
+                teacher_name,
+                role="teacher",
+                revision=args.teacher_model_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+        if args.tokenizer_from == "teacher":
+            if teacher_model is None:
+                raise ValueError("tokenizer_from: teacher needs a teacher")
+            adopt_tokenizer(model, processing_class, teacher_processing_class)
+            processing_class = teacher_processing_class
+        if teacher_model is None:
+            self.vocabulary = Vocabulary.of(processing_class, output_rows(model))
+        else:
+            self.vocabulary = Vocabulary.shared(
+                processing_class, teacher_processing_class,
+                student_rows=output_rows(model), teacher_rows=output_rows(teacher_model),
+            )  # fmt: skip
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
+
+        if args.device.type == "cpu":  # nothing to pin for, and torch warns
+            args.dataloader_pin_memory = False
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
+        )  # fmt: skip
+        self._check_rows(processing_class)
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
+
+        self.teacher = teacher_model
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False).eval()
+            if not hasattr(self.teacher, "hf_device_map"):
+                self.teacher.to(self.args.device)
+        self.configuration = resolved(args) | {
+            "model_name_or_path": student_name,
+            "teacher_model_name_or_path": teacher_name,
+        }
+        self._schedule: TAIDSchedule | None = None
+        self._schedule_state: ScheduleState | None = None
+        self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
+        self._window: dict[str, float] = defaultdict(float)  # since the last log, over all ranks
+        self._seconds_before = 0.0
+        self.add_callback(_RunFolder(self))
+
+    # --- the loss -------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss of one micro-batch: its sum over trained tokens, divided by the trained tokens of the whole step."""
+        assert not return_outputs, "TAIDTrainer evaluates without compute_metrics"
+        labels = inputs.pop("labels")[:, 1:]
+        trained = labels != -100
+        inputs["use_cache"] = False
+        student_inputs = {**inputs, "output_router_logits": True} if self.aux_loss_enabled else inputs
+        outputs = model(**student_inputs)
+        assert outputs.logits.shape[:2] == inputs["input_ids"].shape
+
+        labels_N = self.vocabulary.position(labels[trained])
+        student_NV = self.vocabulary.select(outputs.logits[:, :-1][trained]).float()
+        teacher_NV = None
+        if self.teacher is not None and (self.args.distillation_share > 0 or not model.training):
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_NV = self.vocabulary.select(self.teacher(**inputs).logits[:, :-1][trained])
+
+        loss, sums = self._objective(student_NV, teacher_NV, labels_N, training=model.training)
+        sums["num_tokens"] = (
+            inputs["attention_mask"].sum()
+            if "attention_mask" in inputs
+            else trained.new_tensor(inputs["input_ids"].numel(), dtype=torch.long)
+        )
+        if num_items_in_batch is not None:
+            # DDP and FSDP average gradients over ranks; the count is that of all ranks.
+            loss = loss / num_items_in_batch * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            # Unlike the rest, the router's loss is by its definition a mean over the micro-batch.
+            steps = self.current_gradient_accumulation_steps if model.training else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            sums |= {"aux_loss": outputs.aux_loss.detach(), "aux_batches": torch.ones_like(outputs.aux_loss)}
+        self._micro_batches.append(sums)
+        return loss
+
+    def _objective(
+        self, student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor, *, training: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the loss over N trained tokens, and beside it, without a gradient, what is logged."""
+        t = self.t if training else self.args.taid_t_end
+        share = self.args.distillation_share if teacher_NV is not None else 0.0
+        with contextlib.nullcontext() if share < 1 else torch.no_grad():
+            cross_entropy_N = F.cross_entropy(student_NV, labels_N, reduction="none")
+        loss_N = (1 - share) * cross_entropy_N
+        sums: dict[str, Tensor] = {"trained": labels_N.new_tensor(len(labels_N)), "cross_entropy": cross_entropy_N}
+        if teacher_NV is not None and share > 0:
+            objective_N = self._divergence(student_NV, teacher_NV, t)
+            loss_N = loss_N + share * objective_N
+            sums["signal"] = objective_N
+        loss = sums["loss"] = loss_N.sum()
+        with torch.no_grad():
+            probs_NV = student_NV.softmax(-1)
+            sums["entropy"] = torch.special.entr(probs_NV)
+            sums["correct"] = student_NV.argmax(-1) == labels_N
+            if teacher_NV is not None:
+                sums["kl"] = objectives.forward_kl(student_NV, teacher_NV)
+                if not training:
+                    sums["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
+                elif self.args.objective == "taid" and self.args.taid_signal == "cross_entropy":
+                    target_NV = objectives.interpolated_log_probs(student_NV, teacher_NV, t=t).exp()
+                    sums["signal"] = F.cross_entropy(student_NV, target_NV, reduction="none")
+        return loss, {name: value.detach().sum() for name, value in sums.items()}
+
+    def _divergence(self, student_NV: Tensor, teacher_NV: Tensor, t: float) -> Tensor:
+        name, args = self.args.objective, self.args
+        parameters: dict[str, dict[str, float]] = {
+            "taid": {"t": t},
+            "jsd": {"beta": args.jsd_beta},
+            "skew_forward_kl": {"skew": args.skew},
+            "skew_reverse_kl": {"skew": args.skew},
+        }
+        objective = getattr(objectives, name)
+        return objective(student_NV, teacher_NV, **parameters.get(name, {}))  # type: ignore[no-any-return]
+
+    @property
+    def t(self) -> float:
+        """Where TAID's target stands in this optimizer step."""
+        return self._schedule_state.t if self._schedule_state else self.args.taid_t_start  # type: ignore[no-any-return]
+
+    # --- once an optimizer step -----------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, and the number of trained tokens in them on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        trained = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        count = self.accelerator.reduce(torch.tensor(trained, device=device), "sum")
+        return batches, (count // self.get_tp_size()).clamp(min=1)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._end_step(float(grad_norm))
+        return grad_norm
+
+    def _end_step(self, grad_norm: float) -> None:
+        """Reduce the step over ranks; stop if it is not finite; move t. Runs before the optimizer does."""
+        sums = self._reduced_sums()
+        trained = max(sums["trained"], 1.0)
+        step = self.state.global_step + 1
+        # A float16 run scales its loss and skips overflowing steps by design, so there only the loss counts.
+        if not math.isfinite(sums["loss"]) or not (math.isfinite(grad_norm) or self.args.fp16):
+            last = run_folder.last_checkpoint(Path(self.args.output_dir))
+            raise FloatingPointError(
+                f"step {step}: the loss is {sums['loss'] / trained} and the gradient's norm {grad_norm}. Training stopped "
+                f"before the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: a lower "
+                "learning_rate, a smaller max_grad_norm, bf16 instead of fp16, or a look at the rows of this step."
+            )
+        self._window["steps"] += 1
+        self._window["mean_loss"] += sums["loss"] / trained
+        for name, value in sums.items():
+            self._window[name] += value
+        self._total_train_tokens += int(sums["num_tokens"])
+        if self._schedule is not None and self._schedule_state is not None:
+            self._window["t"] = self._schedule_state.t  # of the last step, not a sum
+            if sums["trained"]:  # a step without trained tokens says nothing about the student
+                self._schedule_state = self._schedule.advance(self._schedule_state, sums["signal"] / trained)
+
+    def _reduced_sums(self) -> dict[str, float]:
+        """Add up the micro-batches since the last call, over all ranks: one small all-reduce, one transfer."""
+        names = sorted(self._micro_batches[0])
+        # float64 keeps long evaluations exact; Apple's GPUs have none.
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
+        rows = torch.stack([torch.stack([sums[name].to(dtype) for name in names]) for sums in self._micro_batches])
+        self._micro_batches = []
+        total = self.accelerator.reduce(rows.sum(0), "sum") / self.get_tp_size()
+        return dict(zip(names, total.tolist(), strict=True))
+
+    # --- logs, evaluation, checkpoints ----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log means over the steps since the last log; loss and KL in nats a token."""
+        window = self._window
+        if "loss" in logs and window["steps"]:
+            logs |= _means(window) | {
+                "loss": window["mean_loss"] / window["steps"],
+                "num_tokens": self._total_train_tokens,
+            }
+            if self._schedule_state is not None:
+                logs |= {"t": window["t"], "momentum": self._schedule_state.momentum}
+            now = time.perf_counter()
+            logs["tokens_per_second"] = window["num_tokens"] / max(now - self._window_start, 1e-9)
+            logs["seconds"] = self._seconds_before + now - self._train_start
+            self._window, self._window_start = defaultdict(float), now
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Evaluate, with means over all held-out tokens instead of means of batch means."""
+        training_micro_batches, self._micro_batches = self._micro_batches, []
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        sums = self._reduced_sums()
+        self._micro_batches = training_micro_batches
+        means = _means(sums) | {"loss": sums["loss"] / max(sums["trained"], 1.0), "tokens": int(sums["trained"])}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Pad the held-out rows with untrained ones to full batches on every rank, so that no row counts twice."""
+        dataset = (
+            self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
+        )
+        missing = -len(dataset) % (self.accelerator.num_processes * self.args.eval_batch_size)
+        if isinstance(dataset, Dataset) and self.accelerator.num_processes > 1 and missing:
+            untrained = dataset.select([0] * missing).map(lambda row: {"labels": [-100] * len(row["labels"])})
+            dataset = concatenate_datasets([dataset, untrained.cast(dataset.features)])
+        return super().get_eval_dataloader(dataset)
+
+    def _begin(self) -> None:
+        """Make the schedule, or take it up where the checkpoint left it."""
+        self._train_start = self._window_start = time.perf_counter()
+        args = self.args
+        if args.objective == "taid" and args.kd_ratio > 0:
+            total_steps = self.state.max_steps
+            self._schedule = TAIDSchedule(
+                total_steps, args.taid_t_start, args.taid_t_end, args.alpha_for(total_steps), args.taid_beta,
+                args.taid_adaptive,
+            )  # fmt: skip
+            self._schedule_state = self._schedule.initial_state()
+            if self.is_world_process_zero():
+                unmeant = args.taid_adaptive and not self._schedule.is_adaptive_in_effect
+                logger.log(logging.WARNING if unmeant else logging.INFO, self._schedule.regime())
+        if self.state.global_step == 0:
+            return
+        saved = self.state.stateful_callbacks.get(type(self).__name__)
+        if saved is None:
+            raise ValueError("the checkpoint was not written by TAIDTrainer: its schedule is unknown")
+        now = self._identity()
+        differing = [f"{name} was {saved['identity'].get(name)!r}, is {now.get(name)!r}"
+                     for name in sorted({*now, *saved["identity"]}) if saved["identity"].get(name) != now.get(name)]  # fmt: skip
+        if differing:
+            raise ValueError(
+                f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the old values."
+            )
+        if saved["schedule"] is not None:
+            self._schedule_state = ScheduleState(**saved["schedule"])
+        self._window = defaultdict(float, saved["window"])
+        self._total_train_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its continuation."""
+        names = ["objective", "kd_ratio", "seed"]
+        names += {"jsd": ["jsd_beta"], "skew_forward_kl": ["skew"], "skew_reverse_kl": ["skew"]}.get(
+            self.args.objective, []
+        )
+        if self._schedule is not None:
+            names += ["taid_t_start", "taid_t_end", "taid_alpha", "taid_beta", "taid_adaptive", "taid_signal"]
+        return {name: getattr(self.args, name) for name in names} | {"total_steps": self.state.max_steps}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.state.stateful_callbacks[type(self).__name__] = {
+            "identity": self._identity(),
+            "schedule": None if self._schedule_state is None else self._schedule_state.to_dict(),
+            "window": dict(self._window),
+            "num_tokens": self._total_train_tokens,
+            "seconds": self._seconds_before + time.perf_counter() - self._train_start,
+        }
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # transformers pickles its arguments beside the weights; config.yaml holds them, in the open and without tokens.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _send_telemetry(self) -> None:
+        """TRL reports each run to its makers; taid does not."""
+
+    # --- rows -----------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        if isinstance(dataset, Dataset) and not packing:
+            dropped = len(dataset) - len(prepared)
+            if dropped == len(dataset):
+                raise ValueError(
+                    f"max_length {args.max_length} cuts away every trained token of all {dropped} rows of the {rest[-1]} "
+                    "data set: raise max_length or shorten the prompts"
+                )
+            if dropped and args.process_index == 0:
+                logger.warning(
+                    f"{dropped} of {len(dataset)} rows of the {rest[-1]} data set are left out: max_length "
+                    f"{args.max_length} cuts away all their trained tokens"
+                )
+        return prepared
+
+    def _check_rows(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Where some special tokens are not shared with the teacher, no row may contain one."""
+        if set(tokenizer.get_vocab().values()) <= set(self.vocabulary.ids):
+            return
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **named}.items():
+            if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+                self.vocabulary.require_shared(dataset["input_ids"], tokenizer, f"the {name} data set")
+
+
+class _RunFolder(TrainerCallback):  # type: ignore[misc]
+    """Keeps config.yaml, versions.json and metrics.jsonl, on the main process."""
+
+    def __init__(self, trainer: TAIDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            run_folder.start(
+                folder, self.trainer.configuration,
+                total_steps=state.max_steps, processes=args.world_size, device=str(args.device),
+            )  # fmt: skip
+            run_folder.truncate_metrics(folder, state.global_step)
+
+    def on_log(self, args: TAIDConfig, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        is_step = "loss" in logs or any(name.endswith("_cross_entropy") for name in logs)
+        if state.is_world_process_zero and is_step:
+            row = {k: v for k, v in logs.items() if not (k.startswith("eval_") and k.endswith(_NOT_LOGGED))}
+            run_folder.append_metrics(Path(args.output_dir), {"step": state.global_step, **row})
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Means a trained token of what was summed, under the names that SFTTrainer logs."""
+    trained = max(sums["trained"], 1.0)
+    means = {
+        name: sums[name] / trained
+        for name in ("cross_entropy", "kl", "teacher_cross_entropy", "entropy")
+        if name in sums
+    }
+    means["mean_token_accuracy"] = sums["correct"] / trained
+    if "aux_loss" in sums:
+        means["aux_loss"] = sums["aux_loss"] / sums["aux_batches"]
+    return means
+
+
+def _load_teacher(name: str, args: TAIDConfig) -> Any:
+    init_kwargs: dict[str, Any] = {
+        "dtype": "auto" if args.bf16 or args.fp16 else torch.float32,
+        "revision": args.teacher_model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        **(args.teacher_model_init_kwargs or {}),
+    }
+    return load_model(name, role="teacher", **{k: v for k, v in init_kwargs.items() if v is not None})

@@ -1,0 +1,128 @@
+"""Which token ids student and teacher share: by the identity of the tokens, never by the size of a matrix.
+
+Models of one family often pad their embeddings to different sizes (Qwen2.5: 151,936 rows for 0.5B, 152,064 for 7B,
+151,665 tokens in both). A row that is no token has probability zero on both sides: the logits of both models are cut
+to the shared ids before anything else happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Texts whose tokens differ when two tokenizers hold the same entries but split or merge differently.
+_PROBES = ("The quick brown fox", "  def f(x):\n\treturn x**2\n", "1234567.89", "naïve 東京 😀", "Don't\r\n\n  STOP")
+
+_WAYS_OUT = (
+    "Ways out: give the student the teacher's tokenizer (tokenizer_from: teacher; its embeddings are resized and "
+    "tokens known to both keep their vectors), or choose a teacher of the student's family."
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that logits are cut to.
+
+    Attributes:
+        ids: the shared ids, rising.
+    """
+
+    ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, rows: int) -> Vocabulary:
+        """The ids of one tokenizer that a model with `rows` output rows can predict."""
+        return cls(tuple(sorted(i for i in tokenizer.get_vocab().values() if i < rows)))
+
+    @classmethod
+    def shared(
+        cls, student_tokenizer: Any, teacher_tokenizer: Any, *, student_rows: int, teacher_rows: int
+    ) -> Vocabulary:
+        """The ids that mean the same token to both and exist in both output heads.
+
+        Special tokens may differ (a renamed reserved token, an image placeholder): their ids are not shared, and
+        :meth:`require_shared` guards the data against them. Ordinary tokens may not.
+
+        Raises:
+            ValueError: the tokenizers differ; names the first ordinary token that does, and the ways out.
+        """
+        student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+        special = {*student_tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
+        for token, i in sorted({**teacher, **student}.items(), key=lambda item: item[1]):
+            if token not in special and student.get(token) != teacher.get(token):
+                raise ValueError(
+                    f"student and teacher have different tokenizers: the first difference is token {token!r}, id "
+                    f"{student.get(token, 'none')} for the student and {teacher.get(token, 'none')} for the teacher. "
+                    + _WAYS_OUT
+                )
+        for probe in _PROBES:
+            ids = [
+                tokenizer(probe, add_special_tokens=False)["input_ids"]
+                for tokenizer in (student_tokenizer, teacher_tokenizer)
+            ]
+            if ids[0] != ids[1]:
+                raise ValueError(
+                    f"student and teacher have the same vocabulary but split text differently: {probe!r} becomes "
+                    f"{ids[0]} for the student and {ids[1]} for the teacher. " + _WAYS_OUT
+                )
+        rows = min(student_rows, teacher_rows)
+        return cls(tuple(sorted(i for token, i in student.items() if teacher.get(token) == i and i < rows)))
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the ids are 0 .. n-1 without a hole, so that cutting is a view."""
+        return not self.ids or self.ids[-1] == len(self.ids) - 1
+
+    def select(self, logits: Tensor) -> Tensor:
+        """Cut logits ``[..., rows]`` to the shared ids, ``[..., len(ids)]``."""
+        if self.is_prefix:
+            return logits[..., : len(self.ids)]
+        return logits.index_select(-1, torch.tensor(self.ids, device=logits.device))
+
+    def position(self, labels: Tensor) -> Tensor:
+        """Map token ids to their places among the shared ids."""
+        if self.is_prefix:
+            return labels
+        return torch.searchsorted(torch.tensor(self.ids, device=labels.device), labels)
+
+    def require_shared(self, rows: Iterable[list[int]], tokenizer: Any, name: str) -> None:
+        """Raise a ValueError that names the first token in `rows` that is not shared, and its row."""
+        shared = frozenset(self.ids)
+        for number, row in enumerate(rows):
+            if not shared.issuperset(row):
+                unknown = next(i for i in row if i not in shared)
+                raise ValueError(
+                    f"row {number} of {name} contains token {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}), "
+                    "which the teacher does not know by that id. Remove it from the data or the chat template, or use "
+                    "tokenizer_from: teacher."
+                )
+
+
+@torch.no_grad()
+def adopt_tokenizer(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
+    """Give `model` another tokenizer: resize its embeddings, and let each token known to both keep its vector.
+
+    Input and output embeddings (tied or not) get one row a token of `new_tokenizer`. Tokens that the model never knew
+    start at the mean of its old vectors. Special-token ids of the configuration follow the new tokenizer.
+    """
+    old, new = old_tokenizer.get_vocab(), new_tokenizer.get_vocab()
+    heads: list[nn.Module] = [model.get_input_embeddings()]
+    if model.get_output_embeddings() is not None and not model.config.get_text_config().tie_word_embeddings:
+        heads.append(model.get_output_embeddings())
+    known = [(i, old[token]) for token, i in new.items() if token in old and old[token] < heads[0].weight.shape[0]]
+    targets, sources = (torch.tensor(column, dtype=torch.long) for column in zip(*known, strict=True))
+    old_rows = [head.weight[: max(old.values()) + 1].clone() for head in heads]
+
+    model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
+    resized = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for head, rows in zip(resized, old_rows, strict=False):
+        head.weight.copy_(rows.float().mean(0).expand_as(head.weight))
+        head.weight[targets.to(rows.device)] = rows[sources.to(rows.device)]
+
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config.get_text_config(), name, getattr(new_tokenizer, name))
+        setattr(model.generation_config, name, getattr(new_tokenizer, name))
