@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from transformers import HfArgumentParser
@@ -97,10 +97,10 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
                 raise ValueError(f"taid_alpha must be a positive number or 'auto', got {self.taid_alpha!r}") from None
         if self.taid_alpha is None:
             raise ValueError("taid_alpha must be a positive number or 'auto', got null; the paper's is 5e-4")
-        if self.objective not in Objective.__args__:  # type: ignore[attr-defined]
+        if self.objective not in get_args(Objective):
             raise ValueError(
-                f"objective {self.objective!r} does not exist{_nearest(self.objective, Objective.__args__)}"
-            )  # type: ignore[attr-defined]
+                f"objective {self.objective!r} does not exist{_nearest(self.objective, get_args(Objective))}"
+            )
         check_range(
             t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
         )
@@ -111,7 +111,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         if not 0.0 <= self.kd_ratio <= 1.0:
             raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
         if self.activation_checkpointing is None:  # TRL sets only the old name, which transformers warns about
-            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing: bool | None = self.gradient_checkpointing
         if self.loss_type != "nll":
             raise ValueError(f"loss_type {self.loss_type!r} is TRL's; here `objective` and `kd_ratio` define the loss")
         if self.label_smoothing_factor:
@@ -156,7 +156,10 @@ class DataArguments:
 
 # What `taid train --help` shows of transformers' 120 training arguments; `--help_all` shows the rest.
 _COMMON = frozenset(
-    ["output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "activation_checkpointing", "seed", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "resume_from_checkpoint", "report_to", "use_cpu"]
+    "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim bf16 "
+    "activation_checkpointing seed logging_steps eval_strategy eval_steps save_strategy save_steps save_total_limit "
+    "load_best_model_at_end resume_from_checkpoint report_to use_cpu".split()
 )
 
 
@@ -179,11 +182,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         raise ValueError(f"unknown option {unknown[0]!r}{_nearest(name, _names(parser))}")
     options = vars(namespace)
-    model, data, taid = (
-        cls(**{f.name: options[f.name] for f in fields(cls) if f.init})
-        for cls in (ModelConfig, DataArguments, TAIDConfig)
-    )
-    return model, data, taid
+
+    def build(cls: Any) -> Any:
+        return cls(**{f.name: options[f.name] for f in fields(cls) if f.init})
+
+    return build(ModelConfig), build(DataArguments), build(TAIDConfig)
 
 
 def resolved(*configurations: Any) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def resolved(*configurations: Any) -> dict[str, Any]:
     values = {
         k: v for k, v in values.items() if not k.endswith("_token") and not k.startswith("gradient_checkpointing")
     }
-    return json.loads(json.dumps(values | {"eos_token": eos_token}, default=str))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(values | {"eos_token": eos_token}, default=str))
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]

@@ -7,18 +7,23 @@ writing can be reported at any time. A row is one step's finite numbers; a serie
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from taid.run_folder import CONFIG, METRICS, VERSIONS, read_metrics, write_atomically
 from taid.schedule import TAIDSchedule, auto_alpha
 
 Series = list[tuple[int, float]]
@@ -31,11 +36,13 @@ _METHODS = {
     "tvd": "Total variation distance",
     "skew_forward_kl": "Skew forward KL",
     "skew_reverse_kl": "Skew reverse KL",
+    "sft": "Supervised fine-tuning",
 }
-_IMPORTANT = ["objective", "taid_t_start", "taid_t_end", "taid_alpha", "taid_beta", "taid_adaptive", "taid_signal", "kd_ratio", "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "eval_dataset_name", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed", "output_dir"]
-# Reports are passed around; these two may hold a credential.
-_SECRET = {"hub_token", "push_to_hub_token"}
-
+_IMPORTANT = (
+    "objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio model_name_or_path "
+    "teacher_model_name_or_path dataset_name eval_dataset_name learning_rate max_steps num_train_epochs "
+    "per_device_train_batch_size gradient_accumulation_steps max_length seed output_dir"
+).split()  # noqa: SIM905
 _HELD_OUT = ("loss", "cross_entropy", "kl", "teacher_cross_entropy", "entropy", "mean_token_accuracy", "tokens")
 # Lazy, so that eval_teacher_cross_entropy is the teacher's cross-entropy and not that of a set named "teacher".
 _HELD_OUT_KEY = re.compile(rf"(eval_(?:.+?_)??)({'|'.join(_HELD_OUT)})")
@@ -54,25 +61,21 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks `config.yaml` or `metrics.jsonl`.
-        ValueError: no training step is logged yet, or a file cannot be read; the message names file and line.
+        ValueError: no training step is logged yet, or a file is broken; the message names it.
     """
-    run = _read_run(Path(run_dir))
-    plots = [_plot_t(run)] if run.config["objective"] == "taid" and run.series("t") else []
+    run = _read_run(run_dir)
+    plots = [_plot_t(run)] if run.objective == "taid" and run.series("t") else []
     plots += [_plot_training(run), *_plot_held_out(run), *_plot_optimizer(run)]
     for plot in plots:
         if plot.file is not None:
-            _replace(run.folder / plot.file, plot.png)
-    page = run.folder / "report.html"
-    _replace(page, _page(run, plots).encode())
+            write_atomically(run_dir / plot.file, plot.png)
+    page = run_dir / "report.html"
+    write_atomically(page, _page(run, plots))
     return page
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
 class _Run:
-    folder: Path
     config: dict[str, Any]
     versions: dict[str, Any]
     rows: dict[int, dict[str, float]]
@@ -82,16 +85,27 @@ class _Run:
         return [(step, row[key]) for step, row in self.rows.items() if key in row]
 
     @property
+    def objective(self) -> str:
+        return str(self.config["objective"])
+
+    @property
+    def student(self) -> str:
+        return str(self.config.get("model_name_or_path") or "the student")
+
+    @property
+    def teacher(self) -> str:
+        sources = ("teacher_model_name_or_path", "teacher_cache", "teacher_server_url")
+        return str(next((self.config[key] for key in sources if self.config.get(key)), "a teacher"))
+
+    @property
     def last_step(self) -> int:
         return max(self.rows)
 
     @property
     def total_steps(self) -> int | None:
         """N; None where neither versions.json nor the configuration tells."""
-        for value in (self.versions.get("total_steps"), self.config.get("max_steps")):
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        told = (self.versions.get("total_steps"), self.config.get("max_steps"))
+        return next((value for value in told if isinstance(value, int) and value > 0), None)
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -113,20 +127,18 @@ class _Run:
 
 def _read_run(folder: Path) -> _Run:
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; give the output_dir of a run")
-    for name in ("config.yaml", "metrics.jsonl"):
+        raise FileNotFoundError(f"there is no folder {folder}: give the output_dir of a run")
+    for name in (CONFIG, METRICS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}; give the output_dir of a run")
-    rows, not_finite = _read_metrics(folder / "metrics.jsonl")
-    if not any(key in row for row in rows.values() for key in ("loss", "kl", "cross_entropy")):
-        raise ValueError(
-            f"{folder / 'metrics.jsonl'} holds no training step yet; wait for the first logged one (every logging_steps)"
-        )
-    config = _read_mapping(folder / "config.yaml", yaml.safe_load)
+            raise FileNotFoundError(f"{folder} is no run folder, it has no {name}: give the output_dir of a run")
+    config = _read_mapping(folder / CONFIG, yaml.safe_load)
     if not isinstance(config.get("objective"), str):
-        raise ValueError(f"{folder / 'config.yaml'} names no objective; give the output_dir of a run")
-    versions = folder / "versions.json"
-    return _Run(folder, config, _read_mapping(versions, json.loads) if versions.is_file() else {}, rows, not_finite)
+        raise ValueError(f"{folder / CONFIG} names no objective: give the output_dir of a run of taid")
+    versions = _read_mapping(folder / VERSIONS, json.loads) if (folder / VERSIONS).is_file() else {}
+    rows, not_finite = _read_rows(folder)
+    if not any(key in row for row in rows.values() for key in ("loss", "kl", "cross_entropy")):
+        raise ValueError(f"{folder / METRICS} holds no training step yet: wait for the first (every logging_steps)")
+    return _Run(config, versions, rows, not_finite)
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -139,60 +151,34 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return content
 
 
-def _read_metrics(path: Path) -> tuple[dict[int, dict[str, float]], int]:
-    """Rows by step, in order, and how many values were NaN or infinite and are left out."""
-    lines = path.read_bytes().rstrip().split(b"\n")
+def _read_rows(folder: Path) -> tuple[dict[int, dict[str, float]], int]:
+    """Rows by step, training and evaluation in one, and how many values were NaN or infinite and are left out."""
     rows: dict[int, dict[str, float]] = {}
     not_finite = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-        except ValueError as error:
-            if number == len(lines):  # killed or still writing
-                break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}; mend or delete the line") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} is not a JSON object; mend or delete the line")
-        numbers = {key: value for key, value in record.items() if type(value) in (int, float)}
-        finite = {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
+    for record in read_metrics(folder):
+        numbers = {key: float(value) for key, value in record.items() if type(value) in (int, float)}
+        finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         not_finite += len(numbers) - len(finite)
         if "step" in finite:
-            step = int(finite["step"])
-            # A resumed run goes back to its checkpoint: what was logged past it no longer led here.
-            while rows and next(reversed(rows)) > step:
-                rows.popitem()
-            rows.setdefault(step, {}).update(finite)
+            rows.setdefault(int(finite["step"]), {}).update(finite)
     return rows, not_finite
-
-
-# ---------------------------------------------------------------------------------------------------------- wording
 
 
 def _opening(run: _Run) -> str:
     """What happened, in one sentence."""
-    objective, student, teacher = run.config["objective"], *_names(run)
-    total, seconds = run.total_steps, run.series("seconds")
-    finished = total is None or run.last_step >= total
-    if objective == "sft":
-        what = f"Supervised fine-tuning {'trained' if finished else 'was training'} {student}"
+    finished = run.total_steps is None or run.last_step >= run.total_steps
+    method = _METHODS.get(run.objective, run.objective)
+    if run.objective == "sft":
+        what = f"{method} {'trained' if finished else 'was training'} {run.student}"
     else:
-        method = _METHODS.get(objective, objective)
-        what = f"{method} {'distilled' if finished else 'was distilling'} {teacher} into {student}"
+        what = f"{method} {'distilled' if finished else 'was distilling'} {run.teacher} into {run.student}"
     if finished:
         what += f" in {run.last_step:,} step{'s' * (run.last_step != 1)}"
-        what += f" and {_duration(seconds[-1][1])}" if seconds else ""
     else:
-        what += f" and has stopped at step {run.last_step:,} of {total:,} (unfinished or still running)"
-        what += f" after {_duration(seconds[-1][1])}" if seconds else ""
+        what += f" and has stopped at step {run.last_step:,} of {run.total_steps:,} (unfinished or still running)"
+    if seconds := run.series("seconds"):
+        what += f" {'and' if finished else 'after'} {_duration(seconds[-1][1])}"
     return f"{what}: {'; '.join(_outcome(run))}."
-
-
-def _names(run: _Run) -> tuple[str, str]:
-    student = run.config.get("model_name_or_path") or "the student"
-    sources = ("teacher_model_name_or_path", "teacher_cache", "teacher_server_url")
-    return str(student), str(next((run.config[key] for key in sources if run.config.get(key)), "a teacher"))
 
 
 def _outcome(run: _Run) -> list[str]:
@@ -244,9 +230,6 @@ def _duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{round(seconds / 3600) // 24} d {round(seconds / 3600) % 24} h"
-
-
-# --------------------------------------------------------------------------------------------------------- pictures
 
 
 @dataclass(frozen=True)
@@ -347,10 +330,10 @@ def _from_to(series: Series) -> str:
     return f"from {first:.4g} at step {first_step:,} to {last:.4g} at step {last_step:,}"
 
 
-def _figure(units: list[str], last_step: int, height: float = 3.1) -> tuple[Figure, list[Any]]:
-    """Panels one above the other on one axis of steps; 6 inches at 200 dpi are twice the pixels of the page's column."""
-    figure = Figure(figsize=(6, 0.3 + len(units) * (height if len(units) == 1 else min(height, 2.1))), dpi=200)
-    figure.set_layout_engine("constrained")
+def _figure(units: list[str], last_step: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
+    """Panels one above the other over one axis of steps, each of `height` inches."""
+    # 6 inches at 200 dpi: about twice the pixels of the page's column.
+    figure = Figure(figsize=(6, height * len(units) + 0.2), dpi=200, layout="constrained")
     panels = list(figure.subplots(len(units), sharex=True, squeeze=False)[:, 0])
     for axes, unit in zip(panels, units, strict=True):
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -373,24 +356,112 @@ def _draw(axes: Any, lines: Sequence[_Line], *, smooth: bool = True, from_zero: 
     window = max(1, max(len(line.series) for line in lines) // 60) if smooth else 1
     for rank, line in enumerate(lines):
         steps, values = zip(*line.series, strict=True)
-        # Where two lines coincide (loss and KL in forward_kl), the wider one below still shows.
-        width = 2.4 - 0.5 * min(rank, 2)
-        style = (0, (4, 3)) if line.dashed else "-"
-        marker = "o" if len(values) < 25 and not line.dashed else None
         if window > 1:
             axes.plot(steps, values, color=line.colour, alpha=0.25, linewidth=0.7)
         axes.plot(
             steps,
             _running_mean(values, window),
             color=line.colour,
-            linewidth=width,
-            linestyle=style,
-            marker=marker,
+            # Where two lines coincide (loss and KL under forward_kl), the wider one below still shows.
+            linewidth=1.2 if line.dashed else 2.6 - 0.6 * rank,
+            linestyle=(0, (4, 3)) if line.dashed else "-",
+            marker="o" if len(values) < 25 and not line.dashed else None,
             markersize=4,
             clip_on=False,
-            solid_capstyle="round",
         )
-    if from_zero and axes.get_ylim()[0] > -math.inf:
-        axes.set_ylim(bottom=min(0.0, *(value for line in lines for _, value in line.series)))
+    if from_zero and all(value >= 0 for line in lines for _, value in line.series):
+        axes.set_ylim(bottom=0)
     _name_ends(axes, lines)
     return window
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the last `window` values at each point, of fewer at the first ones."""
+    sums = [0.0, *accumulate(values)]
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
+
+
+def _name_ends(axes: Any, lines: Sequence[_Line]) -> None:
+    """Write each line's label beside its end, as high as the end or just above the label below it."""
+    bottom, top = axes.get_ylim()
+    panel_inches = axes.figure.get_figheight() / len(axes.figure.axes)
+    lowest = -math.inf
+    for line in sorted(lines, key=lambda line: line.series[-1][1]):
+        step, value = line.series[-1]
+        height = max((value - bottom) / (top - bottom), lowest)
+        lowest = height + 0.2 / panel_inches
+        axes.annotate(
+            line.label,
+            xy=(step, height),
+            xycoords=("data", "axes fraction"),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=line.colour,
+            fontsize=9,
+            fontweight="bold",
+            verticalalignment="center",
+        )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
+
+
+def _page(run: _Run, plots: list[_Plot]) -> str:
+    # Without autoescape the name of a model or of a data set could put markup into the page.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("taid") / "assets" / "report.html.j2").read_text(encoding="utf-8"))
+    models = run.student if run.objective == "sft" else f"{run.student} \u2190 {run.teacher}"
+    columns, values = _last_values(run)
+    return template.render(
+        title=f"{_METHODS.get(run.objective, run.objective)}: {models}",
+        opening=_opening(run),
+        plots=plots,
+        columns=columns,
+        values=values,
+        important=[(name, _plain(run.config[name])) for name in _IMPORTANT if name in run.config],
+        config=[(name, _plain(value)) for name, value in run.config.items()],
+        versions=[(name, _plain(value)) for name, value in run.versions.items()] or [(VERSIONS, "unknown")],
+    )
+
+
+# Key in metrics.jsonl, words, format, unit.
+_QUANTITIES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
+    ("step", "step", "{:,.0f}".format, "optimizer steps"),
+    ("epoch", "epoch", "{:.4g}".format, "passes over the data"),
+    ("loss", "loss", "{:.4f}".format, "nats per token"),
+    ("kl", "KL to the teacher", "{:.4f}".format, "nats per token"),
+    ("cross_entropy", "cross-entropy", "{:.4f}".format, "nats per token"),
+    ("teacher_cross_entropy", "the teacher's cross-entropy", "{:.4f}".format, "nats per token"),
+    ("entropy", "entropy", "{:.4f}".format, "nats per token"),
+    ("mean_token_accuracy", "token accuracy", "{:.1%}".format, "of tokens"),
+    ("tokens", "evaluated on", "{:,.0f}".format, "tokens"),
+    ("t", "t", "{:.4f}".format, "0 student, 1 teacher"),
+    ("momentum", "momentum of t", "{:.2e}".format, "relative fall of the loss per step"),
+    ("learning_rate", "learning rate", "{:.3g}".format, ""),
+    ("grad_norm", "gradient norm", "{:.3g}".format, ""),
+    ("num_tokens", "trained on", "{:,.0f}".format, "tokens"),
+    ("tokens_per_second", "speed", "{:,.0f}".format, "tokens per second"),
+    ("seconds", "wall time", _duration, ""),
+)
+
+
+def _last_values(run: _Run) -> tuple[list[str], list[dict[str, Any]]]:
+    """The table's columns (training, then each evaluation set) and its rows, each quantity that has a value."""
+    prefixes = {"training": ""} | {f"held out {name}".strip(): prefix for name, prefix in run.held_out.items()}
+    rows = []
+    for key, words, form, unit in _QUANTITIES:
+        found = [run.series(prefix + key) if not prefix or key in _HELD_OUT else [] for prefix in prefixes.values()]
+        if any(found):
+            cells = [form(series[-1][1]) if series else "" for series in found]
+            rows.append({"words": words, "cells": cells, "unit": unit})
+    return list(prefixes), rows
+
+
+def _plain(value: Any) -> str:
+    """A setting as YAML would show it, on one line."""
+    if value is None or isinstance(value, bool | dict | list):
+        return json.dumps(value, default=str)
+    return str(value)
