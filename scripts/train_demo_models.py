@@ -68,7 +68,7 @@ def build(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, inner: in
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
     rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in rows.split(16)]
+    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in torch.split(rows, 16)]
     return float(torch.stack(losses).sum() / len(rows))
 
 
@@ -126,8 +126,8 @@ def main() -> None:
     print(f"{len(train_ids):,} train and {len(validation_ids):,} validation tokens", flush=True)
 
     plans = {
-        "student": (dict(width=96, layers=2, inner=256, heads=4), arguments.student_steps, 3e-3),
-        "teacher": (dict(width=192, layers=5, inner=512, heads=6), arguments.teacher_steps, 3e-3),
+        "student": ({"width": 96, "layers": 2, "inner": 256, "heads": 4}, arguments.student_steps, 3e-3),
+        "teacher": ({"width": 192, "layers": 5, "inner": 512, "heads": 6}, arguments.teacher_steps, 3e-3),
     }
     for name, (shape, steps, rate) in plans.items():
         if arguments.only not in (None, name):

@@ -2,6 +2,7 @@ import json
 import math
 import re
 from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -362,7 +363,7 @@ def schedules(draw):
 def test_t_never_falls_never_lies_under_the_floor_and_never_leaves_its_ends(schedule, losses):
     states = states_of(schedule, losses)
 
-    for state, following in zip(states, states[1:], strict=False):
+    for state, following in pairwise(states):
         assert state.t <= following.t
         assert following.t >= floor_under(schedule, following)
         assert schedule.t_start <= following.t <= schedule.t_end

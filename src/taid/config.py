@@ -198,11 +198,12 @@ def resolved(*configurations: Any) -> dict[str, Any]:
     values = {
         k: v for k, v in values.items() if not k.endswith("_token") and not k.startswith("gradient_checkpointing")
     }
-    return json.loads(json.dumps(values | {"eos_token": eos_token}, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(values | {"eos_token": eos_token}, default=str))
+    return plain
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> None:
         raise ValueError(message)
 
 

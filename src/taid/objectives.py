@@ -1,4 +1,4 @@
-r"""The objectives, each a pure function of two sets of logits: the readable truth that every fast path is tested against.
+r"""The objectives, pure functions of two sets of logits: the readable truth that every fast path is tested against.
 
     objective(student_logits, teacher_logits, **its_own_parameters) -> per-token loss
 
@@ -97,8 +97,9 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.1) -> Tensor:
-    """Generalised Jensen-Shannon divergence, ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``.
+    """Generalised Jensen-Shannon divergence.
 
+    ``beta KL(p || m) + (1 - beta) KL(q || m)`` with the mixture ``m = beta p + (1 - beta) q``.
     ``jsd / beta`` goes to forward KL as ``beta`` goes to 0, ``jsd / (1 - beta)`` to reverse KL as it goes to 1.
 
     Args:

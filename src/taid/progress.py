@@ -40,5 +40,11 @@ class StepProgress(ProgressCallback):  # type: ignore[misc]
         ]:
             line = f"step {state.global_step}: held-out cross-entropy {logs[prefix + 'cross_entropy']:.4f}"
             if f"{prefix}kl" in logs:
-                line += f" (teacher {logs[prefix + 'teacher_cross_entropy']:.4f}), KL to the teacher {logs[prefix + 'kl']:.4f}"
+                line += f" (teacher {logs[prefix + 'teacher_cross_entropy']:.4f})"
+                line += f", KL to the teacher {logs[prefix + 'kl']:.4f}"
             print(line, flush=True) if self.training_bar is None else self.training_bar.write(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)

@@ -42,13 +42,15 @@ _IMPORTANT = (
     "objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio model_name_or_path "
     "teacher_model_name_or_path dataset_name eval_dataset_name learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps max_length seed output_dir"
-).split()  # noqa: SIM905
+).split()
 _HELD_OUT = ("loss", "cross_entropy", "kl", "teacher_cross_entropy", "entropy", "mean_token_accuracy", "tokens")
 # Lazy, so that eval_teacher_cross_entropy is the teacher's cross-entropy and not that of a set named "teacher".
 _HELD_OUT_KEY = re.compile(rf"(eval_(?:.+?_)??)({'|'.join(_HELD_OUT)})")
 
 # Okabe and Ito's blue, vermillion and green, the last two darkened until they can be read as text on white.
 _BLUE, _VERMILLION, _GREEN, _INK, _MUTED, _GRID = "#0072b2", "#b84a00", "#00795a", "#2b2b2a", "#66665f", "#ebebe6"
+_SMALL = {"color": _MUTED, "fontsize": 9.5}
+_BOLD: dict[str, Any] = {"fontsize": 9.5, "fontweight": "bold"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -220,16 +222,10 @@ def _gap(run: _Run, prefix: str, student: Series) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Two units at most, as in "1 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{round(seconds / 3600) // 24} d {round(seconds / 3600) % 24} h"
+    if round(seconds) < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @dataclass(frozen=True)
@@ -260,7 +256,10 @@ def _plot_t(run: _Run) -> _Plot:
     alt, caption = f"t over the training steps: {_from_to(t)}", ""
     if schedule is not None:
         floor = [(step, schedule.linear(step)) for step in (0, schedule.total_steps)]
-        lines.append(_Line(floor, _MUTED, "floor", dashed=True))
+        lines.append(_Line(floor, _MUTED, "", dashed=True))
+        # t is never below its floor, so there is room for the name.
+        middle = schedule.total_steps // 2, schedule.linear(schedule.total_steps // 2)
+        axes.annotate("linear floor", middle, xytext=(8, -14), textcoords="offset points", color=_MUTED, **_BOLD)
         under = [schedule.linear(step) for step, _ in t]
         ahead = [max(value, low) for (_, value), low in zip(t, under, strict=True)]
         axes.fill_between([step for step, _ in t], under, ahead, color=_BLUE, alpha=0.14, linewidth=0)
@@ -271,11 +270,11 @@ def _plot_t(run: _Run) -> _Plot:
 
 
 def _plot_training(run: _Run) -> _Plot:
-    kinds = [
+    kinds = (
         ("loss", "loss", _BLUE),
         ("kl", "KL to the teacher", _VERMILLION),
         ("cross_entropy", "cross-entropy", _GREEN),
-    ]
+    )
     lines = [_Line(series, colour, words) for key, words, colour in kinds if (series := run.series(key))]
     figure, (axes,) = _figure(["nats per token"], run.last_step)
     window = _draw(axes, lines, from_zero=True)
@@ -294,7 +293,7 @@ def _plot_held_out(run: _Run) -> list[_Plot]:
         panels = [words for words, series in (("cross-entropy", student), ("KL to the teacher", kl)) if series]
         if not panels:
             continue
-        figure, axes = _figure([f"{words}\nnats per token" for words in panels], run.last_step)
+        figure, axes = _figure([f"{words}\nnats per token" for words in panels], run.last_step, height=2.4)
         alt = []
         if student:
             lines = [_Line(student, _GREEN, f"student {student[-1][1]:.3f}")]
@@ -332,22 +331,22 @@ def _from_to(series: Series) -> str:
 
 def _figure(units: list[str], last_step: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
     """Panels one above the other over one axis of steps, each of `height` inches."""
-    # 6 inches at 200 dpi: about twice the pixels of the page's column.
-    figure = Figure(figsize=(6, height * len(units) + 0.2), dpi=200, layout="constrained")
+    # 1,120 pixels: sharp on a dense screen, and text of 9.5 points is still legible on a phone.
+    figure = Figure(figsize=(5.6, height * len(units) + 0.2), dpi=200, layout="constrained")
     panels = list(figure.subplots(len(units), sharex=True, squeeze=False)[:, 0])
     for axes, unit in zip(panels, units, strict=True):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_MUTED)
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(colors=_MUTED, labelsize=9, length=0)
-        axes.set_ylabel(unit, color=_MUTED, fontsize=9)
+        axes.tick_params(colors=_MUTED, labelsize=9.5, length=0)
+        axes.set_ylabel(unit, **_SMALL)
         axes.set_xlim(0, max(1, last_step))
         axes.margins(y=0.08)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    panels[-1].set_xlabel("step", color=_MUTED, fontsize=9)
+    panels[-1].set_xlabel("step", **_SMALL)
     return figure, panels
 
 
@@ -356,19 +355,15 @@ def _draw(axes: Any, lines: Sequence[_Line], *, smooth: bool = True, from_zero: 
     window = max(1, max(len(line.series) for line in lines) // 60) if smooth else 1
     for rank, line in enumerate(lines):
         steps, values = zip(*line.series, strict=True)
+        # Where two lines coincide (loss and KL under forward_kl), the wider one below still shows.
+        width, style = (1.2, (0, (4, 3))) if line.dashed else (2.6 - 0.6 * rank, "-")
+        marker = "o" if len(values) < 25 and not line.dashed else None
         if window > 1:
             axes.plot(steps, values, color=line.colour, alpha=0.25, linewidth=0.7)
         axes.plot(
-            steps,
-            _running_mean(values, window),
-            color=line.colour,
-            # Where two lines coincide (loss and KL under forward_kl), the wider one below still shows.
-            linewidth=1.2 if line.dashed else 2.6 - 0.6 * rank,
-            linestyle=(0, (4, 3)) if line.dashed else "-",
-            marker="o" if len(values) < 25 and not line.dashed else None,
-            markersize=4,
-            clip_on=False,
-        )
+            steps, _running_mean(values, window), color=line.colour, linewidth=width, linestyle=style,
+            marker=marker, markersize=2.2 * width, clip_on=False,
+        )  # fmt: skip
     if from_zero and all(value >= 0 for line in lines for _, value in line.series):
         axes.set_ylim(bottom=0)
     _name_ends(axes, lines)
@@ -386,21 +381,15 @@ def _name_ends(axes: Any, lines: Sequence[_Line]) -> None:
     bottom, top = axes.get_ylim()
     panel_inches = axes.figure.get_figheight() / len(axes.figure.axes)
     lowest = -math.inf
-    for line in sorted(lines, key=lambda line: line.series[-1][1]):
+    for line in sorted((line for line in lines if line.label), key=lambda line: line.series[-1][1]):
         step, value = line.series[-1]
         height = max((value - bottom) / (top - bottom), lowest)
         lowest = height + 0.2 / panel_inches
         axes.annotate(
-            line.label,
-            xy=(step, height),
-            xycoords=("data", "axes fraction"),
-            xytext=(7, 0),
-            textcoords="offset points",
-            color=line.colour,
-            fontsize=9,
-            fontweight="bold",
-            verticalalignment="center",
-        )
+            line.label, (step, height), xycoords=("data", "axes fraction"), xytext=(7, 0), textcoords="offset points",
+            color=line.colour, verticalalignment="center", **_BOLD,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
 
 
 def _png(figure: Figure) -> bytes:
@@ -413,7 +402,7 @@ def _page(run: _Run, plots: list[_Plot]) -> str:
     # Without autoescape the name of a model or of a data set could put markup into the page.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("taid") / "assets" / "report.html.j2").read_text(encoding="utf-8"))
-    models = run.student if run.objective == "sft" else f"{run.student} \u2190 {run.teacher}"
+    models = run.student if run.objective == "sft" else f"{run.student} ← {run.teacher}"
     columns, values = _last_values(run)
     return template.render(
         title=f"{_METHODS.get(run.objective, run.objective)}: {models}",
@@ -436,7 +425,7 @@ _QUANTITIES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("cross_entropy", "cross-entropy", "{:.4f}".format, "nats per token"),
     ("teacher_cross_entropy", "the teacher's cross-entropy", "{:.4f}".format, "nats per token"),
     ("entropy", "entropy", "{:.4f}".format, "nats per token"),
-    ("mean_token_accuracy", "token accuracy", "{:.1%}".format, "of tokens"),
+    ("mean_token_accuracy", "token accuracy", "{:.1%}".format, "share of tokens"),
     ("tokens", "evaluated on", "{:,.0f}".format, "tokens"),
     ("t", "t", "{:.4f}".format, "0 student, 1 teacher"),
     ("momentum", "momentum of t", "{:.2e}".format, "relative fall of the loss per step"),

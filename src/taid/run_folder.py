@@ -22,27 +22,11 @@ import yaml
 
 CONFIG, VERSIONS, METRICS = "config.yaml", "versions.json", "metrics.jsonl"
 # What taid, transformers and peft write beside the checkpoints; a file of the user's own is never deleted.
-_OWN_FILES = [
-    "config.yaml",
-    "versions.json",
-    "metrics.jsonl",
-    "report.html",
-    "t.png",
-    "loss.png",
-    "README.md",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "*.partial",
-]
+_OWN_FILES = (
+    "config.yaml versions.json metrics.jsonl report.html t.png loss.png README.md *.safetensors "
+    "*.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* "
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja *.partial"
+).split()
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

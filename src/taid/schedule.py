@@ -32,6 +32,7 @@ class ScheduleState:
     previous_loss: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """The state as plain values; ``ScheduleState(**d)`` brings it back bit for bit."""
         return asdict(self)
 
 

@@ -70,7 +70,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     _name = "TAID"
     _tag_names = ["trl", "taid"]  # noqa: RUF012
     _paper = {  # noqa: RUF012
-        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in Language Models",
+        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in "
+        "Language Models",
         "id": "2501.16937",
     }
     # compute_loss divides by the tokens of the whole step, so Trainer must not divide by the micro-batches again.
@@ -158,7 +159,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._schedule_state: ScheduleState | None = None
         self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
         self._window: dict[str, float] = defaultdict(float)  # since the last log, over all ranks
-        self._seconds_before = 0.0
+        self._train_start = self._window_start = self._seconds_before = 0.0
+        self._total_train_tokens: int
         self.add_callback(_RunFolder(self))
 
     # --- the loss -------------------------------------------------------------------------------------------------
@@ -239,13 +241,13 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             "skew_forward_kl": {"skew": args.skew},
             "skew_reverse_kl": {"skew": args.skew},
         }
-        objective = getattr(objectives, name)
-        return objective(student_NV, teacher_NV, **parameters.get(name, {}))  # type: ignore[no-any-return]
+        objective_N: Tensor = getattr(objectives, name)(student_NV, teacher_NV, **parameters.get(name, {}))
+        return objective_N
 
     @property
     def t(self) -> float:
         """Where TAID's target stands in this optimizer step."""
-        return self._schedule_state.t if self._schedule_state else self.args.taid_t_start  # type: ignore[no-any-return]
+        return self._schedule_state.t if self._schedule_state else self.args.taid_t_start
 
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
@@ -270,9 +272,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if not math.isfinite(sums["loss"]) or not (math.isfinite(grad_norm) or self.args.fp16):
             last = run_folder.last_checkpoint(Path(self.args.output_dir))
             raise FloatingPointError(
-                f"step {step}: the loss is {sums['loss'] / trained} and the gradient's norm {grad_norm}. Training stopped "
-                f"before the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: a lower "
-                "learning_rate, a smaller max_grad_norm, bf16 instead of fp16, or a look at the rows of this step."
+                f"step {step}: the loss is {sums['loss'] / trained} and the gradient's norm {grad_norm}. Training "
+                f"stopped before the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: a "
+                "lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, or a look at the rows of this step."
             )
         self._window["steps"] += 1
         self._window["mean_loss"] += sums["loss"] / trained
@@ -360,8 +362,12 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if saved is None:
             raise ValueError("the checkpoint was not written by TAIDTrainer: its schedule is unknown")
         now = self._identity()
-        differing = [f"{name} was {saved['identity'].get(name)!r}, is {now.get(name)!r}"
-                     for name in sorted({*now, *saved["identity"]}) if saved["identity"].get(name) != now.get(name)]  # fmt: skip
+        before = saved["identity"]
+        differing = [
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+            for name in sorted({*now, *before})
+            if before.get(name) != now.get(name)
+        ]
         if differing:
             raise ValueError(
                 f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the old values."
@@ -407,8 +413,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             dropped = len(dataset) - len(prepared)
             if dropped == len(dataset):
                 raise ValueError(
-                    f"max_length {args.max_length} cuts away every trained token of all {dropped} rows of the {rest[-1]} "
-                    "data set: raise max_length or shorten the prompts"
+                    f"max_length {args.max_length} cuts away every trained token of all {dropped} rows of the "
+                    f"{rest[-1]} data set: raise max_length or shorten the prompts"
                 )
             if dropped and args.process_index == 0:
                 logger.warning(
@@ -453,7 +459,7 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
 def _means(sums: dict[str, float]) -> dict[str, float]:
     """Means a trained token of what was summed, under the names that SFTTrainer logs."""
     trained = max(sums["trained"], 1.0)
-    means = {
+    means: dict[str, float] = {
         name: sums[name] / trained
         for name in ("cross_entropy", "kl", "teacher_cross_entropy", "entropy")
         if name in sums
@@ -469,6 +475,6 @@ def _load_teacher(name: str, args: TAIDConfig) -> Any:
         "dtype": "auto" if args.bf16 or args.fp16 else torch.float32,
         "revision": args.teacher_model_revision,
         "trust_remote_code": args.trust_remote_code,
-        **(args.teacher_model_init_kwargs or {}),
     }
+    init_kwargs |= args.teacher_model_init_kwargs or {}  # type: ignore[operator]
     return load_model(name, role="teacher", **{k: v for k, v in init_kwargs.items() if v is not None})

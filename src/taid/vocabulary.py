@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Texts whose tokens differ when two tokenizers hold the same entries but split or merge differently.
 _PROBES = ("The quick brown fox", "  def f(x):\n\treturn x**2\n", "1234567.89", "naïve 東京 😀", "Don't\r\n\n  STOP")
@@ -52,7 +52,7 @@ class Vocabulary:
         """
         student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
         special = {*student_tokenizer.get_added_vocab(), *teacher_tokenizer.get_added_vocab()}
-        for token, i in sorted({**teacher, **student}.items(), key=lambda item: item[1]):
+        for token in sorted({**teacher, **student}, key={**teacher, **student}.__getitem__):
             if token not in special and student.get(token) != teacher.get(token):
                 raise ValueError(
                     f"student and teacher have different tokenizers: the first difference is token {token!r}, id "
@@ -96,9 +96,9 @@ class Vocabulary:
             if not shared.issuperset(row):
                 unknown = next(i for i in row if i not in shared)
                 raise ValueError(
-                    f"row {number} of {name} contains token {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}), "
-                    "which the teacher does not know by that id. Remove it from the data or the chat template, or use "
-                    "tokenizer_from: teacher."
+                    f"row {number} of {name} contains token {tokenizer.convert_ids_to_tokens(unknown)!r} "
+                    f"(id {unknown}), which the teacher does not know by that id. Remove it from the data or the "
+                    "chat template, or use tokenizer_from: teacher."
                 )
 
 
@@ -110,7 +110,7 @@ def adopt_tokenizer(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
     start at the mean of its old vectors. Special-token ids of the configuration follow the new tokenizer.
     """
     old, new = old_tokenizer.get_vocab(), new_tokenizer.get_vocab()
-    heads: list[nn.Module] = [model.get_input_embeddings()]
+    heads: list[Any] = [model.get_input_embeddings()]
     if model.get_output_embeddings() is not None and not model.config.get_text_config().tie_word_embeddings:
         heads.append(model.get_output_embeddings())
     known = [(i, old[token]) for token, i in new.items() if token in old and old[token] < heads[0].weight.shape[0]]

@@ -1,0 +1,558 @@
+"""One battery for all objectives, held against METHOD.md's formulas in float64 and in log space."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from taid.objectives import (
+    forward_kl,
+    interpolated_log_probs,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    taid,
+    tvd,
+)
+
+INF = math.inf
+MASKED = [1, 4, 11]
+
+
+def reference_kl(log_a, log_b):
+    return torch.where(log_a == -INF, 0.0, log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def reference_mixture(log_a, log_b, share_of_a):
+    return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log(1 - share_of_a))
+
+
+def reference_target(log_q, log_p, t):
+    return torch.log_softmax((1 - t) * log_q.detach() + t * log_p, -1)
+
+
+def reference_taid(log_q, log_p, t):
+    return reference_kl(reference_target(log_q, log_p, t), log_q)
+
+
+def reference_jsd(log_q, log_p, beta):
+    log_m = reference_mixture(log_p, log_q, beta)
+    return beta * reference_kl(log_p, log_m) + (1 - beta) * reference_kl(log_q, log_m)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective of student and teacher logits, its formula on log q and log p, and its largest possible value."""
+
+    objective: Callable
+    reference: Callable
+    upper: float = INF
+
+
+def entropy(share):
+    return -share * math.log(share) - (1 - share) * math.log(1 - share)
+
+
+CASES = {
+    **{f"taid({t})": Case(partial(taid, t=t), partial(reference_taid, t=t)) for t in (0.1, 0.4, 0.9)},
+    "forward_kl": Case(forward_kl, lambda log_q, log_p: reference_kl(log_p, log_q)),
+    "reverse_kl": Case(reverse_kl, lambda log_q, log_p: reference_kl(log_q, log_p)),
+    **{f"jsd({b})": Case(partial(jsd, beta=b), partial(reference_jsd, beta=b), entropy(b)) for b in (0.1, 0.5)},
+    "tvd": Case(tvd, lambda log_q, log_p: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1), 1.0),
+    "skew_forward_kl(0.1)": Case(
+        partial(skew_forward_kl, skew=0.1),
+        lambda log_q, log_p: reference_kl(log_p, reference_mixture(log_p, log_q, 0.1)),
+        -math.log(0.1),
+    ),
+    "skew_reverse_kl(0.1)": Case(
+        partial(skew_reverse_kl, skew=0.1),
+        lambda log_q, log_p: reference_kl(log_q, reference_mixture(log_q, log_p, 0.1)),
+        -math.log(0.1),
+    ),
+}
+
+every_objective = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def only(*names):
+    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
+
+
+def without(*names):
+    return only(*(name for name in CASES if name not in names))
+
+
+def random_logits(*shape, scale=3.0, noise=None, seed=0):
+    """A student's and a teacher's logits, independent of each other or, given `noise`, as near as that."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher_logits = scale * torch.randn(shape, generator=generator)
+    student_logits = torch.randn(shape, generator=generator)
+    student_logits = scale * student_logits if noise is None else teacher_logits + noise * student_logits
+    return student_logits, teacher_logits
+
+
+def value_and_gradient(objective, student_logits, teacher_logits):
+    student_logits = student_logits.clone().requires_grad_()
+    loss = objective(student_logits, teacher_logits)
+    loss.sum().backward()
+    return loss.detach(), student_logits.grad
+
+
+def truth(case, student_logits, teacher_logits):
+    """Value and gradient in float64; columns where the student has -inf are probability zero and constant."""
+    kept = (student_logits > -INF).flatten(0, -2).all(0).nonzero().flatten()
+    log_p = torch.log_softmax(teacher_logits.double(), -1)
+    student_logits = student_logits.double().requires_grad_()
+    log_q = torch.full_like(log_p, -INF).index_copy(-1, kept, torch.log_softmax(student_logits[..., kept], -1))
+    value = case.reference(log_q, log_p)
+    value.sum().backward()
+    return value.detach(), student_logits.grad
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected) / expected).abs().max().item()
+
+
+def relative_error_of_tokens(actual, expected):
+    """The largest error of a token's vector, by the Euclidean norm."""
+    return ((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+# On few entries a token can be all but certain, and its loss or gradient far smaller than the terms it is made of.
+@pytest.mark.parametrize(("tokens", "V", "bound"), [(24, 7, 5e-6), (6, 507, 2e-6), (4, 2_051, 2e-6), (1, 32_003, 2e-6)])
+@every_objective
+def test_the_value_equals_the_float64_formula_on_ordinary_logits(case, tokens, V, bound):
+    student_logits, teacher_logits = random_logits(tokens, V)
+
+    value = case.objective(student_logits, teacher_logits)
+
+    assert value.dtype == torch.float32
+    assert relative_error(value, truth(case, student_logits, teacher_logits)[0]) <= bound
+
+
+@pytest.mark.parametrize(("tokens", "V", "bound"), [(24, 7, 5e-4), (6, 507, 5e-5), (4, 2_051, 2e-5), (1, 32_003, 2e-5)])
+@without("tvd")
+def test_the_gradient_equals_that_of_the_float64_formula_on_ordinary_logits(case, tokens, V, bound):
+    student_logits, teacher_logits = random_logits(tokens, V)
+
+    _, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    assert relative_error_of_tokens(gradient, truth(case, student_logits, teacher_logits)[1]) <= bound
+
+
+@pytest.mark.parametrize("noise", [None, 0.01])
+@pytest.mark.parametrize(("tokens", "V"), [(24, 7), (6, 507), (4, 2_051), (1, 32_003)])
+@only("tvd")
+def test_the_gradient_of_tvd_equals_that_of_the_float64_formula_wherever_p_and_q_differ_by_more_than_rounding(
+    case, tokens, V, noise
+):
+    student_logits, teacher_logits = random_logits(tokens, V, noise=noise)
+    log_q, log_p = (torch.log_softmax(logits.double(), -1) for logits in (student_logits, teacher_logits))
+
+    _, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    _, expected_gradient = truth(case, student_logits, teacher_logits)
+    differ = (log_p - log_q).abs() > 4e-6
+    assert differ.float().mean() > 0.99
+    # An entry inside a tie gets the other sign of q / 2, and shifts the rest by q times that.
+    shift = log_q.exp() * (log_q.exp() * ~differ).sum(-1, keepdim=True)
+    error = (gradient.double() - expected_gradient).abs()
+    assert (error <= 1e-5 * expected_gradient.abs() + 1e-6 * log_q.exp() + shift)[differ].all()
+
+
+@pytest.mark.parametrize(("tokens", "V"), [(24, 507), (8, 2_051), (2, 32_003)])
+@without("tvd")
+def test_a_kl_keeps_a_relative_error_below_1e_4_on_a_student_very_near_to_the_teacher(case, tokens, V):
+    student_logits, teacher_logits = random_logits(tokens, V, noise=0.01)
+
+    value = case.objective(student_logits, teacher_logits)
+
+    assert relative_error(value, truth(case, student_logits, teacher_logits)[0]) <= 1e-4
+
+
+@pytest.mark.parametrize(("tokens", "V"), [(24, 7), (6, 507), (4, 2_051), (1, 32_003)])
+@only("tvd")
+def test_tvd_has_an_absolute_error_below_5e_7_on_a_student_very_near_to_the_teacher(case, tokens, V):
+    # exp(log p) carries the rounding of log p, half a unit in the last place of 8 to 16: 4.8e-7 of p.
+    student_logits, teacher_logits = random_logits(tokens, V, noise=0.01)
+
+    value = case.objective(student_logits, teacher_logits)
+
+    assert_close(value.double(), truth(case, student_logits, teacher_logits)[0], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize(("tokens", "V"), [(24, 507), (8, 2_051)])
+@without("tvd")
+def test_the_gradient_is_right_to_0_17_percent_on_a_student_very_near_to_the_teacher(case, tokens, V):
+    # METHOD.md, 2.5: what mixing float32 logits in float32 costs.
+    student_logits, teacher_logits = random_logits(tokens, V, noise=0.01)
+
+    _, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    assert relative_error_of_tokens(gradient, truth(case, student_logits, teacher_logits)[1]) <= 1.7e-3
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_objective
+def test_half_precision_logits_give_the_float32_result_of_the_same_rounded_logits(case, dtype, scale):
+    student_logits, teacher_logits = (logits.to(dtype) for logits in random_logits(4, 507, scale=scale))
+
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    expected_value, expected_gradient = value_and_gradient(
+        case.objective, student_logits.float(), teacher_logits.float()
+    )
+    assert value.isfinite().all()
+    assert torch.equal(value, expected_value)
+    assert torch.equal(gradient, expected_gradient.to(dtype))
+
+
+@every_objective
+def test_the_teacher_gets_no_gradient(case):
+    student_logits, teacher_logits = random_logits(4, 33)
+
+    value_and_gradient(case.objective, student_logits, teacher_logits.requires_grad_())
+
+    assert teacher_logits.grad is None
+    assert not case.objective(student_logits, teacher_logits).requires_grad
+
+
+@pytest.mark.parametrize("t", [0.0, 0.1, 0.4, 0.9, 1.0])
+def test_the_gradient_of_taid_is_q_minus_p_t_and_its_target_is_the_mixture_of_logits(t):
+    student_logits, teacher_logits = random_logits(5, 507)
+    z_q, z_p = student_logits.double(), teacher_logits.double()
+    p_t = torch.softmax((1 - t) * z_q + t * z_p, -1)
+
+    _, gradient = value_and_gradient(partial(taid, t=t), student_logits, teacher_logits)
+    log_p_t = interpolated_log_probs(student_logits.requires_grad_(), teacher_logits, t=t)
+
+    assert_close(gradient.double(), torch.softmax(z_q, -1) - p_t, rtol=1e-5, atol=1e-7)
+    assert_close(log_p_t.double(), p_t.log(), rtol=1e-6, atol=1e-6)
+    assert not log_p_t.requires_grad
+
+
+LOG_2, LOG_3 = math.log(2), math.log(3)
+ROOT_3 = math.sqrt(3)
+COIN, BIASED = (0.5, 0.5), (0.25, 0.75)
+FRONT, BACK = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
+HEADS, TAILS = (1.0, 0.0), (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher_probs", "student_probs", "expected"),
+    [
+        (forward_kl, COIN, BIASED, LOG_2 - LOG_3 / 2),
+        (reverse_kl, COIN, BIASED, 0.75 * LOG_3 - LOG_2),
+        (
+            partial(jsd, beta=0.5),
+            COIN,
+            BIASED,
+            (math.log(4 / 3) + math.log(4 / 5)) / 4 + (math.log(2 / 3) + 3 * math.log(6 / 5)) / 8,
+        ),
+        (tvd, COIN, BIASED, 0.25),
+        (partial(skew_forward_kl, skew=0.1), COIN, BIASED, (math.log(20 / 11) + math.log(20 / 29)) / 2),
+        (partial(skew_reverse_kl, skew=0.1), COIN, BIASED, (math.log(10 / 19) + 3 * math.log(10 / 7)) / 4),
+        # p_t is the normalised sqrt(p q): 1 to sqrt(3).
+        (
+            partial(taid, t=0.5),
+            COIN,
+            BIASED,
+            (math.log(4 / (1 + ROOT_3)) + ROOT_3 * math.log(4 * ROOT_3 / (3 * (1 + ROOT_3)))) / (1 + ROOT_3),
+        ),
+        (forward_kl, FRONT, BACK, LOG_2 / 4),
+        (reverse_kl, FRONT, BACK, LOG_2 / 4),
+        (partial(jsd, beta=0.5), FRONT, BACK, math.log(4 / 3) / 2 + math.log(2 / 3) / 4),
+        (tvd, FRONT, BACK, 0.25),
+        (forward_kl, HEADS, COIN, LOG_2),
+        (reverse_kl, COIN, HEADS, LOG_2),
+        (tvd, HEADS, COIN, 0.5),
+        (partial(skew_forward_kl, skew=0.1), HEADS, COIN, math.log(1 / 0.55)),
+        (partial(skew_reverse_kl, skew=0.1), COIN, HEADS, math.log(1 / 0.55)),
+        (tvd, HEADS, TAILS, 1.0),
+        (partial(jsd, beta=0.1), HEADS, TAILS, 0.1 * math.log(10) + 0.9 * math.log(10 / 9)),
+        (partial(skew_forward_kl, skew=0.1), HEADS, TAILS, math.log(10)),
+        (partial(skew_reverse_kl, skew=0.25), HEADS, TAILS, math.log(4)),
+    ],
+)
+def test_tiny_distributions_have_the_values_computed_by_hand(objective, teacher_probs, student_probs, expected):
+    loss = objective(torch.tensor(student_probs).log(), torch.tensor(teacher_probs).log())
+
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+@every_objective
+def test_equal_logits_have_neither_loss_nor_gradient(case, scale):
+    _, logits = random_logits(6, 507, scale=scale)
+
+    value, gradient = value_and_gradient(case.objective, logits, logits)
+
+    assert_close(value, torch.zeros(6), rtol=0, atol=1e-12)
+    assert_close(gradient, torch.zeros(6, 507), rtol=0, atol=2e-7)
+
+
+def masked(logits):
+    return logits.index_fill(-1, torch.tensor(MASKED), -INF)
+
+
+FAR = random_logits(5, 33)
+EXTREME = random_logits(5, 33, scale=1e4, seed=1)
+KINDS_OF_LOGITS = {
+    "ordinary": FAR,
+    "near": random_logits(5, 33, noise=0.01),
+    "extreme": EXTREME,
+    "masked on both sides": (masked(FAR[0]), masked(FAR[1])),
+    "masked by the teacher": (FAR[0], masked(FAR[1])),
+    "masked by the student": (masked(FAR[0]), FAR[1]),
+    "extreme and masked on both sides": (masked(EXTREME[0]), masked(EXTREME[1])),
+    "extreme and masked by the teacher": (EXTREME[0], masked(EXTREME[1])),
+    "extreme and masked by the student": (masked(EXTREME[0]), EXTREME[1]),
+}
+every_kind_of_logits = pytest.mark.parametrize(
+    ("student_logits", "teacher_logits"), KINDS_OF_LOGITS.values(), ids=KINDS_OF_LOGITS
+)
+
+
+@pytest.mark.parametrize("t", [1, 1.0, torch.tensor(1.0)], ids=repr)
+@every_kind_of_logits
+def test_taid_at_t_1_is_forward_kl_bit_for_bit(student_logits, teacher_logits, t):
+    value, gradient = value_and_gradient(partial(taid, t=t), student_logits, teacher_logits)
+
+    expected_value, expected_gradient = value_and_gradient(forward_kl, student_logits, teacher_logits)
+    assert torch.equal(value, expected_value)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("t", [0, 0.0, torch.tensor(0.0)], ids=repr)
+@every_kind_of_logits
+def test_taid_at_t_0_has_exactly_zero_loss_and_gradient(student_logits, teacher_logits, t):
+    value, gradient = value_and_gradient(partial(taid, t=t), student_logits, teacher_logits)
+
+    assert torch.equal(value, torch.zeros_like(value))
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.1, 0.25, 0.4, 0.5, 0.9, 1.0])
+def test_t_as_a_tensor_is_t_as_a_number(t):
+    value, gradient = value_and_gradient(partial(taid, t=t), *FAR)
+
+    exact = value_and_gradient(partial(taid, t=torch.tensor(t, dtype=torch.float64)), *FAR)
+    rounded = value_and_gradient(partial(taid, t=torch.tensor(t)), *FAR)
+    assert torch.equal(exact[0], value)
+    assert torch.equal(exact[1], gradient)
+    assert_close(rounded[0], value, rtol=5e-6, atol=0)
+    assert_close(rounded[1], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4])
+def test_scaled_jsd_nears_forward_kl_as_beta_goes_to_0_and_reverse_kl_as_it_goes_to_1(distance):
+    # To first order, jsd / beta = KL(p || q) - beta / 2 * sum (p - q)^2 / q; the same in p and q at the other end.
+    student_logits, teacher_logits = random_logits(6, 51, scale=1.0)
+    q, p = torch.softmax(student_logits.double(), -1), torch.softmax(teacher_logits.double(), -1)
+
+    near_0 = jsd(student_logits, teacher_logits, beta=distance) / distance
+    near_1 = jsd(student_logits, teacher_logits, beta=1 - distance) / distance
+
+    slack = 1e-6
+    gap_0 = (forward_kl(student_logits, teacher_logits) - near_0).double()
+    gap_1 = (reverse_kl(student_logits, teacher_logits) - near_1).double()
+    assert (gap_0 <= distance / 2 * ((p - q) ** 2 / q).sum(-1) + slack).all()
+    assert (gap_1 <= distance / 2 * ((p - q) ** 2 / p).sum(-1) + slack).all()
+    assert (torch.minimum(gap_0, gap_1) >= -slack).all()
+
+
+@every_kind_of_logits
+@pytest.mark.parametrize(("skewed", "plain"), [(skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl)])
+def test_skew_0_is_the_plain_kl_bit_for_bit(skewed, plain, student_logits, teacher_logits):
+    value, gradient = value_and_gradient(partial(skewed, skew=0.0), student_logits, teacher_logits)
+
+    expected_value, expected_gradient = value_and_gradient(plain, student_logits, teacher_logits)
+    assert torch.equal(value, expected_value)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("skew", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("skewed", [skew_forward_kl, skew_reverse_kl])
+@every_kind_of_logits
+def test_a_skewed_kl_is_at_most_minus_log_skew(student_logits, teacher_logits, skewed, skew):
+    assert (skewed(student_logits, teacher_logits, skew=skew) <= -math.log(skew) * (1 + 1e-6)).all()
+
+
+@every_kind_of_logits
+@every_objective
+def test_the_loss_is_finite_and_within_its_bounds_and_the_gradient_is_finite_and_zero_on_the_students_masked_entries(
+    case, student_logits, teacher_logits
+):
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    assert value.isfinite().all()
+    assert (value >= 0).all()
+    assert (value <= case.upper * (1 + 1e-6)).all()
+    assert gradient.isfinite().all()
+    assert (gradient[student_logits == -INF] == 0).all()
+
+
+@every_objective
+def test_logits_of_1e4_give_the_float64_value_and_gradient(case):
+    student_logits, teacher_logits = EXTREME
+
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    expected_value, expected_gradient = truth(case, student_logits, teacher_logits)
+    assert_close(value.double(), expected_value, rtol=1e-6, atol=1e-12)
+    assert_close(gradient.double(), expected_gradient, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+@every_objective
+def test_a_mask_on_both_sides_is_a_deletion(case, scale):
+    student_logits, teacher_logits = random_logits(5, 33, scale=scale, seed=2)
+    kept = [entry for entry in range(33) if entry not in MASKED]
+
+    value, gradient = value_and_gradient(case.objective, masked(student_logits), masked(teacher_logits))
+
+    expected_value, expected_gradient = value_and_gradient(
+        case.objective, student_logits[:, kept], teacher_logits[:, kept]
+    )
+    assert_close(value, expected_value, rtol=1e-6, atol=0)
+    assert_close(gradient[:, kept], expected_gradient, rtol=1e-6, atol=1e-7)
+    assert (gradient[:, MASKED] == 0).all()
+
+
+@without("reverse_kl")
+def test_a_mask_of_the_teacher_alone_is_probability_zero(case):
+    student_logits, teacher_logits = FAR[0], masked(FAR[1])
+
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    expected_value, expected_gradient = truth(case, student_logits, teacher_logits)
+    assert relative_error(value, expected_value) <= 5e-6
+    assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@without("forward_kl")
+def test_a_mask_of_the_student_alone_is_probability_zero(case):
+    student_logits, teacher_logits = masked(FAR[0]), FAR[1]
+
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    expected_value, expected_gradient = truth(case, student_logits, teacher_logits)
+    assert relative_error(value, expected_value) <= 5e-6
+    assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_forward_kl_to_a_student_that_masks_what_the_teacher_allows_is_huge_and_still_pulls_on_the_rest():
+    student_logits, teacher_logits = masked(FAR[0]), FAR[1]
+
+    value, gradient = value_and_gradient(forward_kl, student_logits, teacher_logits)
+
+    difference = torch.softmax(student_logits.double(), -1) - torch.softmax(teacher_logits.double(), -1)
+    assert (value > 1e20).all()
+    assert_close(gradient.double(), difference.index_fill(-1, torch.tensor(MASKED), 0.0), rtol=1e-5, atol=1e-7)
+
+
+def test_reverse_kl_to_a_teacher_that_masks_what_the_student_allows_is_huge_and_pushes_the_student_off_it():
+    value, gradient = value_and_gradient(reverse_kl, FAR[0], masked(FAR[1]))
+
+    assert (value > 1e20).all()
+    assert (gradient[:, MASKED] > 0).all()
+
+
+# Multiples of 1/64 below 16: adding a small integer to them, or taking it off again, is exact in float32.
+GRID = tuple((64 * logits).round().clamp(-1_000, 1_000) / 64 for logits in FAR)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@every_objective
+def test_adding_a_constant_to_all_logits_of_a_token_changes_nothing(case, side):
+    student_logits, teacher_logits = GRID
+    constants = torch.tensor([[1.0], [-7.0], [64.0], [1_000.0], [-4_096.0]])
+    moved = (
+        (student_logits + constants, teacher_logits)
+        if side == "student"
+        else (student_logits, teacher_logits + constants)
+    )
+
+    value, gradient = value_and_gradient(case.objective, *moved)
+
+    expected_value, expected_gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+    assert torch.equal(value, expected_value)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@every_objective
+def test_a_batch_is_its_rows_one_by_one(case):
+    student_logits, teacher_logits = random_logits(2, 3, 507)
+
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    for batch in range(2):
+        for position in range(3):
+            row_value, row_gradient = value_and_gradient(
+                case.objective, student_logits[batch, position], teacher_logits[batch, position]
+            )
+            assert_close(value[batch, position], row_value, rtol=1e-6, atol=0)
+            assert_close(gradient[batch, position], row_gradient, rtol=1e-6, atol=1e-8)
+
+
+@every_objective
+def test_log_probabilities_in_the_place_of_logits_give_the_same_value(case):
+    student_logits, teacher_logits = random_logits(6, 507)
+    log_q, log_p = (torch.log_softmax(logits.double(), -1).float() for logits in (student_logits, teacher_logits))
+
+    value = case.objective(student_logits, teacher_logits)
+
+    assert_close(case.objective(log_q, teacher_logits), value, rtol=2e-6, atol=0)
+    assert_close(case.objective(student_logits, log_p), value, rtol=2e-6, atol=0)
+    assert_close(case.objective(log_q, log_p), value, rtol=2e-6, atol=0)
+
+
+LOGIT = st.one_of(st.floats(-1e4, 1e4, width=32), st.floats(-10.0, 10.0, width=32))
+PAIRS = st.lists(st.tuples(LOGIT, LOGIT), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(PAIRS)
+def test_on_any_finite_logits_the_loss_is_finite_and_within_bounds_and_the_gradient_adds_up_to_zero(pairs):
+    student_logits, teacher_logits = torch.tensor(pairs).T
+
+    for case in CASES.values():
+        value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+        assert value.isfinite()
+        assert 0 <= value <= case.upper * (1 + 1e-6)
+        assert gradient.isfinite().all()
+        # The softmax's gradient takes a sum as large as the loss off terms as large as the loss.
+        assert abs(gradient.double().sum()) <= 1e-6 * (1 + value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        *((partial(taid, t=t), f"t must lie in [0, 1], got {t}") for t in (-0.1, 1.5, math.nan)),
+        *((partial(interpolated_log_probs, t=t), f"t must lie in [0, 1], got {t}") for t in (-0.1, 1.5)),
+        *(
+            (partial(jsd, beta=beta), f"beta must lie strictly between 0 and 1, got {beta}")
+            for beta in (0.0, 1.0, -0.5)
+        ),
+        *((partial(skew_forward_kl, skew=skew), f"skew must lie in [0, 1), got {skew}") for skew in (1.0, -0.1)),
+        *((partial(skew_reverse_kl, skew=skew), f"skew must lie in [0, 1), got {skew}") for skew in (1.0, -0.1)),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused_with_its_value(objective, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        objective(*FAR)
+
+
+@every_objective
+def test_logits_of_different_shapes_are_refused_with_both_shapes(case):
+    with pytest.raises(ValueError, match=re.escape("student logits (2, 5) and teacher logits (2, 6) differ in shape")):
+        case.objective(torch.zeros(2, 5), torch.zeros(2, 6))

@@ -1,0 +1,376 @@
+"""The trainer: one number a step, whatever way the rows are split, and nothing of SFTTrainer lost."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
+PROMPT_COMPLETION = Dataset.from_list(
+    [{"prompt": TEXT[: 4 + 3 * i], "completion": TEXT[4 + 3 * i : 20 + 9 * i]} for i in range(8)]
+)
+HELD_OUT = Dataset.from_list([{"prompt": TEXT[i : i + 9], "completion": TEXT[i + 9 : i + 30 + 7 * i]} for i in range(7)])
+
+
+def config(folder, **options):
+    options = {
+        "objective": "taid", "taid_alpha": 0.3, "taid_beta": 0.5, "max_steps": 4, "per_device_train_batch_size": 8,
+        "learning_rate": 0.3, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "max_length": 256,
+        "bf16": False, "activation_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    } | options  # fmt: skip
+    return TAIDConfig(output_dir=str(folder), **options)
+
+
+def train(folder, student, teacher, data=PROMPT_COMPLETION, held_out=None, model_options=None, **options):
+    trainer = TAIDTrainer(
+        str(student) if isinstance(student, Path) else student,
+        str(teacher) if isinstance(teacher, Path) else teacher,
+        config(folder, **options),
+        train_dataset=data,
+        eval_dataset=held_out,
+        **(model_options or {}),
+    )
+    trainer.train()
+    rows = run_folder.read_metrics(Path(folder))
+    return trainer, [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+
+
+def relative(a, b):
+    return abs(a - b) / max(abs(b), 1e-12)
+
+
+# --- one number a step ------------------------------------------------------------------------------------------------
+
+SPLITS = {
+    "4 rows twice": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "1 row eight times": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "padding-free, 4 rows twice": {
+        "padding_free": True, "max_length": None, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+    },
+    "packed": {"packing": True, "max_length": 256},
+    "activation checkpointing": {"activation_checkpointing": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["taid", "forward_kl"])
+def whole(request, tmp_path_factory, student_folder, teacher_folder):
+    """Eight padded rows at once: what every other split is compared with."""
+    folder = tmp_path_factory.mktemp("whole")
+    return request.param, train(folder, student_folder, teacher_folder, objective=request.param)[1]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_loss_gradient_norm_and_t_do_not_depend_on_how_the_rows_are_split(
+    split, whole, tmp_path, student_folder, teacher_folder
+):
+    objective, expected = whole
+    _, steps, _ = train(tmp_path, student_folder, teacher_folder, objective=objective, **SPLITS[split])
+    assert len(steps) == len(expected) == 4
+    for row, reference in zip(steps, expected, strict=True):
+        for name in ("loss", "grad_norm", "kl", "cross_entropy", "entropy", *(["t"] if objective == "taid" else [])):
+            assert relative(row[name], reference[name]) < 1e-5, (name, row["step"])
+        assert row["num_tokens"] == reference["num_tokens"]
+        assert row["mean_token_accuracy"] == reference["mean_token_accuracy"]
+
+
+def test_the_first_loss_is_the_objective_summed_over_trained_tokens_and_divided_once(
+    tmp_path, student_folder, teacher_folder, tokenizer
+):
+    _, steps, _ = train(tmp_path, student_folder, teacher_folder, max_steps=1)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (student_folder, teacher_folder))
+    total, kl, count = 0.0, 0.0, 0
+    with torch.no_grad():
+        for row in PROMPT_COMPLETION:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+            start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
+            x, shared = torch.tensor([ids]), len(tokenizer)
+            logits = [model(x).logits[0, start - 1 : -1, :shared] for model in (student, teacher)]
+            total += objectives.taid(*logits, t=0.4).double().sum().item()
+            kl += objectives.forward_kl(*logits).double().sum().item()
+            count += len(ids) - start
+    assert relative(steps[0]["loss"], total / count) < 1e-5
+    assert relative(steps[0]["kl"], kl / count) < 1e-5
+
+
+def test_a_step_whose_tokens_are_all_untrained_gives_zero_and_leaves_t(tmp_path, student_folder, teacher_folder):
+    ids = [5, 6, 7, 8, 9]
+    data = Dataset.from_list([{"input_ids": ids, "labels": [5, -100, -100, -100, -100]} for _ in range(8)])
+    trainer, steps, _ = train(tmp_path, student_folder, teacher_folder, data=data, max_steps=3, taid_adaptive=False)
+    assert [row["loss"] for row in steps] == [0.0] * 3
+    assert [row["grad_norm"] for row in steps] == [0.0] * 3
+    assert trainer.t == 0.4
+
+
+# --- t ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", ["kl", "cross_entropy"])
+def test_t_follows_the_schedule_fed_with_the_losses_of_the_run(signal, tmp_path, student_folder, teacher_folder):
+    trainer, steps, _ = train(tmp_path, student_folder, teacher_folder, max_steps=6, taid_signal=signal)
+    schedule = TAIDSchedule(6, alpha=0.3, beta=0.5)
+    state = schedule.initial_state()
+    for row in steps:
+        assert row["t"] == state.t
+        # The logged loss is the KL; only that signal can be replayed from the log.
+        state = schedule.advance(state, row["loss"]) if signal == "kl" else state
+        if signal == "cross_entropy":
+            break
+    else:
+        assert trainer.t == state.t
+    assert trainer.t > 0.4
+
+
+def test_the_cross_entropy_signal_moves_t_and_not_the_gradient(tmp_path, student_folder, teacher_folder):
+    runs = {s: train(tmp_path / s, student_folder, teacher_folder, taid_signal=s, taid_beta=0.0)[1] for s in ("kl", "cross_entropy")}
+    for name in ("loss", "grad_norm"):
+        assert runs["kl"][0][name] == runs["cross_entropy"][0][name]
+    assert runs["kl"][2]["momentum"] != runs["cross_entropy"][2]["momentum"]
+
+
+def test_evaluation_does_not_move_t(tmp_path, student_folder, teacher_folder):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    _, plain, _ = train(tmp_path / "a", student_folder, teacher_folder)
+    _, evaluated, held_out = train(tmp_path / "b", student_folder, teacher_folder, held_out=HELD_OUT, **options)
+    assert len(held_out) == 5
+    for name in ("t", "momentum", "loss", "grad_norm"):
+        assert [row[name] for row in plain] == [row[name] for row in evaluated]
+
+
+# --- what the loss is made of -----------------------------------------------------------------------------------------
+
+
+def test_sft_is_trl_s_own_sft(tmp_path, student_folder, teacher_folder):
+    _, ours, _ = train(tmp_path / "a", student_folder, None, objective="sft")
+    options = vars(config(tmp_path / "b")) | {"objective": "sft"}
+    names = {f for f in SFTConfig.__dataclass_fields__ if SFTConfig.__dataclass_fields__[f].init}
+    args = SFTConfig(**{k: v for k, v in options.items() if k in names and not k.startswith("gradient_checkp")})
+    args.dataloader_pin_memory = False
+    trainer = SFTTrainer(str(student_folder), args, train_dataset=PROMPT_COMPLETION)
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert relative(a[name], b[name]) < 1e-5, name
+
+
+def test_kd_ratio_mixes_the_objective_with_the_labels(tmp_path, student_folder, teacher_folder):
+    _, steps, _ = train(tmp_path, student_folder, teacher_folder, objective="forward_kl", kd_ratio=0.7)
+    for row in steps:
+        assert relative(row["loss"], 0.7 * row["kl"] + 0.3 * row["cross_entropy"]) < 1e-6
+    pure = {name: train(tmp_path / name, student_folder, teacher_folder, objective=name, max_steps=1)[1][0]["grad_norm"]
+            for name in ("forward_kl", "sft")}  # fmt: skip
+    assert steps[0]["grad_norm"] < 0.7 * pure["forward_kl"] + 0.3 * pure["sft"]
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl"])
+def test_every_objective_falls_under_training(objective, tmp_path, student_folder, teacher_folder):
+    _, steps, _ = train(tmp_path, student_folder, teacher_folder, objective=objective, max_steps=8, learning_rate=1.0)
+    assert steps[-1]["loss"] < 0.999 * steps[0]["loss"]
+
+
+def test_held_out_figures_are_means_over_all_held_out_tokens(tmp_path, student_folder, teacher_folder, tokenizer):
+    trainer, _, _ = train(
+        tmp_path, student_folder, teacher_folder, held_out=HELD_OUT, per_device_eval_batch_size=3, max_steps=1
+    )
+    metrics = trainer.evaluate()
+    student, teacher = trainer.model.eval(), trainer.teacher
+    sums = torch.zeros(4, dtype=torch.float64)
+    with torch.no_grad():
+        for row in trainer.eval_dataset:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+            kept, shared = labels != -100, len(tokenizer)
+            q, p = (m(ids).logits[0, :-1, :shared][kept].double().log_softmax(-1) for m in (student, teacher))
+            entropies = [F.nll_loss(x, labels[kept], reduction="sum") for x in (q, p)]
+            sums += torch.stack([*entropies, (p.exp() * (p - q)).sum(), kept.sum()])
+    means = (sums / sums[3]).tolist()
+    assert metrics["eval_tokens"] == sums[3]
+    names = ("eval_cross_entropy", "eval_teacher_cross_entropy", "eval_kl")
+    for name, mean in zip(names, means, strict=False):
+        assert relative(metrics[name], mean) < 1e-5, name
+    assert relative(metrics["eval_loss"], means[2]) < 1e-5  # TAID is evaluated at t_end = 1
+
+
+def test_rows_that_are_no_token_get_no_probability_and_no_gradient(tmp_path, teacher_folder, tokenizer):
+    """The student's head is padded far beyond the vocabulary, with large weights that would drown all tokens."""
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    student.resize_token_embeddings(len(tokenizer) + 40, mean_resizing=False)
+    with torch.no_grad():
+        student.lm_head.weight[len(tokenizer) :] = 100.0
+    before = student.lm_head.weight.detach().clone()
+    _, steps, _ = train(tmp_path, student, teacher_folder, objective="forward_kl",
+                        model_options={"processing_class": tokenizer})  # fmt: skip
+    assert steps[0]["kl"] < 1e-6
+    assert torch.equal(student.lm_head.weight[len(tokenizer) :], before[len(tokenizer) :])
+
+
+def test_the_router_loss_of_a_mixture_of_experts_is_kept(tmp_path, teacher_folder, tokenizer):
+    torch.manual_seed(0)
+    shape = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    model = MixtralForCausalLM(shape)
+    model.save_pretrained(tmp_path / "moe")
+    runs = []
+    for coefficient in (0.5, 0.0):
+        student = MixtralForCausalLM.from_pretrained(tmp_path / "moe")
+        _, steps, _ = train(
+            tmp_path / str(coefficient), student, teacher_folder, objective="forward_kl",
+            router_aux_loss_coef=coefficient, model_options={"processing_class": tokenizer},
+        )  # fmt: skip
+        runs.append(steps)
+    assert 1.0 < runs[0][0]["aux_loss"] < 8.0
+    assert "aux_loss" not in runs[1][0]
+    assert relative(runs[0][0]["kl"], runs[1][0]["kl"]) < 1e-6
+    assert relative(runs[0][0]["grad_norm"], runs[1][0]["grad_norm"]) > 1e-4
+
+
+def test_the_teacher_is_frozen_without_dropout_and_never_saved(tmp_path, student_folder, teacher_folder):
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, attention_dropout=0.5)
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    trainer, steps, _ = train(tmp_path, student_folder, teacher.train(), learning_rate=0.0, objective="forward_kl",
+                              model_options={"teacher_processing_class": tokenizer}, save_strategy="steps", save_steps=2)  # fmt: skip
+    assert len({row["kl"] for row in steps}) == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
+    assert all(weight.grad is None for weight in teacher.parameters())
+    trainer.save_model()
+    student_size = sum(w.numel() for w in trainer.model.parameters())
+    for saved in tmp_path.rglob("*.safetensors"):
+        assert sum(w.numel() for w in load_file(saved).values()) <= student_size
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+
+def test_bf16_stays_near_float32(tmp_path, student_folder, teacher_folder):
+    _, exact, _ = train(tmp_path / "a", student_folder, teacher_folder, max_steps=1)
+    _, rounded, _ = train(tmp_path / "b", student_folder, teacher_folder, max_steps=1, bf16=True)
+    assert relative(rounded[0]["loss"], exact[0]["loss"]) < 0.05
+    assert relative(rounded[0]["cross_entropy"], exact[0]["cross_entropy"]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_chat_and_plain_text_train_on_every_token(kind, tmp_path, student_folder, teacher_folder, tokenizer):
+    talk = [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "Nobody at all."}]
+    data = Dataset.from_list([{"messages": talk} if kind == "messages" else {"text": TEXT}] * 8)
+    trainer, steps, _ = train(tmp_path, student_folder, teacher_folder, data=data, max_steps=2)
+    ids = trainer.train_dataset[0]["input_ids"]
+    assert trainer.train_dataset[0]["labels"] == ids
+    assert steps[0]["num_tokens"] == 8 * len(ids)
+    assert steps[1]["loss"] < 1.5 * steps[0]["loss"]
+
+
+# --- adapters, saving, resuming ---------------------------------------------------------------------------------------
+
+
+def test_a_lora_student_trains_saves_loads_and_generates(tmp_path, student_folder, teacher_folder, tokenizer):
+    trainer, steps, _ = train(
+        tmp_path, student_folder, teacher_folder, learning_rate=5.0, max_steps=6, objective="forward_kl",
+        model_options={"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])},
+    )  # fmt: skip
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student_folder), tmp_path).eval()
+    inputs = tokenizer("It was", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits, atol=1e-6)
+    assert loaded.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_the_student_folder_is_an_ordinary_one(tmp_path, student_folder, teacher_folder, tokenizer):
+    trainer, _, _ = train(tmp_path, student_folder, teacher_folder)
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    inputs = tokenizer("It was", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
+    assert loaded.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"objective": "forward_kl"}, "objective was 'taid', is 'forward_kl'"),
+        ({"max_steps": 5}, "total_steps was 4, is 5"),
+        ({"taid_t_start": 0.2}, "taid_t_start was 0.4, is 0.2"),
+        ({"taid_alpha": "auto"}, "taid_alpha was 0.3, is 'auto'"),
+        ({"kd_ratio": 0.5}, "kd_ratio was 1.0, is 0.5"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(changed, named, tmp_path, student_folder, teacher_folder):
+    train(tmp_path, student_folder, teacher_folder, save_strategy="steps", save_steps=2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    args = config(tmp_path, **({"save_strategy": "steps", "save_steps": 2} | changed))
+    trainer = TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION)
+    with pytest.raises(ValueError, match=named):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+class Poison(TrainerCallback):
+    """Breaks one weight of the student after a given step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            model.get_output_embeddings().weight.data[0, 0] = math.nan
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, student_folder, teacher_folder):
+    args = config(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
+    trainer = TAIDTrainer(
+        str(student_folder), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION, callbacks=[Poison(3)]
+    )
+    with pytest.raises(FloatingPointError, match=r"step 4: .*nan.*checkpoint-2"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    weights = trainer.model.state_dict()
+    finite = {n for n, w in weights.items() if torch.isfinite(w).all()}
+    assert len(finite) >= len(weights) - 2  # the poisoned weight, and its twin where the head is tied
+    assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+# --- rows and models that do not fit ----------------------------------------------------------------------------------
+
+
+def test_rows_without_a_trained_token_are_counted_and_an_empty_rest_is_an_error(
+    tmp_path, student_folder, teacher_folder, caplog
+):
+    long_prompt = {"prompt": TEXT, "completion": " yes"}
+    data = Dataset.from_list([long_prompt, *PROMPT_COMPLETION.select(range(3)), long_prompt])
+    args = config(tmp_path / "a", max_length=24)
+    TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=data)
+    assert "2 of 5 rows of the train data set are left out" in caplog.text
+    with pytest.raises(ValueError, match="every trained token of all 2 rows of the train data set"):
+        TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=Dataset.from_list([long_prompt] * 2))
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path, student_folder, teacher_folder):
+    student = AutoModelForCausalLM.from_pretrained(student_folder)
+    args = config(tmp_path)
+    with pytest.raises(ValueError, match="objective 'taid' needs a teacher"):
+        TAIDTrainer(str(student_folder), None, args, train_dataset=PROMPT_COMPLETION)
+    with pytest.raises(ValueError, match="one object"):
+        TAIDTrainer(student, student, args, train_dataset=PROMPT_COMPLETION)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    teacher.config._name_or_path = ""
+    with pytest.raises(ValueError, match="pass teacher_processing_class"):
+        TAIDTrainer(student, teacher, args, train_dataset=PROMPT_COMPLETION)
