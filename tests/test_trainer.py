@@ -242,12 +242,11 @@ def test_the_router_loss_of_a_mixture_of_experts_is_kept(tmp_path, teacher_folde
 def test_the_teacher_is_frozen_without_dropout_and_never_saved(tmp_path, student_folder, teacher_folder):
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, attention_dropout=0.5)
     before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-    trainer, steps, _ = train(tmp_path, student_folder, teacher.train(), learning_rate=0.0, objective="forward_kl",
-                              model_options={"teacher_processing_class": tokenizer}, save_strategy="steps", save_steps=2)  # fmt: skip
-    assert len({row["kl"] for row in steps}) == 1
+    trainer, steps, _ = train(
+        tmp_path, student_folder, teacher.train(), learning_rate=0.0, objective="forward_kl",
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    assert max(row["kl"] for row in steps) / min(row["kl"] for row in steps) < 1 + 1e-6
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
     assert all(weight.grad is None for weight in teacher.parameters())
     trainer.save_model()

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -78,6 +79,7 @@ def train(argv: Sequence[str]) -> None:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
         args.disable_tqdm = True
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user can act on them
     logging.basicConfig(format="%(message)s")
     logging.getLogger("taid").setLevel(logging.INFO)
     required = {"model_name_or_path": model_arguments.model_name_or_path, "dataset_name": data_arguments.dataset_name}

@@ -137,6 +137,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
+        if args.ddp_find_unused_parameters is None and not hasattr(model.config.get_text_config(), "output_router_logits"):
+            args.ddp_find_unused_parameters = False  # only a mixture of experts leaves weights unused in a step
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processing_class, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
@@ -448,6 +450,10 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
                 total_steps=state.max_steps, processes=args.world_size, device=str(args.device),
             )  # fmt: skip
             run_folder.truncate_metrics(folder, state.global_step)
+
+    def on_step_end(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # or the last steps would be missing from metrics.jsonl
+            control.should_log = True
 
     def on_log(self, args: TAIDConfig, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         is_step = "loss" in logs or any(name.endswith("_cross_entropy") for name in logs)

@@ -1,0 +1,120 @@
+"""Whole runs through the real command line: two processes, a kill, a resume, a report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from taid import run_folder
+
+pytestmark = pytest.mark.cli
+
+SENTENCE = "It was a bright cold day in April, and the clocks were striking thirteen. Who is there? Nobody at all. "
+TIMING = ("tokens_per_second", "seconds")
+
+
+@pytest.fixture
+def recipe(tmp_path, student_folder, teacher_folder, write_rows):
+    """Write a recipe for a run in `folder` and return its path."""
+    rows = [{"prompt": SENTENCE[: 5 + 2 * i], "completion": SENTENCE[5 + 2 * i : 20 + 7 * i]} for i in range(8)]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    held_out = write_rows(tmp_path / "held_out.jsonl", [{"text": SENTENCE[3 * i : 40 + 5 * i]} for i in range(7)])
+
+    def write(folder, **options):
+        values = {
+            "model_name_or_path": str(student_folder), "teacher_model_name_or_path": str(teacher_folder),
+            "dataset_name": str(train), "eval_dataset_name": str(held_out), "output_dir": str(folder), "max_steps": 4,
+            "per_device_train_batch_size": 8, "per_device_eval_batch_size": 2, "learning_rate": 0.3, "optim": "sgd",
+            "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "bf16": False, "activation_checkpointing": False,
+            "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "report_to": "none",
+            "use_cpu": True, "taid_alpha": 0.3, "taid_beta": 0.5,
+        }  # fmt: skip
+        path = tmp_path / f"{folder.name}.yaml"
+        path.write_text(yaml.safe_dump(values | options))
+        return path
+
+    return write
+
+
+def command(*arguments, processes=1):
+    # accelerate's own --cpu starts one process only (or mpirun); --multi_gpu is its name for torchrun.
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "-m"]
+    launcher = launcher if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "taid", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def metrics(folder):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in run_folder.read_metrics(folder)]
+
+
+@pytest.mark.parametrize("objective", ["taid", "forward_kl"])
+def test_two_processes_give_what_one_gives(objective, recipe, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(command("train", "--config", recipe(one), "--objective", objective))
+    finish(command("train", "--config", recipe(two, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+                   "--objective", objective, processes=2))  # fmt: skip
+    rows = list(zip(metrics(one), metrics(two), strict=True))
+    assert len(rows) == 4 + 3
+    for a, b in rows:
+        for name in a.keys() - {"epoch"}:
+            assert abs(a[name] - b[name]) <= 1e-5 * abs(a[name]) + 1e-12, (name, a["step"])
+    assert json.loads((two / "versions.json").read_text())["processes"] == 2
+
+
+def test_a_killed_and_resumed_run_ends_like_one_left_alone_byte_for_byte(recipe, tmp_path):
+    options = {"max_steps": 24, "logging_steps": 5, "save_strategy": "steps", "save_steps": 4, "eval_steps": 6,
+               "optim": "adamw_torch", "learning_rate": 1e-3, "per_device_train_batch_size": 3}  # fmt: skip
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    finish(command("train", "--config", recipe(alone, **options)))
+
+    process = command("train", "--config", recipe(killed, **options))
+    deadline = time.time() + 120
+    while run_folder_step(killed) < 8 and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "model.safetensors").exists(), "the run was over before the kill"
+
+    finish(command("train", "--config", recipe(killed, **options), "--resume_from_checkpoint"))
+    assert (killed / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    assert metrics(killed) == metrics(alone)
+    states = [json.loads((f / "checkpoint-24" / "trainer_state.json").read_text()) for f in (alone, killed)]
+    schedules = [state["stateful_callbacks"]["TAIDTrainer"]["schedule"] for state in states]
+    assert schedules[0] == schedules[1]
+    assert schedules[0]["step"] == 24
+
+
+def run_folder_step(folder: Path) -> int:
+    checkpoint = run_folder.last_checkpoint(folder) if folder.exists() else None
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+
+
+def test_a_run_leaves_its_report_and_a_configuration_that_repeats_it(recipe, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    out = finish(command("train", "--config", recipe(first)))
+    assert str(first / "report.html") in out
+    page = (first / "report.html").read_text()
+    assert "TAID" in page
+    assert "data:image/png;base64," in page
+    finish(command("train", "--config", first / "config.yaml", "--output_dir", second))
+    assert (second / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert metrics(second) == metrics(first)
+    (first / "report.html").unlink()
+    finish(command("report", first))
+    assert (first / "report.html").read_text() == page
