@@ -30,13 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 _SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
-    "A small student learns from a large teacher, one token at a time.",
-    "Distillation moves the target from the student to the teacher.",
+    "A small student learns from a large teacher.",
+    "One token at a time.",
     "def f(x):\n    return x ** 2\n",
-    "What is the capital of France? The capital of France is Paris.",
-    "The loss falls while the learning rate warms up and then decays.",
-    "Numbers such as 12345 and 3.14 are split into smaller tokens.",
-    "Read the question twice, then answer it once.",
+    "The capital of France is Paris.",
+    "The loss falls, then it rises again.",
+    "12345 and 3.14 are numbers.",
+    "Yes.",
 )
 _CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -58,7 +58,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(_SENTENCES, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=special[0], eos_token=special[0], pad_token=special[0], model_max_length=256
+        tokenizer_object=bpe, bos_token=special[0], eos_token=special[0], pad_token=special[0], model_max_length=512
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
@@ -78,7 +78,7 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 512,
             "tie_word_embeddings": tied,
             "initializer_range": 0.2,  # with the usual 0.02 every distribution is uniform, and every divergence zero
             "bos_token_id": 0,
@@ -107,13 +107,13 @@ def teacher_folder(tmp_path_factory, tokenizer, make_model) -> Path:
 
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[..., list[dict[str, Any]]]:
-    """make_rows(kind="prompt", number=8, seed=0): "prompt", "messages" or "text" rows of 1 to 5 sentences."""
+    """make_rows(kind="prompt", number=8, seed=0): "prompt", "messages" or "text" rows of 1 to 4 sentences a text."""
 
     def make(kind: str = "prompt", number: int = 8, seed: int = 0) -> list[dict[str, Any]]:
         chosen = random.Random(seed)
 
         def text() -> str:
-            return " ".join(chosen.choices(_SENTENCES, k=chosen.randint(1, 5)))
+            return " ".join(chosen.choices(_SENTENCES, k=chosen.randint(1, 4)))
 
         def messages() -> list[dict[str, str]]:
             return [

@@ -13,6 +13,7 @@ alone, a divergence that is infinite comes out as a huge finite number.
 divergence is, so a small KL is mostly noise. The same sum with ``q - p`` (which adds up to zero) under it,
 ``sum p (exp(d) - 1 - d)`` with ``d = log q - log p``, has terms that are never negative and is insensitive to the
 normalisers to first order. On 151,936 entries and a KL of 5e-5 nats the relative error falls from 4e-2 to 2e-6.
+For the same reason ``d`` itself is taken from the gap of the logits, not from two rounded log-probabilities.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor) -
     Reference: Shing et al., "TAID", ICLR 2025, arXiv 2501.16937, eq. 3 and 4. The official code minimises the
     cross-entropy of ``p_t``, which has the same gradient and another value; it mixes in the logits' own dtype.
     """
-    return _kl(interpolated_log_probs(student_logits, teacher_logits, t=t), _log_probs(student_logits))
+    log_p_t = interpolated_log_probs(student_logits, teacher_logits, t=t)
+    with torch.no_grad():
+        z_q, z_p = _centred(student_logits), _centred(teacher_logits)
+        difference = t * (z_q - z_p) + (_normaliser(_mixed(z_q, z_p, t)) - _normaliser(z_q))
+    return _kl(log_p_t, _log_probs(student_logits), difference)
 
 
 def interpolated_log_probs(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor) -> Tensor:
@@ -70,8 +75,7 @@ def interpolated_log_probs(student_logits: Tensor, teacher_logits: Tensor, *, t:
     if not isinstance(t, Tensor) and not 0.0 <= t <= 1.0:
         raise ValueError(f"t must lie in [0, 1], got {t}")
     _require_same_shape(student_logits, teacher_logits)
-    mixed = (1 - t) * _centred(student_logits.detach()) + t * _centred(teacher_logits.detach())
-    return mixed - mixed.logsumexp(-1, keepdim=True)
+    return _log_probs(_mixed(_centred(student_logits.detach()), _centred(teacher_logits.detach()), t))
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Reference: Hinton, Vinyals and Dean, 2015, arXiv 1503.02531.
     """
     log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
-    return _kl(log_p, log_q)
+    return _kl(log_p, log_q, -_log_ratio(teacher_logits, student_logits))
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Reference: Gu et al., "MiniLLM", arXiv 2306.08543.
     """
     log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
-    return _kl(log_q, log_p)
+    return _kl(log_q, log_p, _log_ratio(teacher_logits, student_logits))
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -152,8 +156,11 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: flo
 
     Reference: Ko et al., "DistiLLM", arXiv 2402.03898.
     """
+    _check_skew(skew)
+    if skew == 0.0:
+        return forward_kl(student_logits, teacher_logits)
     log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
-    return _kl(log_p, _skewed(log_q, log_p, skew))
+    return _kl(log_p, torch.logaddexp(log_q + math.log1p(-skew), log_p + math.log(skew)))
 
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1) -> Tensor:
@@ -172,22 +179,26 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: flo
 
     Reference: Ko et al., "DistiLLM", arXiv 2402.03898.
     """
+    _check_skew(skew)
+    if skew == 0.0:
+        return reverse_kl(student_logits, teacher_logits)
     log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
-    return _kl(log_q, _skewed(log_p, log_q, skew))
+    return _kl(log_q, torch.logaddexp(log_p + math.log1p(-skew), log_q + math.log(skew)))
 
 
-def _skewed(log_base: Tensor, log_pull: Tensor, skew: float) -> Tensor:
-    """Return ``log((1 - skew) base + skew pull)``."""
+def _check_skew(skew: float) -> None:
     if not 0.0 <= skew < 1.0:
         raise ValueError(f"skew must lie in [0, 1), got {skew}: at 1 the two arguments of the divergence are equal")
-    if skew == 0.0:
-        return log_base
-    return torch.logaddexp(log_base + math.log1p(-skew), log_pull + math.log(skew))
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """``KL(a || b) = sum a (exp(d) - 1 - d)``, ``d = log b - log a``; see "Rounding" above."""
+def _kl(log_a: Tensor, log_b: Tensor, exact_difference: Tensor | None = None) -> Tensor:
+    """``KL(a || b) = sum a (exp(d) - 1 - d)``, ``d = log b - log a``; see "Rounding" above.
+
+    `exact_difference` is the value of d where it is known to more digits than ``log_b - log_a`` keeps.
+    """
     a, difference = log_a.exp(), log_b - log_a
+    if exact_difference is not None:
+        difference = exact_difference + (difference - difference.detach())
     # Where b is far larger than a, exp(d) overflows: there the terms are summed as b - a - a d.
     near = difference.clamp(max=1.0)
     terms = torch.where(
@@ -198,15 +209,30 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
+@torch.no_grad()
+def _log_ratio(numerator_logits: Tensor, denominator_logits: Tensor) -> Tensor:
+    """``log a - log b`` from the gap of the logits, to the last digit where they are close."""
+    z_a, z_b = _centred(numerator_logits), _centred(denominator_logits)
+    return (z_a - z_b) - (_normaliser(z_a) - _normaliser(z_b))
+
+
+def _mixed(z_q: Tensor, z_p: Tensor, t: float | Tensor) -> Tensor:
+    return (1 - t) * z_q + t * z_p
+
+
 def _log_probs_pair(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     _require_same_shape(student_logits, teacher_logits)
     return _log_probs(student_logits), _log_probs(teacher_logits.detach())
 
 
 def _log_probs(logits: Tensor) -> Tensor:
-    # logsumexp sums pairwise where log_softmax adds up 151,936 terms in a row: ten times less rounding on CPU.
     centred = _centred(logits)
-    return centred - centred.logsumexp(-1, keepdim=True)
+    return centred - _normaliser(centred)
+
+
+def _normaliser(centred: Tensor) -> Tensor:
+    # logsumexp sums pairwise where log_softmax adds up 151,936 terms in a row: ten times less rounding on CPU.
+    return centred.logsumexp(-1, keepdim=True)
 
 
 def _centred(logits: Tensor) -> Tensor:

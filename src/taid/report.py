@@ -6,27 +6,20 @@ writing can be reported at any time. A row is one step's finite numbers; a serie
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from taid.plots import BLUE, BOLD, GREEN, INK, MUTED, VERMILLION, Line, Plot, Series, draw, panels, png_of
 from taid.run_folder import CONFIG, METRICS, VERSIONS, read_metrics, write_atomically
 from taid.schedule import TAIDSchedule, auto_alpha
-
-Series = list[tuple[int, float]]
 
 _METHODS = {
     "taid": "TAID",
@@ -46,11 +39,6 @@ _IMPORTANT = (
 _HELD_OUT = ("loss", "cross_entropy", "kl", "teacher_cross_entropy", "entropy", "mean_token_accuracy", "tokens")
 # Lazy, so that eval_teacher_cross_entropy is the teacher's cross-entropy and not that of a set named "teacher".
 _HELD_OUT_KEY = re.compile(rf"(eval_(?:.+?_)??)({'|'.join(_HELD_OUT)})")
-
-# Okabe and Ito's blue, vermillion and green, the last two darkened until they can be read as text on white.
-_BLUE, _VERMILLION, _GREEN, _INK, _MUTED, _GRID = "#0072b2", "#b84a00", "#00795a", "#2b2b2a", "#66665f", "#ebebe6"
-_SMALL = {"color": _MUTED, "fontsize": 9.5}
-_BOLD: dict[str, Any] = {"fontsize": 9.5, "fontweight": "bold"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -228,100 +216,79 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-@dataclass(frozen=True)
-class _Plot:
-    title: str
-    alt: str
-    caption: str
-    png: bytes
-    file: str | None = None
-
-    @property
-    def base64(self) -> str:
-        return base64.b64encode(self.png).decode()
-
-
-@dataclass(frozen=True)
-class _Line:
-    series: Series
-    colour: str
-    label: str
-    dashed: bool = False
-
-
-def _plot_t(run: _Run) -> _Plot:
+def _plot_t(run: _Run) -> Plot:
     t, schedule = run.series("t"), run.schedule
-    figure, (axes,) = _figure(["t"], run.total_steps or run.last_step)
-    lines = [_Line(t, _BLUE, f"t {t[-1][1]:.2f}")]
+    figure, (axes,) = panels(["t"], run.total_steps or run.last_step)
+    lines = [Line(t, BLUE, f"t {t[-1][1]:.2f}")]
     alt, caption = f"t over the training steps: {_from_to(t)}", ""
     if schedule is not None:
         floor = [(step, schedule.linear(step)) for step in (0, schedule.total_steps)]
-        lines.append(_Line(floor, _MUTED, "", dashed=True))
+        lines.append(Line(floor, MUTED, "", dashed=True))
         # t is never below its floor, so there is room for the name.
         middle = schedule.total_steps // 2, schedule.linear(schedule.total_steps // 2)
-        axes.annotate("linear floor", middle, xytext=(8, -14), textcoords="offset points", color=_MUTED, **_BOLD)
+        axes.annotate("linear floor", middle, xytext=(8, -14), textcoords="offset points", color=MUTED, **BOLD)
         under = [schedule.linear(step) for step, _ in t]
         ahead = [max(value, low) for (_, value), low in zip(t, under, strict=True)]
-        axes.fill_between([step for step, _ in t], under, ahead, color=_BLUE, alpha=0.14, linewidth=0)
+        axes.fill_between([step for step, _ in t], under, ahead, color=BLUE, alpha=0.14, linewidth=0)
         alt += f"; the linear floor rises from {floor[0][1]:g} to {floor[1][1]:g} at step {floor[1][0]:,}"
         caption = f"As configured, {schedule.regime()} Dashed: the linear floor. Shaded: how far t is ahead of it."
-    _draw(axes, lines, smooth=False)
-    return _Plot("t, from the student (0) to the teacher (1)", f"{alt}.", caption, _png(figure), "t.png")
+    draw(axes, lines, smooth=False)
+    return Plot("t, from the student (0) to the teacher (1)", f"{alt}.", caption, png_of(figure), "t.png")
 
 
-def _plot_training(run: _Run) -> _Plot:
+def _plot_training(run: _Run) -> Plot:
     kinds = (
-        ("loss", "loss", _BLUE),
-        ("kl", "KL to the teacher", _VERMILLION),
-        ("cross_entropy", "cross-entropy", _GREEN),
+        ("loss", "loss", BLUE),
+        ("kl", "KL to the teacher", VERMILLION),
+        ("cross_entropy", "cross-entropy", GREEN),
     )
-    lines = [_Line(series, colour, words) for key, words, colour in kinds if (series := run.series(key))]
-    figure, (axes,) = _figure(["nats per token"], run.last_step)
-    window = _draw(axes, lines, from_zero=True)
+    lines = [Line(series, colour, words) for key, words, colour in kinds if (series := run.series(key))]
+    figure, (axes,) = panels(["nats per token"], run.last_step)
+    window = draw(axes, lines, from_zero=True)
     notes = [f"Lines are running means over {window} logged steps; pale, every logged value."] if window > 1 else []
     if run.not_finite:
         notes.append(f"{run.not_finite:,} logged values were not finite numbers and are left out of this page.")
     alt = f"Training losses over the steps: {'; '.join(f'{line.label} {_from_to(line.series)}' for line in lines)}."
-    return _Plot("Training", alt, " ".join(notes), _png(figure), "loss.png")
+    return Plot("Training", alt, " ".join(notes), png_of(figure), "loss.png")
 
 
-def _plot_held_out(run: _Run) -> list[_Plot]:
+def _plot_held_out(run: _Run) -> list[Plot]:
     """One picture an evaluation set: cross-entropy beside the teacher's, and below it the KL to the teacher."""
     plots = []
     for name, prefix in run.held_out.items():
         student, kl = run.series(f"{prefix}cross_entropy"), run.series(f"{prefix}kl")
-        panels = [words for words, series in (("cross-entropy", student), ("KL to the teacher", kl)) if series]
-        if not panels:
+        present = [words for words, series in (("cross-entropy", student), ("KL to the teacher", kl)) if series]
+        if not present:
             continue
-        figure, axes = _figure([f"{words}\nnats per token" for words in panels], run.last_step, height=2.4)
+        figure, axes = panels([f"{words}\nnats per token" for words in present], run.last_step, height=2.4)
         alt = []
         if student:
-            lines = [_Line(student, _GREEN, f"student {student[-1][1]:.3f}")]
+            lines = [Line(student, GREEN, f"student {student[-1][1]:.3f}")]
             alt.append(f"the student's cross-entropy {_from_to(student)}")
             if teacher := run.series(f"{prefix}teacher_cross_entropy"):
                 level = teacher[-1][1]
                 ends = [(0, level), (run.last_step, level)]
-                lines.append(_Line(ends, _MUTED, f"teacher {level:.3f}", dashed=True))
+                lines.append(Line(ends, MUTED, f"teacher {level:.3f}", dashed=True))
                 alt.append(f"the teacher's is {level:.3f}")
-            _draw(axes[0], lines, smooth=False)
+            draw(axes[0], lines, smooth=False)
         if kl:
-            _draw(axes[-1], [_Line(kl, _VERMILLION, f"{kl[-1][1]:.3f}")], smooth=False, from_zero=True)
+            draw(axes[-1], [Line(kl, VERMILLION, f"{kl[-1][1]:.3f}")], smooth=False, from_zero=True)
             alt.append(f"the KL to the teacher {_from_to(kl)}")
         title = f"Held out: {name}" if name else "Held out"
-        plots.append(_Plot(title, f"Held-out curves over the steps: {'; '.join(alt)}.", "", _png(figure)))
+        plots.append(Plot(title, f"Held-out curves over the steps: {'; '.join(alt)}.", "", png_of(figure)))
     return plots
 
 
-def _plot_optimizer(run: _Run) -> list[_Plot]:
+def _plot_optimizer(run: _Run) -> list[Plot]:
     kinds = [("grad_norm", "gradient norm"), ("learning_rate", "learning rate")]
     present = [(words, series) for key, words in kinds if (series := run.series(key))]
     if not present:
         return []
-    figure, panels = _figure([words for words, _ in present], run.last_step, height=1.35)
-    for axes, (words, series) in zip(panels, present, strict=True):
-        _draw(axes, [_Line(series, _INK, "")], smooth=words == "gradient norm", from_zero=True)
+    figure, all_axes = panels([words for words, _ in present], run.last_step, height=1.35)
+    for axes, (words, series) in zip(all_axes, present, strict=True):
+        draw(axes, [Line(series, INK, "")], smooth=words == "gradient norm", from_zero=True)
     alt = "; ".join(f"{words} {_from_to(series)}" for words, series in present)
-    return [_Plot("Gradient norm and learning rate", f"Over the steps: {alt}.", "", _png(figure))]
+    return [Plot("Gradient norm and learning rate", f"Over the steps: {alt}.", "", png_of(figure))]
 
 
 def _from_to(series: Series) -> str:
@@ -329,82 +296,21 @@ def _from_to(series: Series) -> str:
     return f"from {first:.4g} at step {first_step:,} to {last:.4g} at step {last_step:,}"
 
 
-def _figure(units: list[str], last_step: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
-    """Panels one above the other over one axis of steps, each of `height` inches."""
-    # 1,120 pixels: sharp on a dense screen, and text of 9.5 points is still legible on a phone.
-    figure = Figure(figsize=(5.6, height * len(units) + 0.2), dpi=200, layout="constrained")
-    panels = list(figure.subplots(len(units), sharex=True, squeeze=False)[:, 0])
-    for axes, unit in zip(panels, units, strict=True):
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_MUTED)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=_MUTED, labelsize=9.5, length=0)
-        axes.set_ylabel(unit, **_SMALL)
-        axes.set_xlim(0, max(1, last_step))
-        axes.margins(y=0.08)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    panels[-1].set_xlabel("step", **_SMALL)
-    return figure, panels
-
-
-def _draw(axes: Any, lines: Sequence[_Line], *, smooth: bool = True, from_zero: bool = False) -> int:
-    """Draw lines, each named at its end; returns over how many points they are averaged (1: not at all)."""
-    window = max(1, max(len(line.series) for line in lines) // 60) if smooth else 1
-    for rank, line in enumerate(lines):
-        steps, values = zip(*line.series, strict=True)
-        # Where two lines coincide (loss and KL under forward_kl), the wider one below still shows.
-        width, style = (1.2, (0, (4, 3))) if line.dashed else (2.6 - 0.6 * rank, "-")
-        marker = "o" if len(values) < 25 and not line.dashed else None
-        if window > 1:
-            axes.plot(steps, values, color=line.colour, alpha=0.25, linewidth=0.7)
-        axes.plot(
-            steps, _running_mean(values, window), color=line.colour, linewidth=width, linestyle=style,
-            marker=marker, markersize=2.2 * width, clip_on=False,
-        )  # fmt: skip
-    if from_zero and all(value >= 0 for line in lines for _, value in line.series):
-        axes.set_ylim(bottom=0)
-    _name_ends(axes, lines)
-    return window
-
-
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last `window` values at each point, of fewer at the first ones."""
-    sums = [0.0, *accumulate(values)]
-    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
-
-
-def _name_ends(axes: Any, lines: Sequence[_Line]) -> None:
-    """Write each line's label beside its end, as high as the end or just above the label below it."""
-    bottom, top = axes.get_ylim()
-    panel_inches = axes.figure.get_figheight() / len(axes.figure.axes)
-    lowest = -math.inf
-    for line in sorted((line for line in lines if line.label), key=lambda line: line.series[-1][1]):
-        step, value = line.series[-1]
-        height = max((value - bottom) / (top - bottom), lowest)
-        lowest = height + 0.2 / panel_inches
-        axes.annotate(
-            line.label, (step, height), xycoords=("data", "axes fraction"), xytext=(7, 0), textcoords="offset points",
-            color=line.colour, verticalalignment="center", **_BOLD,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
-
-
-def _page(run: _Run, plots: list[_Plot]) -> str:
+def render(template: str, **values: Any) -> str:
+    """Fill one of the package's page templates."""
     # Without autoescape the name of a model or of a data set could put markup into the page.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("taid") / "assets" / "report.html.j2").read_text(encoding="utf-8"))
+    environment = Environment(
+        loader=PackageLoader("taid", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
+
+
+def _page(run: _Run, plots: list[Plot]) -> str:
     models = run.student if run.objective == "sft" else f"{run.student} ← {run.teacher}"
     columns, values = _last_values(run)
-    return template.render(
+    return render(
+        "report.html.j2",
         title=f"{_METHODS.get(run.objective, run.objective)}: {models}",
         opening=_opening(run),
         plots=plots,

@@ -86,6 +86,7 @@ class TAIDSchedule:
         """
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {state.step} is {loss}; t cannot move by it")
+        loss = max(loss, 0.0)  # a divergence below zero is rounding, and would turn the sign of delta
         if state.previous_loss is None:
             return ScheduleState(step=state.step + 1, t=state.t, momentum=state.momentum, previous_loss=loss)
         delta = (state.previous_loss - loss) / (state.previous_loss + 1e-15)
@@ -101,24 +102,30 @@ class TAIDSchedule:
 
     @property
     def is_adaptive_in_effect(self) -> bool:
-        """Whether the adaptive step can beat the linear floor at all: alpha / 2 * (1 - t_start) * N > t_end - t_start.
+        """Whether the adaptive step can beat the linear floor at all: N > 2 (t_end - t_start) / (alpha (1 - t_start)).
 
         sigmoid(m) stays near 1/2, so with t_end = 1 this is N > 2 / alpha.
         """
-        return self.adaptive and self.alpha / 2 * (1 - self.t_start) * self.total_steps > self.t_end - self.t_start
+        # A run of exactly that length is linear, whatever the last bit of the quotient says.
+        return self.adaptive and self.t_start < self.t_end and self.total_steps > self._needed_steps * (1 + 1e-9)
+
+    @property
+    def _needed_steps(self) -> float:
+        return 2 * (self.t_end - self.t_start) / (self.alpha * (1 - self.t_start)) if self.t_start < 1 else 0.0
 
     def regime(self) -> str:
         """One sentence for the user: which of the two schedules this run really follows, and how to get the other."""
+        if self.t_start == self.t_end:
+            return f"t stays at {self.t_start:g}: taid_t_start and taid_t_end are equal."
         span = f"t goes from {self.t_start:g} to {self.t_end:g} over {self.total_steps:,} steps"
         if not self.adaptive:
             return f"{span} on the linear ramp, as asked (taid_adaptive: false)."
         if self.is_adaptive_in_effect:
             return f"{span} adaptively (alpha {self.alpha:g}): it runs ahead of the linear ramp while the loss falls."
-        needed = 2 * (self.t_end - self.t_start) / (self.alpha * (1 - self.t_start)) if self.t_start < 1 else math.inf
         return (
             f"{span} on the linear ramp: with alpha {self.alpha:g} the adaptive step is the larger one only in runs of "
-            f"more than {needed:,.0f} steps. For the paper's shape on a run of this length set taid_alpha: auto "
-            f"({auto_alpha(self.total_steps):.3g}); to ask for the ramp set taid_adaptive: false."
+            f"more than {self._needed_steps:,.0f} steps. For the paper's shape on a run of this length set "
+            f"taid_alpha: auto ({auto_alpha(self.total_steps):.3g}); to ask for the ramp set taid_adaptive: false."
         )
 
 

@@ -137,7 +137,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
-        if args.ddp_find_unused_parameters is None and not hasattr(model.config.get_text_config(), "output_router_logits"):
+        if args.ddp_find_unused_parameters is None and not hasattr(
+            model.config.get_text_config(), "output_router_logits"
+        ):
             args.ddp_find_unused_parameters = False  # only a mixture of experts leaves weights unused in a step
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -275,8 +277,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             last = run_folder.last_checkpoint(Path(self.args.output_dir))
             raise FloatingPointError(
                 f"step {step}: the loss is {sums['loss'] / trained} and the gradient's norm {grad_norm}. Training "
-                f"stopped before the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: a "
-                "lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, or a look at the rows of this step."
+                f"stopped before the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: "
+                "a lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, a look at the rows of this step."
             )
         self._window["steps"] += 1
         self._window["mean_loss"] += sums["loss"] / trained
