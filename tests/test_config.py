@@ -151,7 +151,7 @@ def test_yaml_takes_mappings_lists_and_null(read):
     )
     model, _, args = read(text)
     assert args.teacher_model_init_kwargs == {"attn_implementation": "eager", "nested": {"list": [1, None, True]}}
-    assert (model.lora_target_modules, model.lora_modules_to_save) == ([], "lm_head")
+    assert (model.lora_target_modules, model.lora_modules_to_save) == ([], ["lm_head"])
     assert args.max_length is None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from taid import report
+from taid import plots, report
 from taid.report import write_report
 
 NAMES = {"model_name_or_path": "org/small", "teacher_model_name_or_path": "org/large"}
@@ -157,8 +157,8 @@ def test_without_versions_the_configuration_may_tell_the_steps(tmp_path: Path) -
 
 def test_thousands_of_points_are_smoothed_and_say_so(tmp_path: Path) -> None:
     assert "running means over 50 logged steps" in page(run(tmp_path, training(*range(1, 3001)), total_steps=3000))
-    assert report._running_mean([1.0, 2.0, 6.0, 10.0], 2) == [1.0, 1.5, 4.0, 8.0]
-    assert report._running_mean([1.0, 2.0], 1) == [1.0, 2.0]
+    assert plots._running_mean([1.0, 2.0, 6.0, 10.0], 2) == [1.0, 1.5, 4.0, 8.0]
+    assert plots._running_mean([1.0, 2.0], 1) == [1.0, 2.0]
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

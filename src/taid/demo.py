@@ -25,16 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from taid import report, run_folder, stdlib_text
-from taid.config import TAIDConfig
+from taid.config import Objective, TAIDConfig
 from taid.models import load_model, load_tokenizer
+from taid.plots import BLUE, GREEN, INK, MUTED, Line, Plot, draw, panels, png_of
 from taid.progress import StepProgress
 from taid.trainer import TAIDTrainer
 
-METHODS = {"sft": "SFT", "forward_kl": "forward KL", "taid": "TAID"}
+METHODS: dict[Objective, str] = {"sft": "SFT", "forward_kl": "forward KL", "taid": "TAID"}
 WINDOW = 256  # tokens a row
 BATCH = 8  # rows a step
 HELD_OUT_ROWS = 96
 LEARNING_RATE = 2e-3  # the same for all; chosen on the validation split, docs/log.md
+COLUMNS = ("nats/token", "bits/byte", "KL to teacher", "gap closed", "seconds")
 PROMPT = 'def read(self, size=-1):\n    """'
 
 
@@ -123,7 +125,7 @@ def _windows(tokenizer: Any, split: stdlib_text.Split, count: int) -> Dataset:
 
 
 def _distil(
-    student: Any, teacher: Any, tokenizer: Any, rows: dict[str, Dataset], folder: Path, objective: str, steps: int
+    student: Any, teacher: Any, tokenizer: Any, rows: dict[str, Dataset], folder: Path, objective: Objective, steps: int
 ) -> tuple[list[dict[str, Any]], float]:
     """One run; returns its held-out rows of metrics and its seconds of training."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -175,7 +177,7 @@ def _complete(model: Any, tokenizer: Any) -> str:
 def _show(console: Console, results: list[Result]) -> None:
     table = Table(title="Held out: modules that neither model was trained on", title_justify="left")
     table.add_column("")
-    for heading in ("nats/token", "bits/byte", "KL to teacher", "gap closed", "seconds"):
+    for heading in COLUMNS:
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(result.name, *_cells(result))
@@ -196,16 +198,44 @@ def _cells(result: Result) -> list[str]:
 
 
 def _write(output_dir: Path, results: list[Result]) -> Path:
+    """Write results.json, held_out.png, t.png and the page that shows them; return the page."""
+    pictures = [_plot_held_out(output_dir, results[-1].cross_entropy)]
+    t_png = output_dir / "taid" / "t.png"
+    if t_png.exists():
+        caption = "In the run of TAID. Dashed: the linear floor."
+        pictures.append(
+            Plot(
+                "t, from the student (0) to the teacher (1)", "t over the steps.", caption, t_png.read_bytes(), "t.png"
+            )
+        )
+    for picture in pictures:
+        run_folder.write_atomically(output_dir / str(picture.file), picture.png)
+    page = report.render(
+        "demo.html.j2",
+        opening=verdict(results),
+        columns=COLUMNS,
+        rows=[(result.name, _cells(result)) for result in results],
+        plots=pictures,
+        prompt=PROMPT,
+        completions=[(result.name, result.completion) for result in results],
+        links=[(name, f"{objective}/report.html") for objective, name in METHODS.items()],
+    )
+    run_folder.write_atomically(output_dir / "report.html", page)
     run_folder.write_atomically(
         output_dir / "results.json", json.dumps([asdict(result) for result in results], indent=2) + "\n"
     )
-    curves = {name: run_folder.read_metrics(output_dir / objective) for objective, name in METHODS.items()}
-    return report.write_demo_report(
-        output_dir,
-        opening=verdict(results),
-        rows=[(result.name, _cells(result)) for result in results],
-        completions=[(result.name, result.completion) for result in results],
-        prompt=PROMPT,
-        curves=curves,
-        links=[(name, f"{objective}/report.html") for objective, name in METHODS.items()],
-    )
+    return output_dir / "report.html"
+
+
+def _plot_held_out(output_dir: Path, teacher: float) -> Plot:
+    curves, colours = {}, (MUTED, GREEN, BLUE)
+    for objective, name in METHODS.items():
+        rows = [row for row in run_folder.read_metrics(output_dir / objective) if "eval_kl" in row]
+        curves[name] = [(row["step"], row["eval_cross_entropy"]) for row in rows]
+    last_step = max(step for series in curves.values() for step, _ in series)
+    figure, (axes,) = panels(["held-out cross-entropy\nnats per token"], last_step)
+    lines = [Line(series, colour, name) for (name, series), colour in zip(curves.items(), colours, strict=True)]
+    lines.append(Line([(0, teacher), (last_step, teacher)], INK, "teacher", dashed=True))
+    draw(axes, lines, smooth=False)
+    alt = "; ".join(f"{name} falls from {series[0][1]:.3f} to {series[-1][1]:.3f}" for name, series in curves.items())
+    return Plot("Held-out loss", f"Held-out cross-entropy over the steps: {alt}.", "", png_of(figure), "held_out.png")

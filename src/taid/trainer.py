@@ -484,5 +484,5 @@ def _load_teacher(name: str, args: TAIDConfig) -> Any:
         "revision": args.teacher_model_revision,
         "trust_remote_code": args.trust_remote_code,
     }
-    init_kwargs |= args.teacher_model_init_kwargs or {}  # type: ignore[operator]
+    init_kwargs |= args.teacher_model_init_kwargs or {}  # type: ignore[arg-type]
     return load_model(name, role="teacher", **{k: v for k, v in init_kwargs.items() if v is not None})

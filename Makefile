@@ -1,0 +1,50 @@
+# Everything runs in .venv; `make` alone lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install dev demo test check format docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed  ## make .venv with the package
+
+dev: .venv/installed-dev  ## the same with the tools for tests and docs
+
+demo: install  ## distil on this Python's own standard library, in minutes
+	$(BIN)/taid demo
+
+test: dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: dev  ## format check, lint, types, tests, docs: what CI runs
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
+
+format: dev  ## format and mend what can be mended
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: dev  ## serve the documentation at http://127.0.0.1:8000
+	$(BIN)/mkdocs serve
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis site
+
+# torch goes first and alone, so that no other package's range draws a CUDA build of several gigabytes.
+.venv/torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("taid needs Python 3.11 or later; say make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
