@@ -20,11 +20,12 @@ TIMING = ("tokens_per_second", "seconds")
 
 
 @pytest.fixture
-def recipe(tmp_path, student_folder, teacher_folder, write_rows):
+def recipe(tmp_path, student_folder, teacher_folder):
     """Write a recipe for a run in `folder` and return its path."""
     rows = [{"prompt": SENTENCE[: 5 + 2 * i], "completion": SENTENCE[5 + 2 * i : 20 + 7 * i]} for i in range(8)]
-    train = write_rows(tmp_path / "train.jsonl", rows)
-    held_out = write_rows(tmp_path / "held_out.jsonl", [{"text": SENTENCE[3 * i : 40 + 5 * i]} for i in range(7)])
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out.write_text("".join(json.dumps({"text": SENTENCE[3 * i : 40 + 5 * i]}) + "\n" for i in range(7)))
 
     def write(folder, **options):
         values = {

@@ -19,7 +19,9 @@ TEXT = "It was a bright cold day in April, and the clocks were striking thirteen
 PROMPT_COMPLETION = Dataset.from_list(
     [{"prompt": TEXT[: 4 + 3 * i], "completion": TEXT[4 + 3 * i : 20 + 9 * i]} for i in range(8)]
 )
-HELD_OUT = Dataset.from_list([{"prompt": TEXT[i : i + 9], "completion": TEXT[i + 9 : i + 30 + 7 * i]} for i in range(7)])
+HELD_OUT = Dataset.from_list(
+    [{"prompt": TEXT[i : i + 9], "completion": TEXT[i + 9 : i + 30 + 7 * i]} for i in range(7)]
+)
 
 
 def config(folder, **options):
@@ -134,7 +136,10 @@ def test_t_follows_the_schedule_fed_with_the_losses_of_the_run(signal, tmp_path,
 
 
 def test_the_cross_entropy_signal_moves_t_and_not_the_gradient(tmp_path, student_folder, teacher_folder):
-    runs = {s: train(tmp_path / s, student_folder, teacher_folder, taid_signal=s, taid_beta=0.0)[1] for s in ("kl", "cross_entropy")}
+    runs = {
+        signal: train(tmp_path / signal, student_folder, teacher_folder, taid_signal=signal, taid_beta=0.0)[1]
+        for signal in ("kl", "cross_entropy")
+    }
     for name in ("loss", "grad_norm"):
         assert runs["kl"][0][name] == runs["cross_entropy"][0][name]
     assert runs["kl"][2]["momentum"] != runs["cross_entropy"][2]["momentum"]
@@ -312,7 +317,9 @@ def test_the_student_folder_is_an_ordinary_one(tmp_path, student_folder, teacher
         ({"kd_ratio": 0.5}, "kd_ratio was 1.0, is 0.5"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_what_differs(changed, named, tmp_path, student_folder, teacher_folder):
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
+    changed, named, tmp_path, student_folder, teacher_folder
+):
     train(tmp_path, student_folder, teacher_folder, save_strategy="steps", save_steps=2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     args = config(tmp_path, **({"save_strategy": "steps", "save_steps": 2} | changed))

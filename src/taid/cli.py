@@ -99,6 +99,7 @@ def train(argv: Sequence[str]) -> None:
         if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.global_step, trainer.state.log_history):
             trainer.evaluate()
         trainer.save_model()
+        trainer.create_model_card()
         if is_main:
             print(f"student: {output_dir}\nreport:  {write_report(output_dir)}")
 
@@ -110,7 +111,7 @@ def _build_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from taid import config, data
-    from taid.models import load_model
+    from taid.models import load_model, load_tokenizer
     from taid.progress import StepProgress
     from taid.trainer import TAIDTrainer
 
@@ -122,22 +123,19 @@ def _build_trainer(
     train_rows = load(data_arguments.dataset_name, data_arguments.dataset_train_split)
     eval_rows = load(data_arguments.eval_dataset_name, data_arguments.dataset_test_split)
     args.eval_on_start = eval_rows is not None and not resuming
-    student = load_model(
-        model_arguments.model_name_or_path,
-        role="student",
-        revision=model_arguments.model_revision,
-        dtype=model_arguments.dtype,
-        attn_implementation=model_arguments.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-        quantization_config=get_quantization_config(model_arguments),
-        **(args.model_init_kwargs or {}),
-    )
-    args.model_init_kwargs = None
+    name = model_arguments.model_name_or_path
+    origin = {"revision": model_arguments.model_revision, "trust_remote_code": args.trust_remote_code}
+    init_kwargs = origin | {
+        "dtype": model_arguments.dtype,
+        "attn_implementation": model_arguments.attn_implementation,
+        "quantization_config": get_quantization_config(model_arguments),
+    }
     trainer = TAIDTrainer(
-        student,
+        load_model(name, role="student", **(init_kwargs | (args.model_init_kwargs or {}))),
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
+        processing_class=load_tokenizer(name, role="student", **origin),
         peft_config=get_peft_config(model_arguments),
     )
     trainer.configuration = config.resolved(model_arguments, data_arguments, args)

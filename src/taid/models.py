@@ -6,11 +6,74 @@ Weights load from safetensors only, and remote code runs only when asked for.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from taid.vocabulary import Vocabulary, adopt_tokenizer
+
+if TYPE_CHECKING:
+    from taid.config import TAIDConfig
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher, loaded and known to fit.
+
+    Attributes:
+        student: the model that is trained.
+        tokenizer: the student's; the teacher's where the student was given it.
+        teacher: None only where nothing is distilled.
+        vocabulary: the token ids that both predict.
+        names: where the two came from, under the names of the configuration.
+    """
+
+    student: Any
+    tokenizer: Any
+    teacher: Any
+    vocabulary: Vocabulary
+    names: dict[str, str | None]
+
+
+def load_pair(student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
+    """Load what is given by name, and match the vocabularies.
+
+    Raises:
+        ValueError: a model cannot be loaded, a teacher is missing, or the tokenizers differ; says which and the remedy.
+    """
+    if teacher is None and args.distillation_share > 0:
+        raise ValueError(f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path")
+    if teacher is None and args.tokenizer_from == "teacher":
+        raise ValueError("tokenizer_from: teacher needs a teacher: set teacher_model_name_or_path")
+    if teacher is student:
+        raise ValueError("student and teacher are one object: load the teacher a second time")
+    names = {"model_name_or_path": _name(student), "teacher_model_name_or_path": _name(teacher)}
+    remote = {"trust_remote_code": args.trust_remote_code}
+    if isinstance(student, str):
+        init_kwargs = remote | {"dtype": torch.float32} | (args.model_init_kwargs or {})
+        student = load_model(student, role="student", **init_kwargs)
+    args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
+    tokenizer = tokenizer or _tokenizer_of(names["model_name_or_path"], "student", "processing_class", **remote)
+    if teacher is None:
+        return Pair(student, tokenizer, None, Vocabulary.of(tokenizer, output_rows(student)), names)
+
+    revision = {"revision": args.teacher_model_revision} if args.teacher_model_revision else {}
+    if isinstance(teacher, str):
+        dtype = {"dtype": "auto" if args.bf16 or args.fp16 else torch.float32}
+        init_kwargs = remote | revision | dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]
+        teacher = load_model(teacher, role="teacher", **init_kwargs)
+    teacher_tokenizer = teacher_tokenizer or _tokenizer_of(
+        names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", **remote, **revision
+    )
+    if args.tokenizer_from == "teacher":
+        adopt_tokenizer(student, tokenizer, teacher_tokenizer)
+        tokenizer = teacher_tokenizer
+    rows = {"student_rows": output_rows(student), "teacher_rows": output_rows(teacher)}
+    return Pair(student, tokenizer, teacher, Vocabulary.shared(tokenizer, teacher_tokenizer, **rows), names)
 
 
 def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
@@ -47,6 +110,16 @@ def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(name_or_path, **init_kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the tokenizer of {role} {name_or_path!r} could not be loaded: {error}") from error
+
+
+def _name(model: Any) -> str | None:
+    return model if model is None or isinstance(model, str) else model.config._name_or_path
+
+
+def _tokenizer_of(name: str | None, role: str, argument: str, **init_kwargs: Any) -> Any:
+    if not name:
+        raise ValueError(f"a {role} made in memory needs its tokenizer: pass {argument}")
+    return load_tokenizer(name, role=role, **init_kwargs)
 
 
 def output_rows(model: Any) -> int:

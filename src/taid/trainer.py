@@ -28,9 +28,8 @@ from trl import SFTTrainer
 
 from taid import objectives, run_folder
 from taid.config import TAIDConfig, resolved
-from taid.models import load_model, load_tokenizer, output_rows
+from taid.models import load_pair
 from taid.schedule import ScheduleState, TAIDSchedule
-from taid.vocabulary import Vocabulary, adopt_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -91,74 +90,32 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or TAIDConfig()
-        student_name = model if isinstance(model, str) else model.config._name_or_path
-        teacher_model = teacher_model or args.teacher_model_name_or_path
-        teacher_name = (
-            teacher_model
-            if teacher_model is None or isinstance(teacher_model, str)
-            else (teacher_model.config._name_or_path)
-        )
-        if teacher_model is None and args.distillation_share > 0:
-            raise ValueError(f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path")
-        if isinstance(model, str):
-            model = load_model(
-                model, role="student", trust_remote_code=args.trust_remote_code, dtype=torch.float32,
-                **(args.model_init_kwargs or {}),
-            )  # fmt: skip
-        if processing_class is None:
-            processing_class = load_tokenizer(student_name, role="student", trust_remote_code=args.trust_remote_code)
-        if isinstance(teacher_model, str):
-            teacher_model = _load_teacher(teacher_model, args)
-        if teacher_model is model:
-            raise ValueError("student and teacher are one object: load the teacher a second time")
-        if teacher_model is not None and teacher_processing_class is None:
-            if not teacher_name:
-                raise ValueError("a teacher made in memory needs its tokenizer: pass teacher_processing_class")
-            teacher_processing_class = load_tokenizer(
-                teacher_name,
-                role="teacher",
-                revision=args.teacher_model_revision,
-                trust_remote_code=args.trust_remote_code,
-            )
-        if args.tokenizer_from == "teacher":
-            if teacher_model is None:
-                raise ValueError("tokenizer_from: teacher needs a teacher")
-            adopt_tokenizer(model, processing_class, teacher_processing_class)
-            processing_class = teacher_processing_class
-        if teacher_model is None:
-            self.vocabulary = Vocabulary.of(processing_class, output_rows(model))
-        else:
-            self.vocabulary = Vocabulary.shared(
-                processing_class, teacher_processing_class,
-                student_rows=output_rows(model), teacher_rows=output_rows(teacher_model),
-            )  # fmt: skip
+        pair = load_pair(model, teacher_model or args.teacher_model_name_or_path, args, processing_class,
+                         teacher_processing_class)  # fmt: skip
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
 
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
-        if args.ddp_find_unused_parameters is None and not hasattr(
-            model.config.get_text_config(), "output_router_logits"
-        ):
-            args.ddp_find_unused_parameters = False  # only a mixture of experts leaves weights unused in a step
+        is_mixture_of_experts = hasattr(pair.student.config.get_text_config(), "output_router_logits")
+        if args.ddp_find_unused_parameters is None and not is_mixture_of_experts:
+            args.ddp_find_unused_parameters = False  # only experts can stay unused in a step
+
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=processing_class, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
+            model=pair.student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=pair.tokenizer, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        self._check_rows(processing_class)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
 
-        self.teacher = teacher_model
+        self.vocabulary, self.teacher = pair.vocabulary, pair.teacher
+        self._check_rows(pair.tokenizer)
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
             if not hasattr(self.teacher, "hf_device_map"):
                 self.teacher.to(self.args.device)
-        self.configuration = resolved(args) | {
-            "model_name_or_path": student_name,
-            "teacher_model_name_or_path": teacher_name,
-        }
+        self.configuration = resolved(args) | pair.names
         self._schedule: TAIDSchedule | None = None
         self._schedule_state: ScheduleState | None = None
         self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
@@ -476,13 +433,3 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     if "aux_loss" in sums:
         means["aux_loss"] = sums["aux_loss"] / sums["aux_batches"]
     return means
-
-
-def _load_teacher(name: str, args: TAIDConfig) -> Any:
-    init_kwargs: dict[str, Any] = {
-        "dtype": "auto" if args.bf16 or args.fp16 else torch.float32,
-        "revision": args.teacher_model_revision,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    init_kwargs |= args.teacher_model_init_kwargs or {}  # type: ignore[arg-type]
-    return load_model(name, role="teacher", **{k: v for k, v in init_kwargs.items() if v is not None})
