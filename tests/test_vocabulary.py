@@ -126,7 +126,9 @@ def test_a_special_token_that_only_one_side_has_is_not_shared(tokenizer, edited)
 def test_a_token_that_is_not_shared_is_found_in_the_rows_and_named(tokenizer, edited):
     vocabulary = shared(tokenizer, edited(renamed("<|im_end|>", "<|reserved_7|>")))
     rows = [tokenizer("The fox")["input_ids"], tokenizer("<|im_start|>The fox<|im_end|>")["input_ids"]]
-    with pytest.raises(ValueError, match=r"row 1 of the train data set contains token '<\|im_end\|>' \(id 2\)") as error:
+    with pytest.raises(
+        ValueError, match=r"row 1 of the train data set contains token '<\|im_end\|>' \(id 2\)"
+    ) as error:
         vocabulary.require_shared(rows, tokenizer, "the train data set")
     assert "tokenizer_from: teacher" in str(error.value)
     vocabulary.require_shared(rows[:1], tokenizer, "the train data set")
@@ -223,7 +225,9 @@ def test_the_same_vocabulary_with_all_merges_reversed_is_found(tokenizer, edited
 
 def test_real_tokenizers_of_two_families_are_told_apart():
     gpt2, mistral = real_tokenizer("gpt2-base"), real_tokenizer("mistral-7b-v0.1")
-    with pytest.raises(ValueError, match="first difference is token '!', id 0 for the student and 28808 for the teacher"):
+    with pytest.raises(
+        ValueError, match="first difference is token '!', id 0 for the student and 28808 for the teacher"
+    ):
         shared(gpt2, mistral, 50257, 32000)
 
 
@@ -292,7 +296,10 @@ def other_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(
-        ["All the old houses stood there, and a river ran around them.", "In the morning, sunlight touched every window."],
+        [
+            "All the old houses stood there, and a river ran around them.",
+            "In the morning, sunlight touched every window.",
+        ],
         trainer,
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -371,9 +378,7 @@ def test_a_smaller_tokenizer_leaves_no_row_of_the_old_one(tokenizer, other_token
 
 def test_the_same_tokenizer_changes_no_vector_and_drops_the_padding(tokenizer, make_model):
     model = make_model(308, tied=False)
-    before = [
-        head.weight.detach().clone() for head in (model.get_input_embeddings(), model.get_output_embeddings())
-    ]
+    before = [head.weight.detach().clone() for head in (model.get_input_embeddings(), model.get_output_embeddings())]
     adopt_tokenizer(model, tokenizer, tokenizer)
     assert torch.equal(model.get_input_embeddings().weight, before[0][:300])
     assert torch.equal(model.get_output_embeddings().weight, before[1][:300])

@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A run's machine and arguments are nobody else's business; set TRANSFORMERS_VERBOSITY to hear more.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # OpenMP's threads spin while they wait, which costs a shared machine most of its speed (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if arguments[:1] == ["train"]:  # its options come from TRL and transformers, which take seconds to import
             train(arguments[1:])
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     demo = commands.add_parser("demo", help="distil on this Python's own standard library, in minutes")
     demo.add_argument("--output_dir", type=Path, default=Path("taid-demo"), help="default: %(default)s")
-    demo.add_argument("--steps", type=int, default=250, help="optimizer steps a method (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=200, help="optimizer steps a method (default: %(default)s)")
     demo.set_defaults(run=_demo)
     return parser
 

@@ -186,7 +186,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             sums["entropy"] = torch.special.entr(probs_NV)
             sums["correct"] = student_NV.argmax(-1) == labels_N
             if teacher_NV is not None:
-                sums["kl"] = objectives.forward_kl(student_NV, teacher_NV)
+                is_kl = self.args.objective == "forward_kl" and "signal" in sums
+                sums["kl"] = sums["signal"] if is_kl else objectives.forward_kl(student_NV, teacher_NV)
                 if not training:
                     sums["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
                 elif self.args.objective == "taid" and self.args.taid_signal == "cross_entropy":
