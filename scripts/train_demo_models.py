@@ -112,8 +112,8 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--teacher_steps", type=int, default=6000)
-    parser.add_argument("--student_steps", type=int, default=600)
+    parser.add_argument("--teacher_steps", type=int, default=4500)
+    parser.add_argument("--student_steps", type=int, default=100)
     parser.add_argument(
         "--only", choices=("teacher", "student"), help="train one of the two; the tokenizer is the same"
     )

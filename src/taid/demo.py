@@ -34,7 +34,7 @@ from taid.trainer import TAIDTrainer
 METHODS: dict[Objective, str] = {"sft": "SFT", "forward_kl": "forward KL", "taid": "TAID"}
 WINDOW = 256  # tokens a row
 BATCH = 8  # rows a step
-HELD_OUT_ROWS = 96
+HELD_OUT_ROWS = 64
 STEPS = 200
 LEARNING_RATE = 2e-3  # the same for all; chosen on the validation split by scripts/tune_demo.py
 COLUMNS = ("nats/token", "bits/byte", "KL to teacher", "gap closed", "seconds")
@@ -135,7 +135,7 @@ def _config(folder: Path, objective: Objective, steps: int, learning_rate: float
         output_dir=str(folder), objective=objective, taid_alpha="auto", max_steps=steps, max_length=WINDOW,
         per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, learning_rate=learning_rate,
         lr_scheduler_type="cosine", warmup_steps=min(10, steps // 10), bf16=False, activation_checkpointing=False,
-        logging_steps=max(1, steps // 50), eval_strategy="steps", eval_steps=max(1, steps // 4), eval_on_start=True,
+        logging_steps=max(1, steps // 50), eval_strategy="steps", eval_steps=max(1, steps // 3), eval_on_start=True,
         save_strategy="no", report_to="none", use_cpu=True, seed=0,
     )  # fmt: skip
 
