@@ -117,7 +117,6 @@ def test_clear_follows_no_link_out_of_the_folder(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.xfail(reason="bug: run_folder.clear calls rmtree on a link, which raises OSError")
 def test_clear_removes_a_linked_checkpoint_but_not_what_it_links_to(tmp_path):
     put(tmp_path / "elsewhere", "model.safetensors")
     (tmp_path / "run").mkdir()
@@ -188,7 +187,6 @@ def test_a_failure_leaves_no_empty_folder_behind(tmp_path, error):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(reason="bug: run_folder.claimed makes the parents too, and removes only the last folder")
 def test_a_failure_leaves_no_empty_parent_behind(tmp_path):
     with pytest.raises(ValueError), claimed(tmp_path / "runs" / "deep" / "run"):  # noqa: PT011
         raise ValueError
@@ -210,16 +208,20 @@ def test_holding_writes_nothing_into_the_folder(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="bug: run_folder.claimed takes a BlockingIOError of the run for a held folder")
 def test_a_blocked_pipe_in_the_run_is_not_taken_for_a_held_folder(tmp_path):
     with pytest.raises(BlockingIOError), claimed(tmp_path):
         raise BlockingIOError("stdout is full")
 
 
-@pytest.mark.xfail(reason="bug: run_folder.claimed meets the file before check_free can name it")
 def test_a_file_in_place_of_the_folder_is_named_as_one(tmp_path):
     put(tmp_path, "out")
     with pytest.raises(ValueError, match=r"output_dir .*out is a file"), claimed(tmp_path / "out"):
+        pass
+
+
+def test_a_file_among_the_parents_is_named(tmp_path):
+    put(tmp_path, "out")
+    with pytest.raises(ValueError, match=r"output_dir .*out/run: .*out is a file"), claimed(tmp_path / "out" / "run"):
         pass
 
 
@@ -232,7 +234,9 @@ def test_the_last_checkpoint_is_the_one_of_most_steps(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
-@pytest.mark.parametrize("text", [None, "", '{"global_step": 1', "\0" * 64], ids=["missing", "empty", "cut", "zeros"])
+@pytest.mark.parametrize(
+    "text", [None, "", '{"global_step": 1', "\0" * 64, "[]"], ids=["missing", "empty", "cut", "zeros", "list"]
+)
 def test_a_checkpoint_that_was_cut_while_saving_is_passed_over(tmp_path, text):
     checkpoint(tmp_path, 10)
     put(tmp_path, "checkpoint-20/model.safetensors")
@@ -241,7 +245,6 @@ def test_a_checkpoint_that_was_cut_while_saving_is_passed_over(tmp_path, text):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-@pytest.mark.xfail(reason="bug: run_folder.last_checkpoint does not expect UnicodeDecodeError")
 def test_a_checkpoint_whose_state_is_no_text_is_passed_over(tmp_path):
     checkpoint(tmp_path, 10)
     (checkpoint(tmp_path, 20) / "trainer_state.json").write_bytes(b"\xff\xfe\x00")
@@ -277,6 +280,19 @@ def test_a_cut_last_line_is_left_out(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON: "):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "null"])
+def test_a_line_that_is_no_object_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no JSON object: remove the line"):
+        read_metrics(tmp_path)
+
+
+def test_a_line_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON: .*: remove the line"):
         read_metrics(tmp_path)
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
@@ -380,3 +380,20 @@ def test_options_that_do_not_go_together_are_refused(tmp_path, student_folder, t
     teacher.config._name_or_path = ""
     with pytest.raises(ValueError, match="pass teacher_processing_class"):
         TAIDTrainer(student, teacher, args, train_dataset=PROMPT_COMPLETION)
+
+
+def test_a_student_with_another_tokenizer_is_refused_or_given_the_teacher_s(
+    tmp_path, teacher_folder, tokenizer, make_model
+):
+    other = tokenizer.train_new_from_iterator([TEXT] * 3, vocab_size=280)
+    folder = tmp_path / "student"
+    make_model(len(other), seed=3).save_pretrained(folder)
+    other.save_pretrained(folder)
+    with pytest.raises(ValueError, match="different tokenizers: the first difference is token"):
+        train(tmp_path / "a", folder, teacher_folder)
+    trainer, steps, _ = train(tmp_path / "b", folder, teacher_folder, tokenizer_from="teacher", max_steps=8)
+    assert steps[-1]["kl"] < steps[0]["kl"]
+    trainer.save_model()
+    saved = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert saved.get_vocab() == tokenizer.get_vocab()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").lm_head.weight.shape[0] == len(tokenizer)

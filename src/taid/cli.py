@@ -77,10 +77,10 @@ def train(argv: Sequence[str]) -> None:
     from taid.report import write_report
 
     model_arguments, data_arguments, args = config.parse(argv)
-    if not sys.stderr.isatty():  # bars are for eyes; a log file gets a line a logged step
+    args.disable_tqdm = not sys.stderr.isatty()  # bars are for eyes; a log file gets a line a logged step
+    if args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
-        args.disable_tqdm = True
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user can act on them
     logging.basicConfig(format="%(message)s")
     logging.getLogger("taid").setLevel(logging.INFO)

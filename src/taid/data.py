@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 # In the order in which a row with several of them is read; the other columns are dropped.
 _KINDS = (
+    ("input_ids", "labels"),
     ("input_ids",),
     ("messages",),
     ("prompt", "completion"),
 )
-_COMPANIONS = ("labels", "tools", "chat_template_kwargs")
+_COMPANIONS = ("tools", "chat_template_kwargs")
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train", text_field: str = "text") -> Dataset:
@@ -39,37 +41,44 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train", tex
         ValueError: no rows, or a bad row: names the file and line (or row) and what is wrong with it.
     """
     files = _local_files(name)
+    builder = _BUILDERS[files[0].suffix] if files else None
     # Text is checked line by line where it lies, because Arrow's own message names no line.
-    for path in files:
-        if _BUILDERS[path.suffix] == "json":
-            for place, row in _json_rows(path):
-                _check_row(row, place, text_field)
+    if builder == "json":
+        kind = _check_rows(itertools.chain.from_iterable(map(_json_rows, files)), name, text_field)
+    elif builder == "text":
+        for _ in itertools.chain.from_iterable(map(_lines, files)):
+            pass
     with PartialState().local_main_process_first():
-        dataset = _load(name, files, config, split)
-    if dataset.num_rows and files and files[0].suffix == ".txt":
-        dataset = dataset.filter(lambda row: row["text"].strip() != "").rename_column("text", text_field)
-    if dataset.num_rows == 0:
-        raise ValueError(f"{name} holds no rows")
-    kind = _kind(dataset[0], text_field)
-    if kind is None:
-        raise ValueError(f"{name}: {_no_kind(dataset[0], text_field)}")
-    if not files or files[0].suffix == ".parquet":
-        for number, row in enumerate(dataset):
-            _check_row(row, f"{name}, row {number}", text_field)
+        dataset = _load(name, files, config, split, text_field)
+    if builder != "json":
+        kind = _check_rows(_arrow_rows(name, dataset), name, text_field)
     return dataset.select_columns([c for c in dataset.column_names if c in (*kind, *_COMPANIONS)])
 
 
-def _load(name: str, files: list[Path], config: str | None, split: str) -> Dataset:
+def _load(name: str, files: list[Path], config: str | None, split: str, text_field: str) -> Dataset:
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
     try:
-        if not files:
-            return load_dataset(name, config, split=split)
-        builder = _BUILDERS[files[0].suffix]
+        builder = _BUILDERS[files[0].suffix] if files else load_dataset_builder(source, config).name
         options = {"sample_by": "paragraph"} if builder == "text" else {}
-        return load_dataset(builder, data_files=[str(path) for path in files], split="train", **options)
+        if files:
+            paths = [glob.escape(str(path)) for path in files]
+            dataset = load_dataset(builder, data_files=paths, split="train", **options)
+        else:
+            dataset = load_dataset(source, config, split=split, **options)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{name} is neither a file, a glob, a folder nor a data set on the Hub") from error
-    except (DatasetGenerationError, OSError) as error:
-        raise ValueError(f"{name} could not be read: {error.__cause__ or error}") from error
+    except (DatasetGenerationError, OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
+        reason = str(error.__cause__ or error)
+        if "corresponds to no data" in reason:
+            raise ValueError(_no_rows(name if files else f"{name}, split {split},")) from error
+        remedy = " Set dataset_train_split or dataset_test_split." if reason.startswith("Unknown split") else ""
+        raise ValueError(f"{name} could not be read: {reason}{remedy}") from error
+    if builder == "text":
+        dataset = dataset.filter(lambda row: row["text"].strip() != "")
+        if text_field != "text":
+            dataset = dataset.rename_column("text", text_field)
+    return dataset
 
 
 def _local_files(name: str) -> list[Path]:
@@ -77,7 +86,7 @@ def _local_files(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
         return []
-    is_glob = glob.has_magic(name)
+    is_glob = glob.has_magic(name) and not path.is_file()
     if path.suffix not in _BUILDERS and not is_glob:
         if path.is_file():
             raise ValueError(f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_BUILDERS)}")
@@ -95,23 +104,62 @@ def _local_files(name: str) -> list[Path]:
     return files
 
 
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Each line of a text file with its number, from 1."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield number, line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 text: {error}: save the file as UTF-8") from error
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row of a JSON Lines file or a JSON array, with the place where it stands."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            if path.suffix == ".json" and lines.read(1) == "[":
-                lines.seek(0)
-                yield from ((f"{path}, row {number}", row) for number, row in enumerate(json.load(lines)))
-                return
-            lines.seek(0)
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        yield f"{path}, line {number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    beginning = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
+    if path.suffix == ".json" and beginning.startswith("["):
+        content = "".join(line for _, line in _lines(path))
+        try:
+            rows = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
+        return
+    for number, line in _lines(path):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+            yield f"{path}, line {number}", row
+
+
+def _arrow_rows(name: str, dataset: Dataset) -> Iterator[tuple[str, Any]]:
+    """Each row with its place. Arrow gives a column that a row lacks as None."""
+    for number, row in enumerate(dataset):
+        yield f"{name}, row {number}", {column: value for column, value in row.items() if value is not None}
+
+
+def _check_rows(rows: Iterable[tuple[str, Any]], name: str, text_field: str) -> tuple[str, ...]:
+    """The columns that every row has; the trainer takes the first row's for those of all."""
+    first_kind: tuple[str, ...] = ()
+    first_place = first_form = ""
+    for place, row in rows:
+        kind = _check_row(row, place, text_field)
+        form = " and ".join(f"`{c}` as {'a list' if isinstance(row[c], list) else 'text'}" for c in kind)
+        if not first_kind:
+            first_kind, first_place, first_form = kind, place, form
+        elif form != first_form:
+            raise ValueError(
+                f"{place}: the row has {form}, but {first_place} has {first_form}: bring all rows into one form"
+            )
+    if not first_kind:
+        raise ValueError(_no_rows(name))
+    return first_kind
+
+
+def _no_rows(name: str) -> str:
+    return f"{name} holds no rows: give data with at least one"
 
 
 def _kind(row: dict[str, Any], text_field: str) -> tuple[str, ...] | None:
@@ -123,17 +171,19 @@ def _no_kind(row: dict[str, Any], text_field: str) -> str:
     return f"the row {wanted}; it has {', '.join(f'`{c}`' for c in row) or 'nothing'}"
 
 
-def _check_row(row: Any, place: str, text_field: str) -> None:
+def _check_row(row: Any, place: str, text_field: str) -> tuple[str, ...]:
+    """Check one row; returns the columns that it is read from."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
     kind = _kind(row, text_field)
     if kind is None:
         raise ValueError(f"{place}: {_no_kind(row, text_field)}")
-    if kind == ("input_ids",):
-        return
+    if kind[0] == "input_ids":
+        _check_ids(row, kind, place)
+        return kind
     if kind == ("messages",):
         _check_messages(row["messages"], f"{place}: messages")
-        return
+        return kind
     for column in kind:
         if isinstance(row[column], list) and column != text_field:
             _check_messages(row[column], f"{place}: {column}")
@@ -141,6 +191,19 @@ def _check_row(row: Any, place: str, text_field: str) -> None:
             raise ValueError(f"{place}: {column} must be text, not {type(row[column]).__name__}")
         elif column != "prompt" and not row[column].strip():
             raise ValueError(f"{place}: {column} is empty, so there is nothing to learn from this row: remove it")
+    if len({type(row[column]) for column in kind}) > 1:
+        raise ValueError(f"{place}: prompt and completion must both be text or both be lists of messages")
+    return kind
+
+
+def _check_ids(row: dict[str, Any], kind: tuple[str, ...], place: str) -> None:
+    for column in kind:
+        if not isinstance(row[column], list) or set(map(type, row[column])) != {int}:
+            raise ValueError(f"{place}: {column} must be a non-empty list of integers, got {row[column]!r:.80}")
+        if len(row[column]) != len(row["input_ids"]):
+            raise ValueError(
+                f"{place}: labels must be as many as input_ids, {len(row['input_ids'])}, not {len(row[column])}"
+            )
 
 
 def _check_messages(messages: Any, place: str) -> None:
@@ -149,10 +212,20 @@ def _check_messages(messages: Any, place: str) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{place}: each message needs a `role` and a `content`, got {message!r:.80}")
-        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise ValueError(f"{place}: the content of a {message['role']} message must be text")
+        if _text(message.get("content")) is None and not message.get("tool_calls"):
+            raise ValueError(
+                f"{place}: the content of a {message['role']} message must be text or a list of parts like "
+                '{"type": "text", "text": "..."}'
+            )
     last = messages[-1]
-    if last["role"] == "assistant" and not last.get("tool_calls") and not (last["content"] or "").strip():
+    if last["role"] == "assistant" and not last.get("tool_calls") and not (_text(last["content"]) or "").strip():
         raise ValueError(
             f"{place}: the assistant's last message is empty, so there is nothing to learn: remove the row"
         )
+
+
+def _text(content: Any) -> str | None:
+    """What a message says, as text or as a list of parts; None where it is neither."""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return "".join(str(part.get("text") or "") for part in content)
+    return content if isinstance(content, str) else None

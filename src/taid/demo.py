@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -136,7 +137,7 @@ def _config(folder: Path, objective: Objective, steps: int, learning_rate: float
         per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, learning_rate=learning_rate,
         lr_scheduler_type="cosine", warmup_steps=min(10, steps // 10), bf16=False, activation_checkpointing=False,
         logging_steps=max(1, steps // 50), eval_strategy="steps", eval_steps=max(1, steps // 3), eval_on_start=True,
-        save_strategy="no", report_to="none", use_cpu=True, seed=0,
+        save_strategy="no", report_to="none", use_cpu=True, seed=0, disable_tqdm=not sys.stderr.isatty(),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ report.html, t.png, loss.png, and the student as an ordinary save_pretrained fol
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -55,7 +56,10 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 def clear(folder: Path) -> None:
     """Delete what a run wrote, so that a new one starts from nothing."""
     for path in folder.iterdir() if folder.exists() else ():
-        if _CHECKPOINT.fullmatch(path.name):
+        is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
+        if is_checkpoint and path.is_symlink():
+            path.unlink()
+        elif is_checkpoint and path.is_dir():
             shutil.rmtree(path)
         elif path.is_file() and any(path.match(pattern) for pattern in _OWN_FILES):
             path.unlink()
@@ -69,27 +73,37 @@ def claimed(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no flock; two runs in one folder are then not noticed
         yield
         return
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    paths = (folder, *folder.parents)
+    made = list(itertools.takewhile(lambda path: not os.path.lexists(path), paths))
+    if len(made) < len(paths) and not (there := paths[len(made)]).is_dir():
+        raise ValueError(f"output_dir {folder}: {there} is a file: choose another folder")
+    descriptor = None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            made.clear()  # now the other's
+            raise ValueError(
+                f"output_dir {folder} is in use by another taid process: wait for it, or choose another folder"
+            ) from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"output_dir {folder} is in use by another taid process") from None
     finally:
-        os.close(descriptor)
-        if not existed and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that is whole. A kill while saving leaves one without a readable trainer_state.json."""
     found = [(int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            json.loads((path / "trainer_state.json").read_text())
-            return path
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")), dict):
+                return path
     return None
 
 
@@ -127,13 +141,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         ValueError: another line is broken; names it.
     """
     path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_bytes().split(b"\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}: remove the line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object: remove the line")
+        rows.append(row)
     return rows
 
 
