@@ -23,6 +23,7 @@ def sums(offset: int) -> Dataset:
 
 
 def main() -> None:
+    """Distil, and print the KL to the teacher before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student")
     parser.add_argument("teacher")

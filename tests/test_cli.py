@@ -287,7 +287,6 @@ def absent(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is not None, reason=f"{package} is installed")
 
 
-@pytest.mark.xfail(reason="bug: cli.main shows a traceback for ImportError, TypeError, RuntimeError and AttributeError")
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -300,13 +299,28 @@ def absent(package: str) -> pytest.MarkDecorator:
         ({"teacher_model_init_kwargs": {"dtype": "bfloat17"}}, "bfloat17"),
     ],
 )
-def test_a_missing_package_or_unknown_argument_is_one_line_too(options, train, mistake, message):
-    status, error = train(options | mistake)
+def test_a_missing_package_or_unknown_argument_is_one_line_too(options, train, tmp_path, mistake, message):
+    before = a_run(tmp_path / "run")
+    status, error = train(options | mistake, "--overwrite_output_dir")
     assert status == 2
     assert_one_line(error, message)
+    assert snapshot(tmp_path / "run") == before
 
 
-@pytest.mark.xfail(reason="bug: teacher_model_init_kwargs that are no JSON object are found by nobody")
+def test_an_error_of_the_training_itself_is_not_hidden(options, train, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr("taid.trainer.TAIDTrainer.compute_loss", fail)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train(options)
+
+
+def test_config_without_its_file_is_one_line(capsys):
+    assert main(["train", "--config"]) == 2
+    assert_one_line(capsys.readouterr().err, "--config: expected one argument")
+
+
 def test_arguments_of_the_teacher_that_are_no_mapping_are_refused_by_name(options, train):
     status, error = train(options | {"teacher_model_init_kwargs": "bfloat16"})
     assert status == 2

@@ -162,19 +162,14 @@ def test_a_yaml_value_may_begin_with_a_dash_or_hold_spaces(read):
     assert (model.model_name_or_path, data.dataset_name) == ("-odd name", "a b/*.jsonl")
 
 
-@pytest.mark.xfail(reason="bug: config._yaml_as_arguments passes a list to an option that takes one value")
 def test_report_to_takes_a_list_of_two(read):
     assert read("report_to: [tensorboard, wandb]\n")[2].report_to == ["tensorboard", "wandb"]
 
 
-@pytest.mark.xfail(reason="bug: config._yaml_as_arguments makes text of a switch that also takes text")
 def test_a_switch_that_also_takes_text_is_a_switch_in_yaml(read):
     assert read("fsdp: true\nactivation_checkpointing: false\n")[2].fsdp is True
 
 
-@pytest.mark.xfail(
-    reason="bug: config._yaml_as_arguments passes JSON to an option of type dict, which argparse refuses"
-)
 def test_every_option_that_is_a_mapping_takes_one(read):
     assert read("liger_kernel_config: {rope: true}\n")[2].liger_kernel_config == {"rope": True}
 
@@ -254,9 +249,8 @@ def test_an_option_without_its_value_is_refused(read):
         read("", "--seed")
 
 
-@pytest.mark.xfail(reason="bug: config._yaml_as_arguments blames the list's second element, not the key")
 def test_a_list_for_a_single_value_is_refused_by_its_name(read):
-    with pytest.raises(ValueError, match="learning_rate"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml: learning_rate takes one value, got the list \[1, 2\]"):
         read("learning_rate: [1, 2]\n")
 
 
@@ -318,10 +312,11 @@ def test_an_objective_that_does_not_exist_is_refused_in_python_too():
         made(objective="skew_foward_kl")
 
 
-@pytest.mark.xfail(reason="bug: TAIDConfig.__post_init__ checks no choice but objective's")
 @pytest.mark.parametrize("values", [{"taid_signal": "loss"}, {"tokenizer_from": "techer"}])
 def test_every_choice_that_does_not_exist_is_refused_in_python_too(values):
-    with pytest.raises(ValueError, match=next(iter(values))):
+    ((name, value),) = values.items()
+    near = {"taid_signal": r" \(choices: 'kl', 'cross_entropy'\)", "tokenizer_from": "; did you mean 'teacher'"}[name]
+    with pytest.raises(ValueError, match=f"{name} '{value}' does not exist{near}"):
         made(**values)
 
 
@@ -330,7 +325,6 @@ def test_null_for_alpha_is_refused_with_the_papers_value(read):
         read("taid_alpha: null\n")
 
 
-@pytest.mark.xfail(reason="bug: null for a number of taid's own is a TypeError, and for a switch or choice is taken")
 @pytest.mark.parametrize(
     "name",
     [name for name in OWN_FIELDS if not name.startswith(("teacher_", "taid_alpha", "overwrite_"))],
@@ -338,6 +332,15 @@ def test_null_for_alpha_is_refused_with_the_papers_value(read):
 def test_null_for_an_option_that_needs_a_value_is_refused_by_its_name(read, name):
     with pytest.raises(ValueError, match=name.removeprefix("taid_")):
         read(f"{name}: null\n")
+    with pytest.raises(ValueError, match=f"{name} .*null"):
+        made(**{name: None})
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+@pytest.mark.parametrize("value", ["bfloat16", "{dtype: bfloat16}", "[1]", [1]])
+def test_arguments_of_from_pretrained_that_are_no_mapping_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a mapping"):
+        made(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -371,12 +374,18 @@ def test_a_file_that_is_no_mapping_is_refused_by_its_name(tmp_path, text, messag
         parse(["--config", str(path)])
 
 
-@pytest.mark.xfail(reason="bug: config._yaml_as_arguments names no file where the bytes are not UTF-8")
 def test_a_file_that_is_no_text_is_refused_by_its_name(tmp_path):
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"run_name: caf\xe9\n")
     with pytest.raises(ValueError, match=r"latin\.yaml"):
         parse(["--config", str(path)])
+
+
+def test_a_key_that_stands_twice_is_refused_by_name_and_line(read):
+    with pytest.raises(ValueError, match=r"(?s)recipe\.yaml is not valid YAML: 'seed' stands twice.*line 5"):
+        read("seed: 1\nskew: 0.2\nseed: 2\n")
+    with pytest.raises(ValueError, match="'dtype' stands twice"):
+        read("teacher_model_init_kwargs: {dtype: float32, dtype: bfloat16}\n")
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
@@ -473,10 +482,24 @@ def test_the_resolved_configuration_holds_no_token(read):
     assert "hub_token" not in values
 
 
-@pytest.mark.xfail(reason="bug: config.resolved removes top-level tokens only")
 @pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
 def test_the_resolved_configuration_holds_no_token_of_from_pretrained(read, name):
     assert "hf_secret" not in str(resolved(*read(f"{name}: {{token: hf_secret}}\n")))
+
+
+def test_secrets_go_at_any_depth_and_words_of_the_vocabulary_stay():
+    kwargs = {
+        "hub": [{"api_key": "hf_1", "MY_TOKEN": "hf_2", "user": "me"}],
+        "db_password": "hf_3",
+        "client_secret_2": "hf_4",
+        "eos_token": "<e>",
+    }
+    values = resolved(made(teacher_model_init_kwargs=kwargs, hub_token="hf_5", eos_token="<e>"))
+    assert values["teacher_model_init_kwargs"] == {"hub": [{"user": "me"}], "eos_token": "<e>"}
+    assert "hf_" not in str(values)
+    assert (values["eos_token"], values["pad_token"]) == ("<e>", None)
+    with pytest.warns(FutureWarning, match="pad_token"):
+        assert resolved(made(pad_token="<p>"))["pad_token"] == "<p>"
 
 
 def test_the_resolved_configuration_is_plain_yaml(read, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -107,7 +108,6 @@ def test_a_relative_path_is_a_path(student_folder, monkeypatch):
     assert output_rows(load_model("student", role="student")) == 300
 
 
-@pytest.mark.xfail(reason="bug: models._check_folder expands ~ and load_model does not")
 def test_a_home_path_is_expanded(student_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(student_folder.parent))
     assert output_rows(load_model("~/student", role="student")) == 300
@@ -175,17 +175,44 @@ def test_the_message_names_the_role_that_was_asked_for(tmp_path, role):
             load(str(tmp_path / "absent"), role=role)
 
 
-@pytest.mark.xfail(reason="bug: models.load_model ignores the weights of the file that the config leaves out")
 def test_a_config_of_fewer_layers_than_the_file_is_refused(copied):
     folder = copied(edit("config.json", num_hidden_layers=1))
-    with pytest.raises(ValueError, match=f"student '{folder}'"):
+    match = (
+        rf"student '{folder}' holds weights that its config has no place for, 9 in all, first model\.layers\.1\.input"
+    )
+    with pytest.raises(ValueError, match=match):
         load_model(str(folder), role="student")
 
 
-@pytest.mark.xfail(reason="bug: models.load_model points to a report that transformers logs and the command line hides")
 def test_a_config_of_another_size_is_refused_by_the_weight_that_does_not_fit(copied):
-    with pytest.raises(ValueError, match=r"model\.\S+weight"):
+    with pytest.raises(
+        ValueError, match=r"could not be loaded: model\.\S+weight is \[.*32.*\] in the file and \[.*64.*\]"
+    ):
         load_model(str(copied(edit("config.json", hidden_size=64))), role="student")
+
+
+@pytest.mark.parametrize("mask", ["attn.bias", "attn.masked_bias", "attn.attention.bias", "attention.masked_bias"])
+def test_a_causal_mask_that_old_files_hold_is_no_weight(copied, mask):
+    def change(folder: Path) -> None:
+        weights = load_file(folder / WEIGHTS) | {f"model.layers.0.{mask}": torch.zeros(1)}
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+    assert output_rows(load_model(str(copied(change)), role="student")) == 300
+
+
+def test_a_pickle_is_not_loaded_even_where_it_is_asked_for(copied):
+    folder = copied(lambda f: (only_a_pickle(f), save_file({"x": torch.zeros(1)}, f / "optimizer.safetensors")))
+    with pytest.raises(ValueError, match=f"^student '{folder}' could not be loaded: .*model.safetensors"):
+        load_model(str(folder), role="student", use_safetensors=False)
+
+
+@pytest.mark.parametrize("values", [{"foo": 1}, {"dtype": "bfloat17"}, {"attn_implementation": "flash_attention_2"}])
+def test_arguments_that_from_pretrained_cannot_follow_are_refused_by_role(student_folder, values):
+    if "flash_attention_2" in values.values() and importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash_attn is installed")
+    with pytest.raises(ValueError, match=f"^teacher '{student_folder}' could not be loaded: ") as error:
+        load_model(str(student_folder), role="teacher", **values)
+    assert error.value.__cause__ is not None
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
@@ -364,7 +391,6 @@ def test_one_object_cannot_teach_itself(make_model, tokenizer):
         load_pair(model, model, options(), tokenizer, tokenizer)
 
 
-@pytest.mark.xfail(reason="bug: models.load_pair takes one name given twice for one object")
 def test_one_name_given_twice_is_two_models(student_folder):
     name = str(student_folder)
     pair = load_pair(name, name, options(), None, None)

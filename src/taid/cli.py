@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             options.run(options)
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("TAID_TRACEBACK"):
             traceback.print_exc()
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
@@ -132,14 +132,20 @@ def _build_trainer(
         "attn_implementation": model_arguments.attn_implementation,
         "quantization_config": get_quantization_config(model_arguments),
     }
-    trainer = TAIDTrainer(
-        load_model(name, role="student", **(init_kwargs | (args.model_init_kwargs or {}))),
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=load_tokenizer(name, role="student", **origin),
-        peft_config=get_peft_config(model_arguments),
-    )
+    student = load_model(name, role="student", **(init_kwargs | (args.model_init_kwargs or {})))
+    tokenizer = load_tokenizer(name, role="student", **origin)
+    try:
+        trainer = TAIDTrainer(
+            student,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_arguments),
+        )
+        trainer.get_optimizer_cls_and_kwargs(args, student)  # misses optim's package before a run is overwritten
+    except RuntimeError as error:  # what transformers raises for a package that report_to needs
+        raise ValueError(f"the trainer cannot be built: {error}") from error
     trainer.configuration = config.resolved(model_arguments, data_arguments, args)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,6 +19,16 @@ from trl import ModelConfig, SFTConfig
 from taid.schedule import auto_alpha, check_range
 
 Objective = Literal["taid", "forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "sft"]
+Signal = Literal["kl", "cross_entropy"]
+Side = Literal["student", "teacher"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "objective": get_args(Objective),
+    "taid_signal": get_args(Signal),
+    "tokenizer_from": get_args(Side),
+    "taid_adaptive": (True, False),
+}
+_NUMBERS = ("taid_t_start", "taid_t_end", "taid_beta", "jsd_beta", "skew", "kd_ratio")
 
 
 @dataclass
@@ -49,7 +61,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     )
     taid_beta: float = field(default=0.99, metadata={"help": "TAID: momentum of the loss's relative fall."})
     taid_adaptive: bool = field(default=True, metadata={"help": "TAID: 'false' moves t on the linear ramp."})
-    taid_signal: Literal["kl", "cross_entropy"] = field(
+    taid_signal: Signal = field(
         default="kl",
         metadata={
             "help": "TAID: which value drives t. 'kl' is the paper's; 'cross_entropy' is the official code's, for "
@@ -77,7 +89,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             "that of the checkpoint in bf16 and fp16 runs and float32 otherwise, unless given here."
         },
     )
-    tokenizer_from: Literal["student", "teacher"] = field(
+    tokenizer_from: Side = field(
         default="student",
         metadata={
             "help": "'teacher' gives the student the teacher's tokenizer and resizes its embeddings; tokens known to "
@@ -97,10 +109,20 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
                 raise ValueError(f"taid_alpha must be a positive number or 'auto', got {self.taid_alpha!r}") from None
         if self.taid_alpha is None:
             raise ValueError("taid_alpha must be a positive number or 'auto', got null; the paper's is 5e-4")
-        if self.objective not in get_args(Objective):
-            raise ValueError(
-                f"objective {self.objective!r} does not exist{_nearest(self.objective, get_args(Objective))}"
-            )
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                listed = ", ".join(map(_in_yaml, choices))
+                near = _nearest(str(value), map(str, choices))
+                raise ValueError(f"{name} {_in_yaml(value)} does not exist{near} (choices: {listed})")
+        for name in _NUMBERS:
+            if not isinstance(value := getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {_in_yaml(value)}")
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            if not _is_mapping(value := getattr(self, name)):
+                raise ValueError(
+                    f'{name} must be a mapping, as {{dtype: bfloat16}} in YAML or \'{{"dtype": "bfloat16"}}\' on the '
+                    f"command line, got {_in_yaml(value)}"
+                )
         check_range(
             t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
         )
@@ -167,12 +189,14 @@ def parse(argv: Sequence[str]) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
     """Read ``--config FILE`` and ``--field value`` pairs; the command line wins.
 
     Raises:
-        ValueError: unknown name (with the nearest known one), wrong type, broken YAML, or a value out of range.
+        ValueError: unknown name (with the nearest known one), wrong type, broken YAML, a value out of range, or one
+            that transformers cannot set up.
+        ImportError: an option needs a package that is not installed.
         FileNotFoundError: no such YAML file.
     """
     parser = _parser(show_all="--help_all" in argv)
     values = ["--help" if value == "--help_all" else value for value in argv]
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=Path)
     config, values = config_parser.parse_known_args(values)
     if config.config is not None:
@@ -186,7 +210,14 @@ def parse(argv: Sequence[str]) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
     def build(cls: Any) -> Any:
         return cls(**{f.name: options[f.name] for f in fields(cls) if f.init})
 
-    return build(ModelConfig), build(DataArguments), build(TAIDConfig)
+    try:
+        return build(ModelConfig), build(DataArguments), build(TAIDConfig)
+    except RuntimeError as error:  # what transformers raises for a device or package that an option needs
+        raise ValueError(f"the options cannot be set up: {error}") from error
+
+
+# eos_token and pad_token are words of the vocabulary.
+_SECRET = re.compile(r"(?!(eos|pad)_token$)((.*_)?token|.*(password|secret).*|api_key)", re.IGNORECASE)
 
 
 def resolved(*configurations: Any) -> dict[str, Any]:
@@ -194,11 +225,13 @@ def resolved(*configurations: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for configuration in configurations:
         values |= configuration.to_dict() if hasattr(configuration, "to_dict") else vars(configuration)
-    eos_token = next((c.eos_token for c in configurations if hasattr(c, "eos_token")), None)
-    values = {
-        k: v for k, v in values.items() if not k.endswith("_token") and not k.startswith("gradient_checkpointing")
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(values | {"eos_token": eos_token}, default=str))
+        for name in {"eos_token", "pad_token"} & vars(configuration).keys():
+            values[name] = getattr(configuration, name)  # to_dict hides them
+    values = {k: v for k, v in values.items() if not k.startswith("gradient_checkpointing")}
+    plain: dict[str, Any] = json.loads(
+        json.dumps(values, default=str),
+        object_hook=lambda mapping: {k: v for k, v in mapping.items() if not _SECRET.fullmatch(k)},
+    )
     return plain
 
 
@@ -240,6 +273,8 @@ def _parser(*, show_all: bool) -> _Parser:
             if action.dest == "resume_from_checkpoint":
                 action.nargs, action.const = "?", "true"
                 action.help = "Continue the last complete checkpoint of output_dir, or the given one."
+            if get_origin(action.type) is dict:
+                action.type = json.loads
             hidden = title.startswith("All other") and not show_all
             if hidden or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
@@ -249,23 +284,44 @@ def _parser(*, show_all: bool) -> _Parser:
     return parser
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """Turn a YAML mapping into command-line arguments, so that both are checked by the same rules."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of names to values, not a {type(values).__name__}")
     names = _names(parser)
+    nargs = {
+        action.dest: action.nargs for action in parser._actions if not action.option_strings[0].startswith("--no_")
+    }
+    hints = get_type_hints(TAIDConfig)
     arguments: list[str] = []
     for name, value in values.items():
         if name not in names:
             raise ValueError(f"{path}: unknown key {name!r}{_nearest(str(name), names)}")
-        if value is None or value == []:
-            parser.set_defaults(**{name: value})
-        elif isinstance(value, list):
+        takes_list = nargs[name] == "+" or any(get_origin(hint) is list for hint in get_args(hints.get(name)))
+        if isinstance(value, list) and not takes_list:
+            raise ValueError(f"{path}: {name} takes one value, got the list {value}")
+        if isinstance(value, list) and value and nargs[name] == "+":
             arguments += [f"--{name}", *map(str, value)]
+        elif value is None or isinstance(value, list) or (isinstance(value, bool) and nargs[name] == "?"):
+            parser.set_defaults(**{name: value})  # what argparse would take for text
         elif isinstance(value, dict):
             arguments.append(f"--{name}={json.dumps(value)}")
         else:
@@ -275,6 +331,20 @@ def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions} - {"help", "help_all", "config"}
+
+
+def _in_yaml(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    """Whether it is a mapping, JSON text of one, or nothing."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return False
+    return value is None or isinstance(value, dict)
 
 
 def _nearest(name: str, known: Any) -> str:

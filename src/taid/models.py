@@ -6,6 +6,7 @@ Weights load from safetensors only, and remote code runs only when asked for.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ from taid.vocabulary import Vocabulary, adopt_tokenizer
 
 if TYPE_CHECKING:
     from taid.config import TAIDConfig
+
+# What from_pretrained raises for a folder, an argument or a package that is not as it should be.
+_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError, LookupError)
+
+# Causal masks that old GPT-2, GPT-J and GPT-Neo files hold as weights; transformers itself ignores some of them only.
+_MASKS = re.compile(r"\.(attn|attention)\.((masked_)?bias|causal_mask)$")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def load_pair(student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teac
         raise ValueError(f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path")
     if teacher is None and args.tokenizer_from == "teacher":
         raise ValueError("tokenizer_from: teacher needs a teacher: set teacher_model_name_or_path")
-    if teacher is student:
+    if teacher is student and not isinstance(student, str):
         raise ValueError("student and teacher are one object: load the teacher a second time")
     names = {"model_name_or_path": _name(student), "teacher_model_name_or_path": _name(teacher)}
     remote = {"trust_remote_code": args.trust_remote_code}
@@ -85,20 +92,30 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
         **init_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (revision, dtype, ...).
 
     Raises:
-        ValueError: the folder is missing, holds no safetensors, a truncated file, or a model with missing weights.
+        ValueError: the folder is missing, holds no safetensors, a truncated file, or weights that are not those of its
+            config.json; or from_pretrained cannot do what `init_kwargs` ask.
     """
     _check_folder(name_or_path, role)
+    options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name_or_path, use_safetensors=True, output_loading_info=True, **init_kwargs
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(os.path.expanduser(name_or_path), **options)
+    except _ERRORS as error:
         raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    remedy = "The folder is incomplete or its config.json belongs to another model."
+    for name, in_file, in_model in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{role} {name_or_path!r} could not be loaded: {name} is {list(in_file)} in the file and {list(in_model)} "
+            f"by the config. {remedy}"
+        )
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{role} {name_or_path!r} lacks {len(missing)} of its weights, the first is {missing[0]}: they would be "
-            "random. The folder is incomplete or its config.json belongs to another model."
+            f"random. {remedy}"
+        )
+    if unexpected := sorted(name for name in info["unexpected_keys"] if not _MASKS.search(name)):
+        raise ValueError(
+            f"{role} {name_or_path!r} holds weights that its config has no place for, {len(unexpected)} in all, first "
+            f"{unexpected[0]}: the model would be cut. {remedy}"
         )
     return model
 
@@ -107,8 +124,8 @@ def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     """Load the tokenizer that belongs to a model; raises a ValueError that names the model."""
     _check_folder(name_or_path, role)
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, **init_kwargs)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
+    except _ERRORS as error:
         raise ValueError(f"the tokenizer of {role} {name_or_path!r} could not be loaded: {error}") from error
 
 
@@ -129,7 +146,7 @@ def output_rows(model: Any) -> int:
 
 def _check_folder(name_or_path: str, role: str) -> None:
     """Say what is wrong with a local model folder before transformers does, which would ask the Hub instead."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(os.path.expanduser(name_or_path))
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or os.sep != "/"
     if not folder.exists():
         if looks_local and "/" in name_or_path:

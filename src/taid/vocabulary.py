@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Texts whose tokens differ when two tokenizers hold the same entries but split or merge differently.
-_PROBES = ("The quick brown fox", "  def f(x):\n\treturn x**2\n", "1234567.89", "naïve 東京 😀", "Don't\r\n\n  STOP")
+# Texts whose tokens differ when two tokenizers hold the same entries but normalize or split differently. The last one
+# is a ligature, a circled digit and the sign of the angstrom, which Unicode's normal forms replace.
+_PROBES = (
+    *("The quick brown fox", "  def f(x):\n\treturn x**2\n", "1234567.89", "naïve 東京 😀", "Don't\r\n\n  STOP"),
+    "\ufb01\u2460\u212b",
+)
 
 _WAYS_OUT = (
     "Ways out: give the student the teacher's tokenizer (tokenizer_from: teacher; its embeddings are resized and "
@@ -59,15 +63,16 @@ class Vocabulary:
                     f"{student.get(token, 'none')} for the student and {teacher.get(token, 'none')} for the teacher. "
                     + _WAYS_OUT
                 )
-        for probe in _PROBES:
-            ids = [
-                tokenizer(probe, add_special_tokens=False)["input_ids"]
-                for tokenizer in (student_tokenizer, teacher_tokenizer)
-            ]
-            if ids[0] != ids[1]:
+        probes = [*_PROBES, *_as_text(student_tokenizer, sorted(i for t, i in student.items() if t not in special))]
+        student_ids, teacher_ids = (
+            tokenizer(probes, add_special_tokens=False)["input_ids"]
+            for tokenizer in (student_tokenizer, teacher_tokenizer)
+        )
+        for probe, ours, theirs in zip(probes, student_ids, teacher_ids, strict=True):
+            if ours != theirs:
                 raise ValueError(
                     f"student and teacher have the same vocabulary but split text differently: {probe!r} becomes "
-                    f"{ids[0]} for the student and {ids[1]} for the teacher. " + _WAYS_OUT
+                    f"{ours} for the student and {theirs} for the teacher. " + _WAYS_OUT
                 )
         rows = min(student_rows, teacher_rows)
         return cls(tuple(sorted(i for token, i in student.items() if teacher.get(token) == i and i < rows)))
@@ -102,27 +107,38 @@ class Vocabulary:
                 )
 
 
+def _as_text(tokenizer: Any, ids: list[int]) -> list[str]:
+    """All tokens that are text of their own, sixteen to a line: where merges differ, some token comes out in parts."""
+    texts = [text for text in tokenizer.batch_decode([[i] for i in ids]) if "\ufffd" not in text]
+    return [" ".join(texts[start : start + 16]) for start in range(0, len(texts), 16)]
+
+
 @torch.no_grad()
 def adopt_tokenizer(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
     """Give `model` another tokenizer: resize its embeddings, and let each token known to both keep its vector.
 
-    Input and output embeddings (tied or not) get one row a token of `new_tokenizer`. Tokens that the model never knew
-    start at the mean of its old vectors. Special-token ids of the configuration follow the new tokenizer.
+    Input and output embeddings (tied or not) and the output's bias get one row a token of `new_tokenizer`. Tokens that
+    the model never knew start at the mean of its old vectors. Special-token ids of the configuration follow the new
+    tokenizer.
     """
     old, new = old_tokenizer.get_vocab(), new_tokenizer.get_vocab()
-    heads: list[Any] = [model.get_input_embeddings()]
-    if model.get_output_embeddings() is not None and not model.config.get_text_config().tie_word_embeddings:
-        heads.append(model.get_output_embeddings())
-    known = [(i, old[token]) for token, i in new.items() if token in old and old[token] < heads[0].weight.shape[0]]
+    old_rows = [table[: max(old.values()) + 1].clone() for table in _tables(model)]
+    known = [(i, old[token]) for token, i in new.items() if token in old and old[token] < len(old_rows[0])]
     targets, sources = (torch.tensor(column, dtype=torch.long) for column in zip(*known, strict=True))
-    old_rows = [head.weight[: max(old.values()) + 1].clone() for head in heads]
 
     model.resize_token_embeddings(max(new.values()) + 1, mean_resizing=False)
-    resized = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for head, rows in zip(resized, old_rows, strict=False):
-        head.weight.copy_(rows.float().mean(0).expand_as(head.weight))
-        head.weight[targets.to(rows.device)] = rows[sources.to(rows.device)]
+    for table, rows in zip(_tables(model), old_rows, strict=True):
+        table.copy_(rows.float().mean(0).expand_as(table))
+        table[targets.to(rows.device)] = rows[sources.to(rows.device)]
+    model.get_input_embeddings().padding_idx = None  # the old one: it would keep another token from learning
 
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config.get_text_config(), name, getattr(new_tokenizer, name))
         setattr(model.generation_config, name, getattr(new_tokenizer, name))
+
+
+def _tables(model: Any) -> list[Tensor]:
+    """What has a row a token: input embeddings, output embeddings unless they are the same, and the output's bias."""
+    head = model.get_output_embeddings()
+    tables = (model.get_input_embeddings().weight, getattr(head, "weight", None), getattr(head, "bias", None))
+    return list({id(table): table for table in tables if table is not None}.values())
