@@ -1,6 +1,6 @@
 """Choose the demo's learning rate on the validation split; the held-out split is never opened.
 
-python scripts/tune_demo.py --steps 200 --rates 1e-3 2e-3 4e-3
+python scripts/tune_demo.py --steps 150 --rates 2e-3 4e-3 8e-3
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from taid import demo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=demo.STEPS)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     arguments = parser.parse_args()
     for rate in arguments.rates:
         with tempfile.TemporaryDirectory() as folder:

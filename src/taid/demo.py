@@ -37,7 +37,7 @@ WINDOW = 256  # tokens a row
 BATCH = 8  # rows a step
 HELD_OUT_ROWS = 64
 STEPS = 200
-LEARNING_RATE = 2e-3  # the same for all; chosen on the validation split by scripts/tune_demo.py
+LEARNING_RATE = 4e-3  # the same for all; chosen on the validation split by scripts/tune_demo.py
 COLUMNS = ("nats/token", "bits/byte", "KL to teacher", "gap closed", "seconds")
 PROMPT = 'def read(self, size=-1):\n    """'
 
