@@ -21,6 +21,7 @@ os.environ |= {
     "HF_HOME": _CACHE,
     "HF_DATASETS_CACHE": f"{_CACHE}/datasets",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # models this small are slower on two threads
 }
 
 import pytest  # noqa: E402

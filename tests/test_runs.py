@@ -34,7 +34,7 @@ def recipe(tmp_path, student_folder, teacher_folder):
             "per_device_train_batch_size": 8, "per_device_eval_batch_size": 2, "learning_rate": 0.3, "optim": "sgd",
             "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "bf16": False, "activation_checkpointing": False,
             "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "report_to": "none",
-            "use_cpu": True, "taid_alpha": 0.3, "taid_beta": 0.5,
+            "use_cpu": True, "taid_alpha": 0.8, "taid_beta": 0.5,
         }  # fmt: skip
         path = tmp_path / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(values | options))

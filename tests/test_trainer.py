@@ -26,7 +26,7 @@ HELD_OUT = Dataset.from_list(
 
 def config(folder, **options):
     options = {
-        "objective": "taid", "taid_alpha": 0.3, "taid_beta": 0.5, "max_steps": 4, "per_device_train_batch_size": 8,
+        "objective": "taid", "taid_alpha": 0.8, "taid_beta": 0.5, "max_steps": 4, "per_device_train_batch_size": 8,
         "learning_rate": 0.3, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "max_length": 256,
         "bf16": False, "activation_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "use_cpu": True, "disable_tqdm": True,
@@ -84,6 +84,8 @@ def test_loss_gradient_norm_and_t_do_not_depend_on_how_the_rows_are_split(
         for name in ("loss", "grad_norm", "kl", "cross_entropy", "entropy", *(["t"] if objective == "taid" else [])):
             assert relative(row[name], reference[name]) < 1e-5, (name, row["step"])
         assert row["num_tokens"] == reference["num_tokens"]
+        if objective == "taid" and row["step"] > 2:  # else t would say nothing about the loss
+            assert row["t"] > 1.001 * TAIDSchedule(4).linear(row["step"] - 2)
         assert row["mean_token_accuracy"] == reference["mean_token_accuracy"]
 
 
@@ -110,7 +112,8 @@ def test_the_first_loss_is_the_objective_summed_over_trained_tokens_and_divided_
 def test_a_step_whose_tokens_are_all_untrained_gives_zero_and_leaves_t(tmp_path, student_folder, teacher_folder):
     ids = [5, 6, 7, 8, 9]
     data = Dataset.from_list([{"input_ids": ids, "labels": [5, -100, -100, -100, -100]} for _ in range(8)])
-    trainer, steps, _ = train(tmp_path, student_folder, teacher_folder, data=data, max_steps=3, taid_adaptive=False)
+    as_it_is = {"skip_prepare_dataset": True}  # or the rows would be refused
+    trainer, steps, _ = train(tmp_path, student_folder, teacher_folder, data=data, max_steps=3, dataset_kwargs=as_it_is)
     assert [row["loss"] for row in steps] == [0.0] * 3
     assert [row["grad_norm"] for row in steps] == [0.0] * 3
     assert trainer.t == 0.4
@@ -122,7 +125,7 @@ def test_a_step_whose_tokens_are_all_untrained_gives_zero_and_leaves_t(tmp_path,
 @pytest.mark.parametrize("signal", ["kl", "cross_entropy"])
 def test_t_follows_the_schedule_fed_with_the_losses_of_the_run(signal, tmp_path, student_folder, teacher_folder):
     trainer, steps, _ = train(tmp_path, student_folder, teacher_folder, max_steps=6, taid_signal=signal)
-    schedule = TAIDSchedule(6, alpha=0.3, beta=0.5)
+    schedule = TAIDSchedule(6, alpha=0.8, beta=0.5)
     state = schedule.initial_state()
     for row in steps:
         assert row["t"] == state.t
@@ -313,7 +316,7 @@ def test_the_student_folder_is_an_ordinary_one(tmp_path, student_folder, teacher
         ({"objective": "forward_kl"}, "objective was 'taid', is 'forward_kl'"),
         ({"max_steps": 5}, "total_steps was 4, is 5"),
         ({"taid_t_start": 0.2}, "taid_t_start was 0.4, is 0.2"),
-        ({"taid_alpha": "auto"}, "taid_alpha was 0.3, is 'auto'"),
+        ({"taid_alpha": "auto"}, "taid_alpha was 0.8, is 'auto'"),
         ({"kd_ratio": 0.5}, "kd_ratio was 1.0, is 0.5"),
     ],
 )
@@ -367,6 +370,31 @@ def test_rows_without_a_trained_token_are_counted_and_an_empty_rest_is_an_error(
     assert "2 of 5 rows of the train data set are left out" in caplog.text
     with pytest.raises(ValueError, match="every trained token of all 2 rows of the train data set"):
         TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=Dataset.from_list([long_prompt] * 2))
+
+
+def test_a_row_whose_only_label_is_on_its_first_token_trains_nothing(tmp_path, student_folder, teacher_folder):
+    with pytest.raises(ValueError, match="every trained token of all 8 rows"):
+        train(tmp_path, student_folder, teacher_folder, data=Dataset.from_list([{"text": TEXT}] * 8), max_length=1)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path, student_folder, teacher_folder):
+    first, _, _ = train(tmp_path, student_folder, teacher_folder, save_strategy="steps", save_steps=2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    args = config(tmp_path, save_strategy="steps", save_steps=2)
+    again = TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_conversations_need_a_chat_template(tmp_path, student_folder, teacher_folder, tokenizer):
+    plain = AutoTokenizer.from_pretrained(student_folder)
+    plain.chat_template = None
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
+    with pytest.raises(ValueError, match="set chat_template_path"):
+        train(tmp_path, student_folder, teacher_folder, data=Dataset.from_list([{"messages": talk}] * 8),
+              model_options={"processing_class": plain})  # fmt: skip
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path, student_folder, teacher_folder):

@@ -12,6 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 from trl import ModelConfig, SFTConfig
@@ -132,6 +133,12 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
         if not 0.0 <= self.kd_ratio <= 1.0:
             raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs must be positive where max_steps is not set, got {self.num_train_epochs}"
+            )
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16: bool | None = False  # TRL's default would be refused on a machine without an accelerator
         if self.activation_checkpointing is None:  # TRL sets only the old name, which transformers warns about
             self.activation_checkpointing: bool | None = self.gradient_checkpointing
         if self.loss_type != "nll":
@@ -169,7 +176,9 @@ class DataArguments:
     )
     eval_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Held-out rows, like dataset_name; evaluated at the start, every eval_steps and at the end."},
+        metadata={
+            "help": "Held-out rows, like dataset_name; evaluated at the start, at the end and as eval_strategy says."
+        },
     )
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split of a Hub data set or folder to evaluate on."}

@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -75,6 +76,7 @@ def run(
     with run_folder.claimed(output_dir):
         (output_dir / "results.json").write_text("[]\n")  # marks the folder as a demo's, whatever happens next
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         logging.getLogger("taid").setLevel(logging.ERROR)
         assets = Path(str(resources.files("taid") / "assets"))
         tokenizer = load_tokenizer(str(assets / "teacher"), role="teacher")

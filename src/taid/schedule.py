@@ -121,7 +121,7 @@ class TAIDSchedule:
         if not self.adaptive:
             return f"{span} on the linear ramp, as asked (taid_adaptive: false)."
         if self.is_adaptive_in_effect:
-            return f"{span} adaptively (alpha {self.alpha:g}): it runs ahead of the linear ramp while the loss falls."
+            return f"{span} adaptively (alpha {self.alpha:g}): ahead of the linear ramp, faster while the loss falls."
         return (
             f"{span} on the linear ramp: with alpha {self.alpha:g} the adaptive step is the larger one only in runs of "
             f"more than {self._needed_steps:,.0f} steps. For the paper's shape on a run of this length set "

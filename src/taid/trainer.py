@@ -95,6 +95,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
 
+        _require_chat_template(pair.tokenizer, args, train_dataset)
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
         is_mixture_of_experts = hasattr(pair.student.config.get_text_config(), "output_router_logits")
@@ -212,6 +213,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         return self._schedule_state.t if self._schedule_state else self.args.taid_t_start
 
     # --- once an optimizer step -----------------------------------------------------------------------------------
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers takes one step too many when it resumes a run that is already at its end
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and the number of trained tokens in them on all ranks."""
@@ -364,6 +370,22 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         # transformers pickles its arguments beside the weights; config.yaml holds them, in the open and without tokens.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Write README.md beside the student: what it is, what taught it, and the paper."""
+        if not self.is_world_process_zero():
+            return
+        names = {key: self.configuration.get(key) for key in ("model_name_or_path", "teacher_model_name_or_path")}
+        card = (
+            "---\nlibrary_name: transformers\ntags: [taid, trl]\n---\n\n"
+            f"# {model_name or Path(self.args.output_dir).name}\n\n"
+            f"Distilled with taid (objective `{self.args.objective}`): student `{names['model_name_or_path']}`, "
+            f"teacher `{names['teacher_model_name_or_path']}`. `config.yaml` beside this file holds every setting, "
+            f"`report.html` what happened.\n\nTAID: {self._paper['title']}, arXiv {self._paper['id']}.\n"
+        )
+        run_folder.write_atomically(Path(self.args.output_dir) / "README.md", card)
+
     def _send_telemetry(self) -> None:
         """TRL reports each run to its makers; taid does not."""
 
@@ -372,6 +394,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         if isinstance(dataset, Dataset) and not packing:
+            # TRL keeps a row whose only label is on its first token, which no token predicts.
+            prepared = prepared.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
             dropped = len(dataset) - len(prepared)
             if dropped == len(dataset):
                 raise ValueError(
@@ -420,6 +444,16 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and is_step:
             row = {k: v for k, v in logs.items() if not (k.startswith("eval_") and k.endswith(_NOT_LOGGED))}
             run_folder.append_metrics(Path(args.output_dir), {"step": state.global_step, **row})
+
+
+def _require_chat_template(tokenizer: Any, args: TAIDConfig, dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None) or []
+    is_chat = "messages" in columns or ("prompt" in columns and isinstance(dataset[0]["prompt"], list))
+    if is_chat and tokenizer.chat_template is None and args.chat_template_path is None:
+        raise ValueError(
+            "the rows are conversations, but the student's tokenizer has no chat template: set chat_template_path to "
+            "a Jinja file or to a model with the template you want"
+        )
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
