@@ -354,3 +354,37 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path):
     assert (tmp_path / "a").read_bytes() == "ä\n".encode()
     assert (tmp_path / "b").read_bytes() == b"\x00\xff"
     assert names(tmp_path) == {"a", "b"}
+
+
+def test_a_checkpoint_without_its_optimizer_cannot_be_resumed(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint-2 lacks the state of the optimizer"):
+        run_folder.check_resumable(checkpoint)
+    (checkpoint / "optimizer.pt").touch()
+    with pytest.raises(ValueError, match="lacks the state"):
+        run_folder.check_resumable(checkpoint)
+    (checkpoint / "scheduler.pt").touch()
+    run_folder.check_resumable(checkpoint)
+
+
+def test_going_back_behind_a_later_checkpoint_is_refused(tmp_path):
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        (folder / "optimizer.pt").touch()
+        (folder / "scheduler.pt").touch()
+    run_folder.check_resumable(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="cannot resume at checkpoint-2: checkpoint-4 of the same run is later"):
+        run_folder.check_resumable(tmp_path / "checkpoint-2")
+
+
+def test_what_an_interrupted_overwrite_leaves_is_still_a_run(tmp_path):
+    (tmp_path / "config.yaml.partial").touch()
+    run_folder.check_free(tmp_path, overwrite=True)
+    put(tmp_path, "model.safetensors")
+    put(tmp_path, "config.yaml")
+    run_folder.clear(tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -318,6 +318,9 @@ def test_the_student_folder_is_an_ordinary_one(tmp_path, student_folder, teacher
         ({"taid_t_start": 0.2}, "taid_t_start was 0.4, is 0.2"),
         ({"taid_alpha": "auto"}, "taid_alpha was 0.8, is 'auto'"),
         ({"kd_ratio": 0.5}, "kd_ratio was 1.0, is 0.5"),
+        ({"learning_rate": 0.1}, "learning_rate was 0.3, is 0.1"),
+        ({"gradient_accumulation_steps": 2, "max_steps": 4}, "rows_per_step was 8, is 16"),
+        ({"optim": "adamw_torch"}, "optim was 'sgd', is 'adamw_torch'"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     demo = commands.add_parser("demo", help="distil on this Python's own standard library, in minutes")
     demo.add_argument("--output_dir", type=Path, default=Path("taid-demo"), help="default: %(default)s")
-    demo.add_argument("--steps", type=int, default=200, help="optimizer steps a method (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=150, help="optimizer steps a method (default: %(default)s)")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -166,8 +166,14 @@ def _checkpoint_to_resume(output_dir: Path, args: TAIDConfig) -> Path | None:
     checkpoint = folder if (folder / "trainer_state.json").exists() else run_folder.last_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(
-            f"cannot resume: {folder} holds no complete checkpoint; start anew with --overwrite_output_dir"
+            f"cannot resume: {folder} holds no complete checkpoint; start without --resume_from_checkpoint"
         )
+    if checkpoint.resolve().parent != output_dir.resolve():
+        raise ValueError(
+            f"cannot resume: {checkpoint} belongs to the run in {checkpoint.parent}, not to output_dir {output_dir}: "
+            "name that folder as output_dir, or copy it"
+        )
+    run_folder.check_resumable(checkpoint)
     return checkpoint
 
 

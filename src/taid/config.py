@@ -133,7 +133,9 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
         if not 0.0 <= self.kd_ratio <= 1.0:
             raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        if self.max_steps == 0:
+            raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs, got 0")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"num_train_epochs must be positive where max_steps is not set, got {self.num_train_epochs}"
             )

@@ -44,6 +44,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if not any(folder.iterdir()):
         return
     is_run = (folder / CONFIG).exists() or (folder / METRICS).exists() or last_checkpoint(folder) is not None
+    is_run = is_run or any(folder.glob("*.partial"))  # a kill in the very first write
     if not is_run:
         raise ValueError(f"output_dir {folder} holds files that are no taid run: choose another folder")
     if not overwrite:
@@ -55,7 +56,8 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Delete what a run wrote, so that a new one starts from nothing."""
-    for path in folder.iterdir() if folder.exists() else ():
+    # config.yaml goes last: a kill in between leaves a folder that is still known as a run's.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG) if folder.exists() else ():
         is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
         if is_checkpoint and path.is_symlink():
             path.unlink()
@@ -105,6 +107,26 @@ def last_checkpoint(folder: Path) -> Path | None:
             if isinstance(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")), dict):
                 return path
     return None
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse a checkpoint that lacks the optimizer's state, or that later ones of the same run would contradict.
+
+    Raises:
+        ValueError: names what is missing, or the later checkpoint.
+    """
+    has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
+    if not has_optimizer or not any(checkpoint.glob("scheduler*")):
+        raise ValueError(
+            f"cannot resume: {checkpoint} lacks the state of the optimizer or of the learning rate (save_only_model?), "
+            "so the run would not go on but start anew from its weights"
+        )
+    last = last_checkpoint(checkpoint.parent)
+    if last is not None and last.resolve() != checkpoint.resolve():
+        raise ValueError(
+            f"cannot resume at {checkpoint.name}: {last.name} of the same run is later; delete it to go back, or copy "
+            "the folder"
+        )
 
 
 def start(folder: Path, configuration: dict[str, Any], *, total_steps: int, processes: int, device: str) -> None:

@@ -33,6 +33,11 @@ from taid.schedule import ScheduleState, TAIDSchedule
 
 logger = logging.getLogger(__name__)
 
+# Beside objective, schedule and N: what a checkpoint's optimizer state, rows and weights belong to.
+_RUN_DEFINING = (
+    "model_name_or_path teacher_model_name_or_path dataset_name max_length packing seed data_seed optim learning_rate "
+    "weight_decay lr_scheduler_type bf16 fp16 use_peft lora_r lora_alpha lora_target_modules"
+).split()
 _NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
@@ -236,8 +241,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         sums = self._reduced_sums()
         trained = max(sums["trained"], 1.0)
         step = self.state.global_step + 1
-        # A float16 run scales its loss and skips overflowing steps by design, so there only the loss counts.
-        if not math.isfinite(sums["loss"]) or not (math.isfinite(grad_norm) or self.args.fp16):
+        # A gradient scaler (float16) skips overflowing steps by design, so there only the loss counts.
+        if not math.isfinite(sums["loss"]) or not (math.isfinite(grad_norm) or self.accelerator.scaler):
             last = run_folder.last_checkpoint(Path(self.args.output_dir))
             raise FloatingPointError(
                 f"step {step}: the loss is {sums['loss'] / trained} and the gradient's norm {grad_norm}. Training "
@@ -347,13 +352,16 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its continuation."""
-        names = ["objective", "kd_ratio", "seed"]
+        names = ["objective", "kd_ratio"]
         names += {"jsd": ["jsd_beta"], "skew_forward_kl": ["skew"], "skew_reverse_kl": ["skew"]}.get(
             self.args.objective, []
         )
         if self._schedule is not None:
             names += ["taid_t_start", "taid_t_end", "taid_alpha", "taid_beta", "taid_adaptive", "taid_signal"]
-        return {name: getattr(self.args, name) for name in names} | {"total_steps": self.state.max_steps}
+        names += _RUN_DEFINING
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        identity = {name: self.configuration.get(name) for name in names}
+        return identity | {"total_steps": self.state.max_steps, "rows_per_step": rows}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.stateful_callbacks[type(self).__name__] = {
@@ -410,12 +418,22 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         return prepared
 
     def _check_rows(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Where some special tokens are not shared with the teacher, no row may contain one."""
-        if set(tokenizer.get_vocab().values()) <= set(self.vocabulary.ids):
-            return
+        """Each data set has a trained token, and no token that the teacher does not share."""
+        all_shared = set(tokenizer.get_vocab().values()) <= set(self.vocabulary.ids)
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **named}.items():
-            if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            if (
+                not isinstance(dataset, Dataset)
+                or "input_ids" not in dataset.column_names
+                or self._skip_prepare_dataset
+            ):
+                continue
+            if not any(label != -100 for row in dataset for label in row["labels"][1:]):
+                raise ValueError(
+                    f"the {name} data set has no trained token: every row is shorter than two tokens, or all of its "
+                    "labels are -100"
+                )
+            if not all_shared:
                 self.vocabulary.require_shared(dataset["input_ids"], tokenizer, f"the {name} data set")
 
 
