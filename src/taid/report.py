@@ -80,12 +80,12 @@ class _Run:
 
     @property
     def student(self) -> str:
-        return str(self.config.get("model_name_or_path") or "the student")
+        return _short(str(self.config.get("model_name_or_path") or "the student"))
 
     @property
     def teacher(self) -> str:
         sources = ("teacher_model_name_or_path", "teacher_cache", "teacher_server_url")
-        return str(next((self.config[key] for key in sources if self.config.get(key)), "a teacher"))
+        return _short(str(next((self.config[key] for key in sources if self.config.get(key)), "a teacher")))
 
     @property
     def last_step(self) -> int:
@@ -152,6 +152,11 @@ def _read_rows(folder: Path) -> tuple[dict[int, dict[str, float]], int]:
         if "step" in finite:
             rows.setdefault(int(finite["step"]), {}).update(finite)
     return rows, not_finite
+
+
+def _short(name: str) -> str:
+    """A Hub name as it is; of a long path the folder's name."""
+    return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
 
 
 def _opening(run: _Run) -> str:
@@ -222,15 +227,16 @@ def _plot_t(run: _Run) -> Plot:
     lines = [Line(t, BLUE, f"t {t[-1][1]:.2f}")]
     alt, caption = f"t over the training steps: {_from_to(t)}", ""
     if schedule is not None:
-        floor = [(step, schedule.linear(step)) for step in (0, schedule.total_steps)]
+        # The row of step k holds the t that was used in it, t_{k-1}, whose floor is that of step k - 2.
+        floor = [(step, schedule.linear(max(step - 2, 0))) for step in (0, 2, schedule.total_steps)]
         lines.append(Line(floor, MUTED, "", dashed=True))
         # t is never below its floor, so there is room for the name.
         middle = schedule.total_steps // 2, schedule.linear(schedule.total_steps // 2)
         axes.annotate("linear floor", middle, xytext=(8, -14), textcoords="offset points", color=MUTED, **BOLD)
-        under = [schedule.linear(step) for step, _ in t]
+        under = [schedule.linear(max(step - 2, 0)) for step, _ in t]
         ahead = [max(value, low) for (_, value), low in zip(t, under, strict=True)]
         axes.fill_between([step for step, _ in t], under, ahead, color=BLUE, alpha=0.14, linewidth=0)
-        alt += f"; the linear floor rises from {floor[0][1]:g} to {floor[1][1]:g} at step {floor[1][0]:,}"
+        alt += f"; the linear floor rises from {floor[0][1]:g} to {schedule.t_end:g}"
         caption = f"As configured, {schedule.regime()} Dashed: the linear floor. Shaded: how far t is ahead of it."
     draw(axes, lines, smooth=False)
     return Plot("t, from the student (0) to the teacher (1)", f"{alt}.", caption, png_of(figure), "t.png")
