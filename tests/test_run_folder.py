@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from taid import run_folder
 from taid.run_folder import (
@@ -356,29 +358,48 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path):
     assert names(tmp_path) == {"a", "b"}
 
 
-def test_a_checkpoint_without_its_optimizer_cannot_be_resumed(tmp_path):
-    checkpoint = tmp_path / "checkpoint-2"
+def save_checkpoint(folder, step, files=("optimizer.pt", "scheduler.pt")):
+    checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text("{}")
-    with pytest.raises(ValueError, match="checkpoint-2 lacks the state of the optimizer"):
-        run_folder.check_resumable(checkpoint)
-    (checkpoint / "optimizer.pt").touch()
-    with pytest.raises(ValueError, match="lacks the state"):
-        run_folder.check_resumable(checkpoint)
-    (checkpoint / "scheduler.pt").touch()
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9}))
+    for name in files:
+        torch.save({"state": [1.0]}, checkpoint / name)
+    return checkpoint
+
+
+def test_a_checkpoint_without_its_optimizer_cannot_be_resumed(tmp_path):
+    for step, files in ((1, ()), (2, ("optimizer.pt",)), (3, ("scheduler.pt",))):
+        checkpoint = save_checkpoint(tmp_path, step, files)
+        with pytest.raises(ValueError, match=f"checkpoint-{step} lacks the state of the optimizer"):
+            run_folder.check_resumable(checkpoint)
+    run_folder.check_resumable(save_checkpoint(tmp_path, 4))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path, name):
+    checkpoint = save_checkpoint(tmp_path, 2)
+    torch.save({"cpu": [1.0]}, checkpoint / "rng_state.pth")
+    save_file({"weight": torch.zeros(50)}, checkpoint / "model.safetensors")
     run_folder.check_resumable(checkpoint)
+    whole = (checkpoint / name).read_bytes()
+    for size in (0, len(whole) // 2):
+        (checkpoint / name).write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{name} is truncated or damaged; delete checkpoint-2"):
+            run_folder.check_resumable(checkpoint)
+
+
+def test_a_state_without_its_step_is_damaged(tmp_path):
+    checkpoint = save_checkpoint(tmp_path, 2)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"trainer_state\.json is truncated or damaged"):
+        run_folder.check_resumable(checkpoint)
 
 
 def test_going_back_behind_a_later_checkpoint_is_refused(tmp_path):
-    for step in (2, 4):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
-        (folder / "optimizer.pt").touch()
-        (folder / "scheduler.pt").touch()
-    run_folder.check_resumable(tmp_path / "checkpoint-4")
+    earlier, later = save_checkpoint(tmp_path, 2), save_checkpoint(tmp_path, 4)
+    run_folder.check_resumable(later)
     with pytest.raises(ValueError, match="cannot resume at checkpoint-2: checkpoint-4 of the same run is later"):
-        run_folder.check_resumable(tmp_path / "checkpoint-2")
+        run_folder.check_resumable(earlier)
 
 
 def test_what_an_interrupted_overwrite_leaves_is_still_a_run(tmp_path):

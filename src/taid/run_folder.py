@@ -14,12 +14,14 @@ import os
 import platform
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 CONFIG, VERSIONS, METRICS = "config.yaml", "versions.json", "metrics.jsonl"
 # What taid, transformers and peft write beside the checkpoints; a file of the user's own is never deleted.
@@ -110,10 +112,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Refuse a checkpoint that lacks the optimizer's state, or that later ones of the same run would contradict.
+    """Refuse a checkpoint that lacks the optimizer's state, is damaged, or is older than others of the same run.
 
     Raises:
-        ValueError: names what is missing, or the later checkpoint.
+        ValueError: names what is missing or damaged, or the later checkpoint.
     """
     has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
     if not has_optimizer or not any(checkpoint.glob("scheduler*")):
@@ -121,12 +123,29 @@ def check_resumable(checkpoint: Path) -> None:
             f"cannot resume: {checkpoint} lacks the state of the optimizer or of the learning rate (save_only_model?), "
             "so the run would not go on but start anew from its weights"
         )
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # torch writes zip archives
+    damaged = [path for path in archives if not zipfile.is_zipfile(path)]
+    damaged += [path for path in checkpoint.glob("*.safetensors") if not _is_safetensors(path)]
+    damaged += [checkpoint / "trainer_state.json"] if not {"global_step", "max_steps"} <= state.keys() else []
+    if damaged:
+        raise ValueError(
+            f"cannot resume: {damaged[0]} is truncated or damaged; delete {checkpoint.name} to resume an earlier one"
+        )
     last = last_checkpoint(checkpoint.parent)
     if last is not None and last.resolve() != checkpoint.resolve():
         raise ValueError(
             f"cannot resume at {checkpoint.name}: {last.name} of the same run is later; delete it to go back, or copy "
             "the folder"
         )
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def start(folder: Path, configuration: dict[str, Any], *, total_steps: int, processes: int, device: str) -> None:
