@@ -1,4 +1,4 @@
-"""One battery for all objectives, held against METHOD.md's formulas in float64 and in log space."""
+"""One battery for all objectives, held against the papers' formulas in float64 and in log space."""
 
 import math
 import re
@@ -201,7 +201,7 @@ def test_tvd_has_an_absolute_error_below_5e_7_on_a_student_very_near_to_the_teac
 @pytest.mark.parametrize(("tokens", "V"), [(24, 507), (8, 2_051)])
 @without("tvd")
 def test_the_gradient_is_right_to_0_17_percent_on_a_student_very_near_to_the_teacher(case, tokens, V):
-    # METHOD.md, 2.5: what mixing float32 logits in float32 costs.
+    # What mixing float32 logits in float32 costs.
     student_logits, teacher_logits = random_logits(tokens, V, noise=0.01)
 
     _, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
