@@ -1,0 +1,380 @@
+r"""The distillation loss fused with both output heads: no logits of all tokens in memory, gradients in the forward pass.
+
+Per chunk of M trained tokens (N tokens in all, widths D of student and E of teacher, V shared ids):
+
+    student_MV = student_hidden_MD @ student_weight_VD.T          |
+    teacher_MV = teacher_hidden_ME @ teacher_weight_VE.T          |  the four products of the floor
+    kernels: statistics of each row, then dL/dz_q in place        |  (docs/performance.md)
+    d_hidden_MD = gradient_MV @ student_weight_VD                 |
+    d_weight_VD += gradient_MV.T @ student_hidden_MD              |
+
+Only two ``[M, V]`` tiles exist, whatever N is. The loss is a sum and its gradient known as soon as both tiles are, so
+the backward pass multiplies what is there by one number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from taid.kernels import row_stage
+from taid.kernels.rows import COLUMNS, Finish, RowTask
+
+# Rows of the vocabulary that are converted, multiplied and added up at a time where the head is in half precision.
+_SLAB = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """An output head: ``logits = cap(scale (hidden @ weight.T + bias))``, ``cap(z) = softcap tanh(z / softcap)``.
+
+    Attributes:
+        weight: ``[V, D]``; V may be padded.
+        bias: ``[V]`` or None.
+        scale: what a model multiplies its logits by (Cohere's ``logit_scale``, the inverse of Granite's
+            ``logits_scaling``).
+        softcap: Gemma's ``final_logit_softcapping``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The plain formula: logits ``[..., V]`` of hidden states ``[..., D]``."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class FusedLoss(NamedTuple):
+    """What :func:`fused_distillation_loss` returns.
+
+    Attributes:
+        loss: the loss summed over trained tokens, 0-dim, nats; differentiable.
+        sums: sums over trained tokens, 0-dim, float64 (float32 where the device has none), without a gradient:
+            ``trained`` (their number), ``objective``, ``kl`` (forward KL to the teacher), ``cross_entropy`` (to the
+            labels), ``entropy`` (of the student), ``correct`` (the label is the student's likeliest token),
+            ``teacher_cross_entropy``, ``target_cross_entropy`` (of TAID's target and the student) and
+            ``temperature_gradient`` (of ctkd's objective). Zero where there is no teacher.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+
+
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | Tensor | None,
+    labels: Tensor,
+    objective: str = "taid",
+    *,
+    kd_ratio: float = 1.0,
+    vocabulary_size: int | None = None,
+    num_trained: int | None = None,
+    **parameters: Any,
+) -> FusedLoss:
+    r"""The sum over trained tokens of an objective, from hidden states and output heads.
+
+    The contract is the plain formula, of which this is a faster and smaller form:
+
+    .. code-block:: python
+
+        trained = labels != -100
+        student_NV = student_head.logits(student_hidden[trained])[:, :vocabulary_size]
+        teacher_NV = teacher_head.logits(teacher_hidden[trained])[:, :vocabulary_size]
+        loss_N = getattr(taid.objectives, objective)(student_NV, teacher_NV, **parameters)
+        loss = (kd_ratio * loss_N + (1 - kd_ratio) * cross_entropy(student_NV, labels[trained])).sum()
+
+    Untrained tokens are never projected. Gradients reach ``student_hidden``, the student's head weight and bias, and
+    ctkd's ``temperature`` where they require one; the head's gradient adds up in float32. They are formed in the
+    forward pass: the loss can be differentiated once, and not a second time.
+
+    Args:
+        student_hidden: ``[..., D]``, what the student's output head is given, at the positions that predict `labels`.
+        student_head: a :class:`Head`, or its weight ``[V, D]``.
+        teacher_hidden: ``[..., E]``; None for the label's cross-entropy alone.
+        teacher_head: a :class:`Head` or its weight ``[V', E]``; any dtype, independent of the student's.
+        labels: ``[...]``, int64: the token that each position has to predict, -100 where it is not trained.
+        objective: the name of a function of :mod:`taid.objectives`, or "sft".
+        kd_ratio: share of the objective; the rest is cross-entropy to the labels.
+        vocabulary_size: the ids 0 .. n-1 that both heads share, where their rows are padded differently.
+        num_trained: the number of trained tokens where the caller knows it; on CUDA this saves a synchronisation.
+        **parameters: those of the objective, as in :mod:`taid.objectives`: taid's ``t``, jsd's ``beta``, ...
+
+    Raises:
+        ValueError: shapes that do not fit, a label that is no id, an objective or parameter that does not exist.
+        RuntimeError: the loss is differentiated twice.
+
+    Reference: TAID, arXiv 2501.16937; gradients in the forward pass as in Liger Kernel, arXiv 2410.10989.
+    """
+    student_head, teacher_head = _as_head(student_head), None if teacher_head is None else _as_head(teacher_head)
+    size = _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, vocabulary_size)
+    finish = [
+        Finish(None if h.bias is None else h.bias.detach()[:size], h.scale, h.softcap) if h else Finish()
+        for h in (student_head, teacher_head)
+    ]
+    task = RowTask.of(objective, kd_ratio, _detached(parameters), *finish)
+    if task.kd_ratio > 0 and teacher_hidden is None:
+        raise ValueError(f"objective {objective!r} needs the teacher's hidden states and head")
+    student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    kept = _kept(labels.reshape(-1), num_trained)
+    job = _Job(
+        teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight=None if teacher_head is None else teacher_head.weight.detach()[:size],
+        labels=labels.reshape(-1).index_select(0, kept),
+        kept=kept,
+        size=size,
+        task=task,
+        gradient=torch.is_grad_enabled(),
+    )
+    temperature = parameters.get("temperature")
+    loss, columns = _Fused.apply(
+        student_hidden, student_head.weight, student_head.bias, temperature if isinstance(temperature, Tensor) else None, job
+    )
+    sums = columns.sum(0, dtype=_exact(columns)).unbind()
+    return FusedLoss(loss, {"trained": columns.new_full((), len(kept)), **dict(zip(COLUMNS, sums, strict=True))})
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """All that :class:`_Fused` needs beside what it differentiates."""
+
+    teacher_hidden: Tensor | None  # [N', E], untrained tokens included
+    teacher_weight: Tensor | None  # [V, E]
+    labels: Tensor  # [N]
+    kept: Tensor  # [N], places of the trained tokens
+    size: int  # V
+    task: RowTask
+    gradient: bool
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None, job: _Job
+    ) -> tuple[Tensor, Tensor]:
+        # Products choose their own precision; autocast would round the tiles.
+        with torch.autocast(hidden.device.type, enabled=False):
+            wanted = [wants and job.gradient for wants in ctx.needs_input_grad[:4]]
+            loss, columns, gradients = _forward(hidden, weight, bias, job, wanted)
+        ctx.gradients = gradients if any(wanted) else None
+        ctx.mark_non_differentiable(columns)
+        return loss, columns
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss can be differentiated only once: its gradients are gone. Compute it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(upstream)
+        return (*gradients, None)
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, wanted: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Loss, columns ``[N, K]``, and the gradients that are wanted of hidden, weight, bias and temperature."""
+    wants_hidden, wants_weight, wants_bias, wants_temperature = wanted
+    student = _Products(weight.detach(), job.size, wants_weight)
+    teacher = None if job.teacher_weight is None else _Products(job.teacher_weight, job.size, False)
+    N, V = len(job.kept), job.size
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    columns = hidden.new_empty(N, len(COLUMNS), dtype=exact)
+    d_hidden = torch.zeros_like(hidden) if wants_hidden else None
+    d_bias = torch.zeros(weight.shape[0], dtype=exact, device=weight.device) if wants_bias else None
+
+    rows = _chunk_rows(N, V, student.tile_dtype.itemsize, hidden.device.type)
+    tiles = [p.tile(rows) for p in (student, teacher) if p]
+    for start in range(0, N, rows):
+        chunk = slice(start, min(start + rows, N))
+        M, places = chunk.stop - chunk.start, job.kept[chunk]
+        hidden_MD = student.operand(hidden.index_select(0, places))
+        student_MV, teacher_MV = student.project(hidden_MD, tiles[0][:M]), None
+        if teacher is not None and job.teacher_hidden is not None:
+            hidden_ME = teacher.operand(job.teacher_hidden.index_select(0, places))
+            teacher_MV = teacher.project(hidden_ME, tiles[1][:M])
+        gradient_MV = row_stage(
+            student_MV, teacher_MV, job.labels[chunk], job.task, columns[chunk],
+            gradient=student.operand_dtype if any(wanted[:3]) else None,
+        )  # fmt: skip
+        if d_hidden is not None:
+            d_hidden.index_copy_(0, places, student.project_back(gradient_MV).to(d_hidden.dtype))
+        if wants_weight:
+            student.add_outer(gradient_MV, hidden_MD)
+        if d_bias is not None:
+            d_bias[:V] += gradient_MV.sum(0, dtype=exact)
+
+    by_name = dict(zip(COLUMNS, columns.sum(0, dtype=_exact(columns)).unbind(), strict=True))
+    share = job.task.kd_ratio
+    loss = share * by_name["objective"] + (1 - share) * by_name["cross_entropy"] if share else by_name["cross_entropy"]
+    del tiles
+    return loss.to(exact), columns, [
+        d_hidden,
+        student.outer_sum() if wants_weight else None,
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        (share * by_name["temperature_gradient"]).to(exact) if wants_temperature else None,
+    ]
+
+
+class _Products:
+    """The products with one head, and the precision in which a device does them best.
+
+    ======================  =================  ==============  =======================================
+    weight, device          operands           tile            weight gradient
+    ======================  =================  ==============  =======================================
+    float32, float64        as they are        same            added up in the products
+    half, CUDA              as they are        float32         added up in float32 by the products
+    bfloat16, CPU with it   as they are        bfloat16        bfloat16 products added up in float32
+    half, other CPU         float32, by slabs  float32         added up in float32 by the products
+    ======================  =================  ==============  =======================================
+
+    A slab is a few thousand rows of the weight. The last row of the table is no loss of speed: such a CPU multiplies
+    in float32 in any case, and PyTorch's own bfloat16 products there are up to 300 times slower (docs/performance.md).
+    """
+
+    def __init__(self, weight: Tensor, size: int, wants_gradient: bool) -> None:
+        self.weight, self.size = weight, size
+        half, self.on_cuda = weight.dtype.itemsize < 4, weight.device.type == "cuda"
+        self.native = not half or self.on_cuda or (weight.dtype == torch.bfloat16 and _cpu_has_bfloat16())
+        self.operand_dtype = weight.dtype if self.native else torch.float32
+        self.tile_dtype = torch.float32 if half and self.on_cuda else self.operand_dtype
+        # On its way, the gradient of a half-precision head lies in slabs, which go as their rounded copies come.
+        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        step = _SLAB if half and not self.on_cuda else max(size, 1)
+        self.slabs = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        self.sums = (
+            [torch.zeros(s.stop - s.start, weight.shape[1], dtype=sum_dtype, device=weight.device) for s in self.slabs]
+            if wants_gradient
+            else []
+        )
+
+    def operand(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.operand_dtype)
+
+    def tile(self, rows: int) -> Tensor:
+        # Rows begin at multiples of 64 elements, so that loads stay aligned where V is odd.
+        stride = -(-self.size // 64) * 64
+        return torch.empty(rows, stride, dtype=self.tile_dtype, device=self.weight.device)[:, : self.size]
+
+    def project(self, hidden_MD: Tensor, out_MV: Tensor) -> Tensor:
+        if self.native:
+            mixed = {"out_dtype": torch.float32} if out_MV.dtype != self.operand_dtype else {}
+            return torch.mm(hidden_MD, self.weight[: self.size].t(), out=out_MV, **mixed)
+        for slab in self.slabs:
+            torch.mm(hidden_MD, self.weight[slab].float().t(), out=out_MV[:, slab])
+        return out_MV
+
+    def project_back(self, gradient_MV: Tensor) -> Tensor:
+        if self.native:
+            return gradient_MV.to(self.operand_dtype) @ self.weight[: self.size]
+        out_MD = gradient_MV.new_zeros(len(gradient_MV), self.weight.shape[1])
+        for slab in self.slabs:
+            out_MD.addmm_(gradient_MV[:, slab], self.weight[slab].float())
+        return out_MD
+
+    def add_outer(self, gradient_MV: Tensor, hidden_MD: Tensor) -> None:
+        for slab, total in zip(self.slabs, self.sums, strict=True):
+            columns = gradient_MV[:, slab].to(self.operand_dtype).t()
+            if total.dtype == self.operand_dtype:
+                total.addmm_(columns, hidden_MD)
+            elif self.on_cuda:
+                torch.addmm(total, columns, hidden_MD, out_dtype=total.dtype, out=total)
+            else:
+                total.add_(columns @ hidden_MD)
+
+    def outer_sum(self) -> Tensor:
+        """The weight's gradient, in its dtype and with zeros for rows beyond the vocabulary."""
+        if len(self.sums) == 1 and self.sums[0].shape == self.weight.shape and self.sums[0].dtype == self.weight.dtype:
+            return self.sums[0]
+        gradient = torch.empty_like(self.weight)
+        gradient[self.size :] = 0
+        for slab in reversed(self.slabs):
+            gradient[slab] = self.sums.pop()
+        return gradient
+
+
+def _chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
+    """Rows of a tile: as many as keep products fast, in chunks of equal size; no more than a budget of bytes holds."""
+    # A GPU's sums of weight gradients go through its memory once a chunk; a CPU's products are at full speed by 512.
+    budget, most = (2**31, 2**14) if device == "cuda" else (3 * 2**27, 512)
+    most = max(1, min(most, budget // (2 * V * itemsize)))
+    chunks = max(1, -(-N // most))
+    return max(1, -(-N // chunks))
+
+
+def _kept(labels: Tensor, num_trained: int | None) -> Tensor:
+    trained = labels != -100
+    if num_trained is None:
+        return trained.nonzero()[:, 0]
+    return torch.nonzero_static(trained, size=num_trained)[:, 0]
+
+
+def _as_head(head: Head | Tensor) -> Head:
+    head = Head(head) if isinstance(head, Tensor) else head
+    if not isinstance(head.weight, DTensor):
+        return head
+    # Gathered once, here, and not once a chunk.
+    bias = head.bias.full_tensor() if isinstance(head.bias, DTensor) else head.bias
+    return Head(head.weight.full_tensor(), bias, head.scale, head.softcap)
+
+
+def _check(
+    student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor | None, teacher_head: Head | None,
+    labels: Tensor, vocabulary_size: int | None,
+) -> int:  # fmt: skip
+    """Raise a ValueError for what does not fit; return the number of shared ids."""
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise ValueError("the teacher's hidden states and head go together: pass both or neither")
+    sizes = []
+    for role, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+        if hidden is None or head is None:
+            continue
+        if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"the {role}'s head must be [V, {hidden.shape[-1]}] for hidden states of that width, "
+                f"got {list(head.weight.shape)}"
+            )
+        if hidden.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"the {role}'s hidden states are {list(hidden.shape[:-1])} tokens and the labels {list(labels.shape)}: "
+                "each position needs one label, already shifted to the token that it predicts"
+            )
+        if head.softcap is not None and head.softcap <= 0:
+            raise ValueError(f"the {role}'s softcap must be positive or None, got {head.softcap}")
+        sizes.append(head.weight.shape[0])
+    if vocabulary_size is None and len(set(sizes)) > 1:
+        raise ValueError(
+            f"the student's head has {sizes[0]} rows and the teacher's {sizes[1]}: pass vocabulary_size, the number "
+            "of ids that mean the same token to both (taid.vocabulary)"
+        )
+    size = min(sizes) if vocabulary_size is None else vocabulary_size
+    if not 0 < size <= min(sizes):
+        raise ValueError(f"vocabulary_size must lie in 1 .. {min(sizes)}, got {size}")
+    if labels.device.type == "cpu" and labels.numel():  # on a GPU, looking would cost a synchronisation
+        for wrong in labels[(labels >= size) | ((labels < 0) & (labels != -100))].tolist()[:1]:
+            raise ValueError(f"label {wrong} is no id of the {size} that student and teacher share, and not -100")
+    return size
+
+
+def _detached(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in parameters.items()}
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself (AVX-512 BF16, AMX, recent Arm)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
