@@ -15,8 +15,9 @@ from taid.config import TAIDConfig, parse, resolved
 
 # A new name here is a new promise to users: it needs a test, a recipe or example that uses it, and a changelog line.
 OWN_FIELDS = """
-objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal jsd_beta skew kd_ratio
-teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs tokenizer_from overwrite_output_dir
+objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal jsd_beta skew head_mass
+dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
+teacher_model_init_kwargs tokenizer_from overwrite_output_dir
 """.split()
 
 
@@ -62,7 +63,12 @@ def test_the_defaults_are_the_papers():
         "taid_signal": "kl",
         "jsd_beta": 0.1,
         "skew": 0.1,
+        "head_mass": 0.5,
+        "dkd_alpha": 1.0,
+        "dkd_beta": 8.0,
+        "dkd_temperature": 4.0,
         "kd_ratio": 1.0,
+        "fused": True,
         "teacher_model_name_or_path": None,
         "teacher_model_revision": None,
         "teacher_model_init_kwargs": None,
@@ -85,7 +91,15 @@ def test_the_defaults_are_the_papers():
         ("taid_signal", "cross_entropy", "cross_entropy"),
         ("jsd_beta", "0.3", 0.3),
         ("skew", "0", 0.0),
+        ("objective", "adaptive_kl", "adaptive_kl"),
+        ("objective", "dkd", "dkd"),
+        ("objective", "ctkd", "ctkd"),
+        ("head_mass", "0.3", 0.3),
+        ("dkd_alpha", "0", 0.0),
+        ("dkd_beta", "2", 2.0),
+        ("dkd_temperature", "1.5", 1.5),
         ("kd_ratio", "0.5", 0.5),
+        ("fused", "false", False),
         ("teacher_model_name_or_path", "org/teacher", "org/teacher"),
         ("teacher_model_revision", "v1", "v1"),
         ("teacher_model_init_kwargs", '{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
@@ -229,6 +243,8 @@ def test_what_belongs_to_the_command_line_is_no_key_in_yaml(read, name):
         ("kd_ratio: {a: 1}", "kd_ratio", '"a": 1'),
         ("learning_rate: fast", "learning_rate", "fast"),
         ("taid_adaptive: maybe", "taid_adaptive", "maybe"),
+        ("fused: maybe", "fused", "maybe"),
+        ("dkd_temperature: hot", "dkd_temperature", "hot"),
         ("taid_alpha: abc", "taid_alpha", "abc"),
         ("taid_alpha: true", "taid_alpha", "true"),
         ("objective: tadi", "objective", "tadi"),
@@ -276,6 +292,19 @@ def test_a_list_for_a_single_value_is_refused_by_its_name(read):
         ("skew", -0.1),
         ("skew", 1.0),
         ("skew", float("nan")),
+        ("head_mass", 0.0),
+        ("head_mass", 1.0),
+        ("head_mass", float("nan")),
+        ("dkd_alpha", -0.1),
+        ("dkd_alpha", float("inf")),
+        ("dkd_alpha", float("nan")),
+        ("dkd_beta", -0.1),
+        ("dkd_beta", float("inf")),
+        ("dkd_beta", float("nan")),
+        ("dkd_temperature", 0.0),
+        ("dkd_temperature", -1.0),
+        ("dkd_temperature", float("inf")),
+        ("dkd_temperature", float("nan")),
         ("kd_ratio", -0.1),
         ("kd_ratio", 1.1),
         ("kd_ratio", float("nan")),
@@ -300,6 +329,9 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_value(read, name, val
         {"kd_ratio": 0.0},
         {"kd_ratio": 1.0},
         {"jsd_beta": 1e-9},
+        {"head_mass": 1e-9},
+        {"dkd_alpha": 0.0, "dkd_beta": 0.0},
+        {"dkd_temperature": 1e-3},
     ],
 )
 def test_the_ends_of_a_range_that_belong_to_it_are_taken(values):

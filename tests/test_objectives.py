@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from taid.objectives import (
+    adaptive_kl,
+    ctkd,
+    dkd,
     forward_kl,
     interpolated_log_probs,
     jsd,
@@ -57,6 +60,50 @@ def reference_jsd(log_q, log_p, beta):
     return beta * reference_kl(log_p, log_m) + (1 - beta) * reference_kl(log_q, log_m)
 
 
+def reference_adaptive_kl(log_q, log_p, head_mass):
+    q, p = log_q.detach().exp(), log_p.exp()
+    rising = p.sort(-1).values
+    mass_of_likelier = rising.flip(-1).cumsum(-1).flip(-1)
+    mass_of_likelier = torch.cat([mass_of_likelier, torch.zeros_like(p[..., :1])], -1)
+    head = mass_of_likelier.gather(-1, torch.searchsorted(rising, p.contiguous(), right=True)) < head_mass
+    gap = (p - q).abs()
+    head_weight = torch.where(gap.sum(-1) > 0, (gap * head).sum(-1) / gap.sum(-1), 0.5)
+    return head_weight * reference_kl(log_p, log_q) + (1 - head_weight) * reference_kl(log_q, log_p)
+
+
+def at_temperature(log_probs, temperature):
+    return torch.log_softmax(log_probs / temperature, -1)
+
+
+def reference_dkd(log_q, log_p, labels, alpha, beta, temperature):
+    log_q, log_p = at_temperature(log_q, temperature), at_temperature(log_p, temperature)
+    is_label = torch.arange(log_q.shape[-1]) == labels[..., None]
+
+    def binary_and_others(log_probs):
+        others = log_probs.masked_fill(is_label, -INF)
+        binary = torch.stack([log_probs.gather(-1, labels[..., None])[..., 0], others.logsumexp(-1)], -1)
+        return binary, torch.log_softmax(others, -1)
+
+    binary_q, others_q = binary_and_others(log_q)
+    binary_p, others_p = binary_and_others(log_p)
+    label_part = reference_kl(binary_p, binary_q)
+    # -inf - -inf is NaN also in the branch that `where` leaves out, and its gradient with it.
+    others_part = reference_kl(others_p.masked_fill(is_label, -INF), others_q.masked_fill(is_label, 0.0))
+    return temperature**2 * (alpha * label_part + beta * others_part)
+
+
+def reference_ctkd(log_q, log_p, temperature):
+    return temperature**2 * reference_kl(at_temperature(log_p, temperature), at_temperature(log_q, temperature))
+
+
+def dkd_on_the_teachers_favourite(student_logits, teacher_logits, **parameters):
+    return dkd(student_logits, teacher_logits, teacher_logits.argmax(-1), **parameters)
+
+
+def dkd_on_the_students_favourite(student_logits, teacher_logits, **parameters):
+    return dkd(student_logits, teacher_logits, student_logits.argmax(-1), **parameters)
+
+
 @dataclass(frozen=True)
 class Case:
     """An objective of student and teacher logits, its formula on log q and log p, and its largest possible value."""
@@ -86,6 +133,21 @@ CASES = {
         lambda log_q, log_p: reference_kl(log_q, reference_mixture(log_q, log_p, 0.1)),
         -math.log(0.1),
     ),
+    **{
+        f"adaptive_kl({mass})": Case(
+            partial(adaptive_kl, head_mass=mass), partial(reference_adaptive_kl, head_mass=mass)
+        )
+        for mass in (0.5, 0.9)
+    },
+    "dkd": Case(
+        dkd_on_the_teachers_favourite,
+        lambda log_q, log_p: reference_dkd(log_q, log_p, log_p.argmax(-1), alpha=1.0, beta=8.0, temperature=4.0),
+    ),
+    "dkd(2, 0.5, 1.5)": Case(
+        partial(dkd_on_the_students_favourite, alpha=2.0, beta=0.5, temperature=1.5),
+        lambda log_q, log_p: reference_dkd(log_q, log_p, log_q.argmax(-1), alpha=2.0, beta=0.5, temperature=1.5),
+    ),
+    **{f"ctkd({T})": Case(partial(ctkd, temperature=T), partial(reference_ctkd, temperature=T)) for T in (0.7, 15.6)},
 }
 
 every_objective = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -262,6 +324,11 @@ ROOT_3 = math.sqrt(3)
 COIN, BIASED = (0.5, 0.5), (0.25, 0.75)
 FRONT, BACK = (0.5, 0.25, 0.25), (0.25, 0.25, 0.5)
 HEADS, TAILS = (1.0, 0.0), (0.0, 1.0)
+STEEP = (0.125, 0.125, 0.75)
+
+
+def dkd_on_the_first(student_logits, teacher_logits, **parameters):
+    return dkd(student_logits, teacher_logits, torch.tensor(0), **parameters)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +365,34 @@ HEADS, TAILS = (1.0, 0.0), (0.0, 1.0)
         (partial(jsd, beta=0.1), HEADS, TAILS, 0.1 * math.log(10) + 0.9 * math.log(10 / 9)),
         (partial(skew_forward_kl, skew=0.1), HEADS, TAILS, math.log(10)),
         (partial(skew_reverse_kl, skew=0.25), HEADS, TAILS, math.log(4)),
+        # The head is the first token: gaps of 3/8 there and 5/8 in the tail.
+        (
+            partial(adaptive_kl, head_mass=0.4),
+            FRONT,
+            STEEP,
+            (3 * (1.25 * LOG_2 - LOG_3 / 4) + 5 * (0.75 * LOG_3 - 0.375 * LOG_2)) / 8,
+        ),
+        # The second token reaches the mass, and the third is as likely: the head is all of them.
+        (partial(adaptive_kl, head_mass=0.6), FRONT, STEEP, 1.25 * LOG_2 - LOG_3 / 4),
+        (partial(adaptive_kl, head_mass=0.1), COIN, BIASED, LOG_2 - LOG_3 / 2),
+        # Label against the rest: (1/2, 1/2) and (1/4, 3/4). The rest: (1/2, 1/2) and (1/3, 2/3).
+        (
+            partial(dkd_on_the_first, alpha=2.0, beta=3.0, temperature=1.0),
+            FRONT,
+            BACK,
+            2 * (LOG_2 - LOG_3 / 2) + 3 * (LOG_3 - 1.5 * LOG_2),
+        ),
+        # At T = 1/2 the probabilities are as 4 to 1 to 1 and 1 to 1 to 4.
+        (
+            partial(dkd_on_the_first, alpha=2.0, beta=3.0, temperature=0.5),
+            FRONT,
+            BACK,
+            ((4 * math.log(4) + 2 * math.log(2 / 5)) / 3 + 1.5 * (math.log(5 / 2) + math.log(5 / 8))) / 4,
+        ),
+        (partial(dkd_on_the_first, alpha=1.0, beta=1.0, temperature=1.0), HEADS, COIN, LOG_2),
+        # At T = 1/2 the student's are as 1 to 9.
+        (partial(ctkd, temperature=0.5), COIN, BIASED, (math.log(5) - LOG_3) / 4),
+        (partial(ctkd, temperature=torch.tensor(0.5)), COIN, BIASED, (math.log(5) - LOG_3) / 4),
     ],
 )
 def test_tiny_distributions_have_the_values_computed_by_hand(objective, teacher_probs, student_probs, expected):
@@ -368,6 +463,169 @@ def test_t_as_a_tensor_is_t_as_a_number(t):
     assert torch.equal(exact[1], gradient)
     assert_close(rounded[0], value, rtol=5e-6, atol=0)
     assert_close(rounded[1], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("head_mass", [0.1, 0.5, 0.9])
+@every_kind_of_logits
+def test_adaptive_kl_lies_between_forward_and_reverse_kl(student_logits, teacher_logits, head_mass):
+    value = adaptive_kl(student_logits, teacher_logits, head_mass=head_mass)
+
+    both = torch.stack([forward_kl(student_logits, teacher_logits), reverse_kl(student_logits, teacher_logits)])
+    assert (value >= both.amin(0) * (1 - 1e-6)).all()
+    assert (value <= both.amax(0) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("head_mass", [0.1, 0.5, 0.9])
+def test_tokens_that_the_teacher_holds_equally_likely_are_all_in_the_head_or_all_in_the_tail(head_mass):
+    student_logits, teacher_logits = random_logits(64, 33, scale=1.5)
+    teacher_logits = teacher_logits.round()
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(0))
+
+    value = adaptive_kl(student_logits, teacher_logits, head_mass=head_mass)
+    reordered = adaptive_kl(student_logits[:, order], teacher_logits[:, order], head_mass=head_mass)
+
+    log_q, log_p = (torch.log_softmax(logits.double(), -1) for logits in (student_logits, teacher_logits))
+    p, gap = log_p.exp(), (log_p.exp() - log_q.exp()).abs()
+    likelier = log_p[:, None, :] > log_p[:, :, None]
+    head_weight = (gap * ((p[:, None, :] * likelier).sum(-1) < head_mass)).sum(-1) / gap.sum(-1)
+    expected = head_weight * reference_kl(log_p, log_q) + (1 - head_weight) * reference_kl(log_q, log_p)
+    assert relative_error(value, expected) <= 2e-6
+    assert_close(reordered, value, rtol=1e-6, atol=0)
+
+
+LABELS = torch.tensor([0, 32, 7, 1, 20])
+
+
+@pytest.mark.parametrize("noise", [None, 0.01])
+def test_forward_kl_is_the_labels_part_of_dkd_and_1_minus_p_of_the_label_times_that_of_the_others(noise):
+    student_logits, teacher_logits = random_logits(5, 33, noise=noise)
+    rest = 1 - torch.softmax(teacher_logits.double(), -1).gather(-1, LABELS[:, None])[:, 0]
+
+    label_part, others_part = (
+        dkd(student_logits, teacher_logits, LABELS, alpha=alpha, beta=1 - alpha, temperature=1.0) for alpha in (1, 0)
+    )
+
+    expected = forward_kl(student_logits, teacher_logits)
+    assert_close(label_part + rest * others_part, expected.double(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 4.0])
+def test_dkd_equals_its_float64_formula_on_labels_of_any_probability(temperature):
+    student_logits, teacher_logits = random_logits(5, 33)
+    parameters = {"alpha": 1.0, "beta": 8.0, "temperature": temperature}
+    case = Case(
+        lambda *logits: dkd(*logits, LABELS, **parameters), lambda *logits: reference_dkd(*logits, LABELS, **parameters)
+    )
+
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    expected_value, expected_gradient = truth(case, student_logits, teacher_logits)
+    assert relative_error(value, expected_value) <= 2e-6
+    assert relative_error_of_tokens(gradient, expected_gradient) <= 2e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_teacher_sure_of_the_label_to_1e_30_still_teaches_how_the_rest_is_shared_out(alpha, temperature):
+    student_logits, teacher_logits = random_logits(5, 33, scale=1.0)
+    label = torch.zeros(33).index_fill(0, torch.tensor(0), 1.0)
+    teacher_logits = teacher_logits + 74 * temperature * label
+    # A student that guesses, one as sure as the teacher, and one as sure of another token.
+    sides = torch.tensor([[0.0], [0.0], [1.0], [1.0], [-1.0]])
+    student_logits = student_logits + 74 * temperature * sides * label
+    labels = torch.zeros(5, dtype=torch.long)
+    parameters = {"alpha": alpha, "beta": 8.0, "temperature": temperature}
+    case = Case(
+        lambda *logits: dkd(*logits, labels, **parameters), lambda *logits: reference_dkd(*logits, labels, **parameters)
+    )
+
+    value, gradient = value_and_gradient(case.objective, student_logits, teacher_logits)
+
+    left = 1 - torch.softmax(teacher_logits.double() / temperature, -1)[:, 0]
+    assert (left < 1e-15).all()  # below what 1 - p keeps in float64
+    expected_value, expected_gradient = truth(case, student_logits, teacher_logits)
+    assert (gradient[:, 1:].norm(dim=-1) > 0.1).all()
+    assert relative_error(value, expected_value) <= 2e-6
+    assert relative_error_of_tokens(gradient, expected_gradient) <= 2e-6
+
+
+@pytest.mark.parametrize("label_is_masked", [False, True])
+def test_dkd_has_neither_loss_nor_gradient_in_what_a_mask_leaves_no_choice_of(label_is_masked):
+    only = torch.full((1, 9), -INF).index_fill(-1, torch.tensor([4]), 2.0)
+    labels = torch.tensor([0 if label_is_masked else 4])
+
+    value, gradient = value_and_gradient(lambda *logits: dkd(*logits, labels), only - 1.0, only)
+
+    assert torch.equal(value, torch.zeros(1))
+    assert torch.equal(gradient, torch.zeros(1, 9))
+
+
+@pytest.mark.parametrize("shape", [(), (5, 1), (4,), (5, 33)])
+def test_labels_that_are_not_one_a_token_are_refused_with_both_shapes(shape):
+    labels = torch.zeros(shape, dtype=torch.long)
+
+    with pytest.raises(ValueError, match=re.escape(f"labels {shape} are not one for each of the logits (5, 33)")):
+        dkd(*FAR, labels)
+
+
+@pytest.mark.parametrize("temperature", [1, 1.0, torch.tensor(1.0)], ids=repr)
+@every_kind_of_logits
+def test_ctkd_at_temperature_1_is_forward_kl_bit_for_bit(student_logits, teacher_logits, temperature):
+    value, gradient = value_and_gradient(partial(ctkd, temperature=temperature), student_logits, teacher_logits)
+
+    expected_value, expected_gradient = value_and_gradient(forward_kl, student_logits, teacher_logits)
+    assert torch.equal(value, expected_value)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 15.6])
+def test_temperature_as_a_tensor_is_temperature_as_a_number(temperature):
+    value, gradient = value_and_gradient(partial(ctkd, temperature=temperature), *FAR)
+
+    exact = value_and_gradient(partial(ctkd, temperature=torch.tensor(temperature, dtype=torch.float64)), *FAR)
+    rounded = value_and_gradient(partial(ctkd, temperature=torch.tensor(temperature)), *FAR)
+    assert torch.equal(exact[0], value)
+    assert torch.equal(exact[1], gradient)
+    assert_close(rounded[0], value, rtol=1e-6, atol=0)
+    assert_close(rounded[1], gradient, rtol=1e-5, atol=1e-7)
+
+
+def gradient_for_temperature(student_logits, teacher_logits, temperature):
+    temperature = torch.tensor(temperature, requires_grad=True)
+    ctkd(student_logits, teacher_logits, temperature=temperature).sum().backward()
+    return temperature.grad.item()
+
+
+@pytest.mark.parametrize("noise", [None, 0.01])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0, 15.6])
+@pytest.mark.parametrize(("tokens", "V"), [(24, 7), (6, 507), (4, 2_051), (1, 32_003)])
+def test_the_gradient_for_the_temperature_is_that_of_the_float64_formula(tokens, V, temperature, noise):
+    student_logits, teacher_logits = random_logits(tokens, V, noise=noise)
+    log_q, log_p = (torch.log_softmax(logits.double(), -1) for logits in (student_logits, teacher_logits))
+
+    gradient = gradient_for_temperature(student_logits, teacher_logits, temperature)
+
+    exact = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    loss = reference_ctkd(log_q, log_p, exact).sum()
+    loss.backward()
+    # At a high temperature T^2 and the KL all but cancel: what is left is as exact as 2 T KL, the part of T^2.
+    part = 2 * loss.item() / temperature
+    assert abs(gradient - exact.grad.item()) <= (1e-6 if noise is None else 1e-4) * max(part, abs(gradient))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 15.6])
+@every_kind_of_logits
+def test_the_gradient_for_the_temperature_is_finite(student_logits, teacher_logits, temperature):
+    assert math.isfinite(gradient_for_temperature(student_logits, teacher_logits, temperature))
+
+
+def test_the_gradient_for_the_temperature_sees_neither_a_mask_on_both_sides_nor_equal_logits():
+    kept = [entry for entry in range(33) if entry not in MASKED]
+
+    gradient = gradient_for_temperature(masked(FAR[0]), masked(FAR[1]), 2.0)
+
+    assert gradient == pytest.approx(gradient_for_temperature(FAR[0][:, kept], FAR[1][:, kept], 2.0), rel=1e-6)
+    assert gradient_for_temperature(FAR[1], FAR[1], 2.0) == 0
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4])
@@ -466,7 +724,7 @@ def test_a_mask_on_both_sides_is_a_deletion(case, scale):
     assert (gradient[:, MASKED] == 0).all()
 
 
-@without("reverse_kl")
+@without("reverse_kl", "adaptive_kl(0.5)", "adaptive_kl(0.9)")
 def test_a_mask_of_the_teacher_alone_is_probability_zero(case):
     student_logits, teacher_logits = FAR[0], masked(FAR[1])
 
@@ -477,7 +735,7 @@ def test_a_mask_of_the_teacher_alone_is_probability_zero(case):
     assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-@without("forward_kl")
+@without("forward_kl", *(name for name in CASES if name.startswith(("adaptive_kl", "dkd", "ctkd"))))
 def test_a_mask_of_the_student_alone_is_probability_zero(case):
     student_logits, teacher_logits = masked(FAR[0]), FAR[1]
 
@@ -583,6 +841,23 @@ def test_on_any_finite_logits_the_loss_is_finite_and_within_bounds_and_the_gradi
         ),
         *((partial(skew_forward_kl, skew=skew), f"skew must lie in [0, 1), got {skew}") for skew in (1.0, -0.1)),
         *((partial(skew_reverse_kl, skew=skew), f"skew must lie in [0, 1), got {skew}") for skew in (1.0, -0.1)),
+        *(
+            (partial(adaptive_kl, head_mass=mass), f"head_mass must lie strictly between 0 and 1, got {mass}")
+            for mass in (0.0, 1.0, -0.5, math.nan)
+        ),
+        *(
+            (
+                partial(dkd_on_the_teachers_favourite, **{name: value}),
+                f"dkd's {name} must be 0 or a positive number, got {value}",
+            )
+            for name in ("alpha", "beta")
+            for value in (-0.1, INF, math.nan)
+        ),
+        *(
+            (partial(objective, temperature=T), f"temperature must be a positive number, got {T}")
+            for objective in (ctkd, dkd_on_the_teachers_favourite)
+            for T in (0.0, -1.0, INF, math.nan)
+        ),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_with_its_value(objective, named):

@@ -5,10 +5,11 @@ from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid.schedule import ScheduleState, TAIDSchedule, auto_alpha
+from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState, auto_alpha
 
 PAPER_STEPS = 15_000
 FALLING_LOSSES = [2.0, 1.5, 1.8, 0.9, 0.9, 0.6, 0.7, 0.5, 0.4, 0.4]
@@ -380,3 +381,204 @@ def test_a_state_survives_json_bit_for_bit_and_the_run_goes_on_as_if_it_had_neve
 
     assert list(map(repr, resumed)) == list(map(repr, straight))
     assert [schedule.advance(*pair) for pair in zip(resumed, losses, strict=False)] == straight[1:]
+
+
+# --- the temperature of CTKD ------------------------------------------------------------------------------------------
+
+GRADIENTS = [0.5, 0.5, -0.25, 1.0, 0.125, -2.0, 0.25]
+# T, theta and velocity after each step, from the docstring's update in 60-digit arithmetic, rounded once.
+KNOWN_TEMPERATURES = {
+    "up the ramp of 4 steps and beyond": (
+        CurriculumTemperature(96),
+        GRADIENTS,
+        [
+            15.621171572600097,
+            15.677593683441039,
+            15.632728255066343,
+            16.227459114702395,
+            16.79853673925711,
+            16.155194689046176,
+            15.702112069507056,
+        ],
+        [
+            1.0,
+            1.0143965754960582,
+            1.0029409567760632,
+            1.1602214753280304,
+            1.3244844642760867,
+            1.1404362959119096,
+            1.0206829242079192,
+        ],
+        [
+            0.0,
+            0.2879315099211663,
+            -0.2291123743999034,
+            3.1456103710393437,
+            3.285259778961127,
+            -3.6809633672835402,
+            -2.39506743407981,
+        ],
+    ),
+    "a run too short for a ramp": (
+        CurriculumTemperature(1),
+        [4.0, 2.0],
+        [15.621171572600097, 17.022128327106913],
+        [1.0, 1.3932238664829637],
+        [0.0, 7.864477329659274],
+    ),
+    "other constants": (
+        CurriculumTemperature(96, minimum=2.0, span=4.0, initial=-1.0, learning_rate=0.5, momentum=0.0),
+        GRADIENTS[:5],
+        [3.0757656854799804, 3.0985600678761935, 3.059322792528446, 3.3373389538353617, 3.3873174712716416],
+        [-1.0, -0.9712068490078833, -1.0210100685199557, -0.6886442318377245, -0.6330054765580997],
+        [0.0, 0.05758630198423326, -0.0996064390241446, 0.6647316733644624, 0.11127751055924959],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "gradients", "temperature", "theta", "velocity"), KNOWN_TEMPERATURES.values(), ids=KNOWN_TEMPERATURES
+)
+def test_the_temperature_takes_its_known_values(schedule, gradients, temperature, theta, velocity):
+    after = states_of(schedule, gradients)[1:]
+
+    assert [schedule.temperature(state) for state in after] == pytest.approx(temperature, rel=1e-14, abs=0)
+    assert [state.theta for state in after] == pytest.approx(theta, rel=1e-13, abs=0)
+    assert [state.velocity for state in after] == pytest.approx(velocity, rel=1e-12, abs=0)
+    assert [state.step for state in after] == list(range(1, len(gradients) + 1))
+
+
+def test_the_defaults_of_the_temperature_are_those_of_the_paper():
+    schedule = CurriculumTemperature(240)
+
+    assert (schedule.minimum, schedule.span, schedule.initial) == (1.0, 20.0, 1.0)
+    assert (schedule.learning_rate, schedule.momentum) == (0.05, 0.9)
+    assert schedule.initial_state() == TemperatureState(step=0, theta=1.0, velocity=0.0)
+    assert schedule.temperature(schedule.initial_state()) == pytest.approx(15.6, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "step", "share"),
+    [
+        (240, 0, 0.0),
+        (240, 1, 0.024471741852423214),
+        (240, 5, 0.5),
+        (240, 9, 0.9755282581475768),
+        (240, 10, 1.0),
+        (240, 240, 1.0),
+        (24_000, 500, 0.5),
+        (1, 0, 0.0),
+        (1, 1, 1.0),
+    ],
+)
+def test_the_reversal_rises_along_a_cosine_over_the_papers_10_of_240_epochs(total_steps, step, share):
+    assert CurriculumTemperature(total_steps).reversal(step) == pytest.approx(share, rel=1e-12, abs=1e-16)
+
+
+def test_the_temperature_moves_as_sgd_behind_a_reversed_gradient_moves_it():
+    schedule = CurriculumTemperature(96)
+    theta = torch.tensor(schedule.initial, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=schedule.learning_rate, momentum=schedule.momentum)
+
+    states = states_of(schedule, GRADIENTS)
+
+    for step, gradient in enumerate(GRADIENTS):
+        optimizer.zero_grad()
+        (gradient * (schedule.minimum + schedule.span * theta.sigmoid())).backward()
+        theta.grad *= -schedule.reversal(step)
+        optimizer.step()
+        assert states[step + 1].theta == pytest.approx(theta.item(), rel=1e-13, abs=0)
+
+
+def test_a_temperature_whose_rise_raises_the_loss_rises_and_the_other_way_round():
+    schedule = CurriculumTemperature(24)
+
+    up, down = (
+        [schedule.temperature(state) for state in states_of(schedule, [gradient] * 10)] for gradient in (1.0, -1.0)
+    )
+
+    assert up[0] == up[1] == down[0] == down[1]  # lambda is 0 in the first step
+    assert all(t < following for t, following in pairwise(up[1:]))
+    assert all(t > following for t, following in pairwise(down[1:]))
+
+
+@pytest.mark.parametrize(
+    ("constants", "named"),
+    [
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"minimum": 0.0}, "minimum must be a positive number, got 0.0"),
+        ({"minimum": math.nan}, "minimum must be a positive number, got nan"),
+        ({"span": 0.0}, "span must be a positive number, got 0.0"),
+        ({"span": math.inf}, "span must be a positive number, got inf"),
+        ({"initial": math.inf}, "initial must be a finite number, got inf"),
+        ({"initial": math.nan}, "initial must be a finite number, got nan"),
+        ({"learning_rate": 0.0}, "learning_rate must be a positive number, got 0.0"),
+        ({"learning_rate": -0.05}, "learning_rate must be a positive number, got -0.05"),
+        ({"momentum": -0.1}, "momentum must lie in [0, 1), got -0.1"),
+        ({"momentum": 1.0}, "momentum must lie in [0, 1), got 1.0"),
+        ({"momentum": math.nan}, "momentum must lie in [0, 1), got nan"),
+    ],
+)
+def test_a_constant_of_the_temperature_out_of_range_is_refused_by_name_and_value(constants, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        CurriculumTemperature(**{"total_steps": 10, **constants})
+
+
+@pytest.mark.parametrize("steps_done", [0, 3])
+@pytest.mark.parametrize("gradient", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_refused_with_its_step(gradient, steps_done):
+    schedule = CurriculumTemperature(10)
+    state = states_of(schedule, [1.0] * steps_done)[-1]
+
+    with pytest.raises(ValueError, match=rf"gradient of step {steps_done} is {gradient};"):
+        schedule.advance(state, gradient)
+
+
+def test_advance_of_a_temperature_is_pure_and_its_states_are_frozen():
+    schedule = CurriculumTemperature(10)
+    state = states_of(schedule, [1.0, 2.0])[-1]
+    before = state.to_dict()
+
+    assert schedule.advance(state, 1.0) == schedule.advance(state, 1.0)
+    assert state.to_dict() == before
+    with pytest.raises(FrozenInstanceError):
+        state.theta = 0.0
+    with pytest.raises(FrozenInstanceError):
+        schedule.span = 1.0
+
+
+# Everything that a float32 gradient can be.
+ANY_GRADIENTS = st.lists(
+    st.one_of(st.floats(-10.0, 10.0), st.floats(-3.4e38, 3.4e38), st.sampled_from([0.0, -3.4e38, 3.4e38])), max_size=30
+)
+
+
+@st.composite
+def temperatures(draw):
+    return CurriculumTemperature(
+        draw(st.integers(1, 1_000)),
+        minimum=draw(st.floats(0.1, 10.0)),
+        span=draw(st.floats(0.1, 100.0)),
+        initial=draw(st.floats(-50.0, 50.0)),
+        learning_rate=draw(st.floats(1e-6, 10.0)),
+        momentum=draw(UNIT.filter(lambda share: share < 1)),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(temperatures(), ANY_GRADIENTS)
+def test_the_temperature_never_leaves_its_ends_whatever_the_gradients_are(schedule, gradients):
+    for state in states_of(schedule, gradients):
+        assert schedule.minimum <= schedule.temperature(state) <= schedule.minimum + schedule.span
+        assert math.isfinite(state.theta)
+        assert math.isfinite(state.velocity)
+
+
+@settings(max_examples=75, deadline=None, derandomize=True)
+@given(temperatures(), ANY_GRADIENTS)
+def test_a_state_of_the_temperature_survives_json_bit_for_bit_and_the_run_goes_on_as_before(schedule, gradients):
+    straight = states_of(schedule, gradients)
+    resumed = [TemperatureState(**json.loads(json.dumps(state.to_dict(), allow_nan=False))) for state in straight]
+
+    assert list(map(repr, resumed)) == list(map(repr, straight))
+    assert [schedule.advance(*pair) for pair in zip(resumed, gradients, strict=False)] == straight[1:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,19 @@ from trl import ModelConfig, SFTConfig
 
 from taid.schedule import auto_alpha, check_range
 
-Objective = Literal["taid", "forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "sft"]
+Objective = Literal[
+    "taid",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "adaptive_kl",
+    "dkd",
+    "ctkd",
+    "sft",
+]
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
 
@@ -28,8 +41,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "taid_signal": get_args(Signal),
     "tokenizer_from": get_args(Side),
     "taid_adaptive": (True, False),
+    "fused": (True, False),
 }
-_NUMBERS = ("taid_t_start", "taid_t_end", "taid_beta", "jsd_beta", "skew", "kd_ratio")
+_NUMBERS = (
+    "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio".split()
+)
 
 
 @dataclass
@@ -73,9 +89,29 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     skew: float = field(
         default=0.1, metadata={"help": "skew_forward_kl and skew_reverse_kl: share of the other side, in [0, 1)."}
     )
+    head_mass: float = field(
+        default=0.5,
+        metadata={"help": "adaptive_kl: share of the teacher's probability that the head holds, in (0, 1)."},
+    )
+    dkd_alpha: float = field(
+        default=1.0, metadata={"help": "dkd: weight of how likely the label is, against all other tokens."}
+    )
+    dkd_beta: float = field(
+        default=8.0, metadata={"help": "dkd: weight of how the rest is shared out among the other tokens."}
+    )
+    dkd_temperature: float = field(
+        default=4.0, metadata={"help": "dkd: temperature of both models; all three are the authors' for CIFAR-100."}
+    )
     kd_ratio: float = field(
         default=1.0,
         metadata={"help": "Share of the objective; the rest is cross-entropy to the labels. 1 is distillation only."},
+    )
+    fused: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the loss fused with both output heads, without logits in memory; 'false' uses the plain "
+            "formula."
+        },
     )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher: a folder with safetensors or a Hub name."}
@@ -131,6 +167,13 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError(f"jsd_beta must lie strictly between 0 and 1, got {self.jsd_beta}")
         if not 0.0 <= self.skew < 1.0:
             raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
+        if not 0.0 < self.head_mass < 1.0:
+            raise ValueError(f"head_mass must lie strictly between 0 and 1, got {self.head_mass}")
+        for name in ("dkd_alpha", "dkd_beta"):
+            if not 0.0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be 0 or a positive number, got {value}")
+        if not 0.0 < self.dkd_temperature < math.inf:
+            raise ValueError(f"dkd_temperature must be a positive number, got {self.dkd_temperature}")
         if not 0.0 <= self.kd_ratio <= 1.0:
             raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
         if self.max_steps == 0:

@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "adaptive_kl",
+    "ctkd",
+    "dkd",
     "forward_kl",
     "interpolated_log_probs",
     "jsd",
@@ -186,9 +189,164 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: flo
     return _kl(log_q, torch.logaddexp(log_p + math.log1p(-skew), log_q + math.log(skew)))
 
 
+def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, head_mass: float = 0.5) -> Tensor:
+    r"""Adaptive KL: forward and reverse KL, each weighted by where student and teacher are apart.
+
+    .. math:: w_{head} KL(p \,\|\, q) + w_{tail} KL(q \,\|\, p), \qquad w_{head} = g_{head} / (g_{head} + g_{tail})
+
+    with ``g`` the sum of ``|p - q|`` over the head or the tail. The head is the smallest set of the teacher's likeliest
+    tokens that holds `head_mass`, equally likely ones in it together: ``v`` is in the head if all tokens likelier than
+    ``v`` hold less than `head_mass`. The weights are constants for the gradient; where ``p`` is ``q``, both are 0.5.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        head_mass: the teacher's probability that the head has to hold, inside (0, 1); mu in the paper.
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats.
+
+    Raises:
+        ValueError: ``head_mass`` is not inside (0, 1), or the shapes differ.
+
+    Reference: Wu et al., "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
+    arXiv 2404.02657. Its authors' code leaves the token with which the head reaches its mass to the tail, unless it is
+    the first. The official TAID code builds the mask in sorted order and applies it to the unsorted gap, lets the
+    gradient through the weights, and takes the cross-entropy of ``p`` for the forward KL.
+    """
+    if not 0.0 < head_mass < 1.0:
+        raise ValueError(
+            f"head_mass must lie strictly between 0 and 1, got {head_mass}: at the ends there is no head or no tail"
+        )
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    with torch.no_grad():
+        log_ratio = _log_ratio(teacher_logits, student_logits)
+        # max(p, q) (1 - exp(-|log p - log q|)) is |p - q| to the last digit where the two are close.
+        gap = torch.maximum(log_p, log_q).exp() * -torch.expm1(-log_ratio.abs())
+        head_gap, total_gap = (gap * _head(log_p.exp(), head_mass)).sum(-1), gap.sum(-1)
+        head_weight = torch.where(total_gap > 0, head_gap / total_gap, 0.5)
+    return head_weight * _kl(log_p, log_q, -log_ratio) + (1 - head_weight) * _kl(log_q, log_p, log_ratio)
+
+
+def dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    r"""Decoupled knowledge distillation: how likely the label is, and how the rest is shared out, weighted apart.
+
+    .. math:: T^2 [\alpha KL(b_p \,\|\, b_q) + \beta KL(\hat p \,\|\, \hat q)]
+
+    all of it at temperature T: ``b_p = (p_y, 1 - p_y)`` says whether the token is the label ``y``, ``p^`` is ``p``
+    without the label, renormalised. At ``T = 1``, ``KL(p || q) = KL(b_p || b_q) + (1 - p_y) KL(p^ || q^)``: what
+    `beta` replaces is ``1 - p_y``, small where the teacher is sure. ``1 - q_y`` is a log-sum-exp over the other tokens.
+    Where the teacher masks all tokens but the label, the second part is 0.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        labels: ``[...]``, int64, in [0, V); leave tokens without a label out before.
+        alpha: weight of the label's part, 0 or larger.
+        beta: weight of the other tokens' part, 0 or larger.
+        temperature: T, larger than 0. The three defaults are the authors' code's for CIFAR-100.
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats.
+
+    Raises:
+        ValueError: a parameter is out of range, or the shapes do not fit.
+
+    Reference: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679. The official TAID code
+    divides by untrained tokens too and takes its softmax in the logits' dtype; its defaults are 1, 0.5 and 1.
+    """
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"dkd's {name} must be 0 or a positive number, got {value}")
+    _check_temperature(temperature)
+    _require_same_shape(student_logits, teacher_logits)
+    if labels.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} are not one for each of the logits {tuple(student_logits.shape)}"
+        )
+    label_q, others_q, _ = _split_off(student_logits, labels)
+    label_p, others_p, has_others = _split_off(teacher_logits.detach(), labels)
+    log_odds_q, log_odds_p = (
+        torch.cat([label / temperature, _normaliser(others / temperature)], -1)
+        for label, others in ((label_q, others_q), (label_p, others_p))
+    )
+    label_part = forward_kl(log_odds_q, log_odds_p)
+    others_part = torch.where(has_others, _softened_kl(others_q, others_p, temperature), 0.0)
+    return temperature**2 * (alpha * label_part + beta * others_part)
+
+
+def ctkd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor) -> Tensor:
+    r"""CTKD: forward KL at a temperature that is learned against the student.
+
+    .. math:: T^2 KL(p_T \,\|\, q_T), \qquad q_T = softmax(z_q / T)
+
+    and ``p_T`` likewise. At ``T = 1`` this is :func:`forward_kl`. A `temperature` that requires a gradient gets that of
+    the loss, not reversed: :class:`taid.schedule.CurriculumTemperature` climbs by it.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        temperature: T, larger than 0; a number or a 0-dim tensor.
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats.
+
+    Raises:
+        ValueError: ``temperature`` is a number that is not positive, or the shapes differ.
+
+    Reference: Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv 2211.16231. The official
+    TAID code never gives the temperature to an optimizer, so it stays at 15.6, and its reversal multiplies by
+    +lambda; it takes the cross-entropy of ``p_T`` for the KL.
+    """
+    if not isinstance(temperature, Tensor):
+        _check_temperature(temperature)
+    _require_same_shape(student_logits, teacher_logits)
+    return temperature**2 * _softened_kl(student_logits, teacher_logits.detach(), temperature)
+
+
 def _check_skew(skew: float) -> None:
     if not 0.0 <= skew < 1.0:
         raise ValueError(f"skew must lie in [0, 1), got {skew}: at 1 the two arguments of the divergence are equal")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+
+
+def _head(probs: Tensor, head_mass: float) -> Tensor:
+    """Where the entries are such that all likelier ones together have less than `head_mass`."""
+    falling = probs.sort(-1, descending=True).values
+    last = (falling.cumsum(-1) < head_mass).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+    return probs >= falling.gather(-1, last)
+
+
+def _split_off(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The label's logit, the others' in float32 with their maximum at 0, and whether there is another token at all."""
+    index = labels.unsqueeze(-1)
+    logits = logits.float().clamp(min=_LOG_ZERO)
+    others = logits.scatter(-1, index, _LOG_ZERO)
+    top = others.detach().amax(-1, keepdim=True)
+    return logits.gather(-1, index) - top, others - top, (top > _LOG_ZERO / 2).squeeze(-1)
+
+
+def _softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """``KL(p_T || q_T)``, with a gradient for all three."""
+    # Times T, so that an entry that is no token is not -inf after the division where T is tiny.
+    floor = _LOG_ZERO * (temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    z_q, z_p = (_centred(logits).clamp(min=floor) for logits in (student_logits, teacher_logits))
+    normaliser_q, normaliser_p = _normaliser(z_q / temperature), _normaliser(z_p / temperature)
+    with torch.no_grad():
+        difference = (z_q - z_p) / temperature - (normaliser_q - normaliser_p)
+    return _kl(z_p / temperature - normaliser_p, z_q / temperature - normaliser_q, difference)
 
 
 def _kl(log_a: Tensor, log_b: Tensor, exact_difference: Tensor | None = None) -> Tensor:

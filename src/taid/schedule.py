@@ -1,4 +1,4 @@
-"""The schedule of t: how TAID's target moves from the student to the teacher.
+"""The schedules: how TAID's target moves from the student to the teacher, and how CTKD's temperature moves.
 
 Pure Python, no torch and no trainer: frozen state in, frozen state out.
 """
@@ -127,6 +127,100 @@ class TAIDSchedule:
             f"more than {self._needed_steps:,.0f} steps. For the paper's shape on a run of this length set "
             f"taid_alpha: auto ({auto_alpha(self.total_steps):.3g}); to ask for the ramp set taid_adaptive: false."
         )
+
+
+@dataclass(frozen=True)
+class TemperatureState:
+    """Where a temperature stands before optimizer step `step`.
+
+    Attributes:
+        step: n, the number of optimizer steps done.
+        theta: theta_n, what is learned; :meth:`CurriculumTemperature.temperature` makes T of it.
+        velocity: v_n, the momentum of its ascent.
+    """
+
+    step: int
+    theta: float
+    velocity: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as plain values; ``TemperatureState(**d)`` brings it back bit for bit."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CurriculumTemperature:
+    r"""The learned temperature of CTKD (arXiv 2211.16231, the global one), one move an optimizer step.
+
+    The temperature is trained against the student, ever harder: theta climbs the loss that the student descends. With
+    :math:`J_n` the loss of step n over all its trained tokens, of every micro-batch and every rank::
+
+        T_n         = minimum + span * sigmoid(theta_n);    theta_0 = initial, v_0 = 0
+        lambda_n    = (1 - cos(pi * min(n, L) / L)) / 2,    L = max(1, N * 10 / 240)
+        v_{n+1}     = momentum * v_n + lambda_n * dJ_n/dT * dT_n/dtheta
+        theta_{n+1} = theta_n + learning_rate * v_{n+1}
+
+    This is what the paper's layer, a gradient reversed and scaled by lambda, makes of its SGD. lambda rises to 1 in the
+    paper's 10 of 240 epochs, here by optimizer steps, so the first step moves nothing. The defaults are the paper's
+    for CIFAR-100; left out are its weight decay, which would pull theta to 0, and its drops of the learning rate.
+
+    Attributes:
+        total_steps: N, the optimizer steps of the whole run.
+        minimum: the temperature that theta = -infinity stands for.
+        span: how far above it the temperature can go.
+        initial: the first theta; 1 is a temperature of 15.6.
+        learning_rate: size of a step of theta.
+        momentum: share of the velocity that a step keeps.
+
+    Raises:
+        ValueError: a value out of range; the message names it.
+    """
+
+    total_steps: int
+    minimum: float = 1.0
+    span: float = 20.0
+    initial: float = 1.0
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        for name in ("minimum", "span", "learning_rate"):
+            if not 0.0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        if not math.isfinite(self.initial):
+            raise ValueError(f"initial must be a finite number, got {self.initial}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+
+    def initial_state(self) -> TemperatureState:
+        """The state before the first step."""
+        return TemperatureState(step=0, theta=self.initial, velocity=0.0)
+
+    def temperature(self, state: TemperatureState) -> float:
+        """T in step `state.step`."""
+        return self.minimum + self.span * _sigmoid(state.theta)
+
+    def advance(self, state: TemperatureState, gradient: float) -> TemperatureState:
+        """Return the state after a step whose loss J_n, in nats a token, has the `gradient` dJ_n/dT.
+
+        Raises:
+            ValueError: the gradient is not finite; nothing sensible can follow from it.
+        """
+        if not math.isfinite(gradient):
+            raise ValueError(f"the gradient of step {state.step} is {gradient}; the temperature cannot move by it")
+        # A product of two sigmoids keeps the digits that s * (1 - s) loses where s is close to 1.
+        slope = self.span * _sigmoid(state.theta) * _sigmoid(-state.theta)
+        velocity = self.momentum * state.velocity + self.reversal(state.step) * gradient * slope
+        return TemperatureState(
+            step=state.step + 1, theta=state.theta + self.learning_rate * velocity, velocity=velocity
+        )
+
+    def reversal(self, step: int) -> float:
+        """lambda in optimizer step `step`: how much of the reversed gradient counts, from 0 up to 1."""
+        ramp = max(1.0, self.total_steps * 10 / 240)
+        return (1 - math.cos(math.pi * min(step, ramp) / ramp)) / 2
 
 
 def check_range(*, t_start: float, t_end: float, alpha: float, beta: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taid.kernels.native import native_rows
 from taid.kernels.rows import RowTask, rows
 
 __all__ = ["row_stage"]
@@ -20,4 +21,5 @@ def row_stage(
     gradient: torch.dtype | None,
 ) -> Tensor:
     """See :func:`taid.kernels.rows.rows`, which defines what is computed."""
-    return rows(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
+    form = native_rows if student_MV.device.type == "cpu" else rows
+    return form(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)

@@ -1,0 +1,136 @@
+"""rows.c, built on this machine when it is first wanted, and called without a copy.
+
+The library is kept in the user's cache under a name made of everything that it depends on, so it is built once a machine.
+Where it cannot be built (no C compiler, a read-only home), nothing breaks: the plain form takes over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taid.kernels.rows import COLUMNS, Finish, RowTask, rows
+
+logger = logging.getLogger(__name__)
+
+_OBJECTIVES = (
+    "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd".split()
+)  # in the order of rows.c
+_FLAGS = (
+    "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+)
+
+
+class _CFinish(ctypes.Structure):
+    _fields_ = (("bias", ctypes.c_void_p), ("scale", ctypes.c_float), ("softcap", ctypes.c_float))
+
+
+class _CTask(ctypes.Structure):
+    _fields_ = (
+        ("objective", ctypes.c_int32),
+        ("share", ctypes.c_float),
+        ("parameter", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("beta", ctypes.c_float),
+        ("student", _CFinish),
+        ("teacher", _CFinish),
+    )
+
+
+def native_rows(
+    student_MV: Tensor,
+    teacher_MV: Tensor | None,
+    labels_M: Tensor,
+    task: RowTask,
+    columns_MK: Tensor,
+    *,
+    gradient: torch.dtype | None,
+) -> Tensor:
+    """:func:`taid.kernels.rows.rows` for float32 tiles on a CPU, by rows.c where that could be built."""
+    library = _library()
+    tiles = [tile for tile in (student_MV, teacher_MV) if tile is not None]
+    if library is None or any(t.dtype != torch.float32 or t.stride(1) != 1 for t in tiles):
+        return rows(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
+    assert columns_MK.is_contiguous() and columns_MK.shape[1] == len(COLUMNS) and columns_MK.dtype == torch.float32
+    M, V = student_MV.shape
+    biases = [None if f.bias is None else f.bias.float().contiguous() for f in (task.student, task.teacher)]
+    given = task.parameters
+    main = [float(value) for name, value in given.items() if name not in ("alpha", "beta") or task.objective == "jsd"]
+    c_task = _CTask(
+        _OBJECTIVES.index(task.objective), task.kd_ratio, *(main or [0.0]),
+        given.get("alpha", 0.0), given.get("beta", 0.0),
+        *(_c_finish(finish, bias) for finish, bias in zip((task.student, task.teacher), biases, strict=True)),
+    )  # fmt: skip
+    failed = library.taid_rows(
+        ctypes.c_void_p(student_MV.data_ptr()),
+        ctypes.c_void_p(None if teacher_MV is None else teacher_MV.data_ptr()),
+        ctypes.c_void_p(labels_M.contiguous().data_ptr()),
+        ctypes.c_long(M), ctypes.c_long(V),
+        ctypes.c_long(student_MV.stride(0)), ctypes.c_long(0 if teacher_MV is None else teacher_MV.stride(0)),
+        ctypes.byref(c_task), ctypes.c_void_p(columns_MK.data_ptr()), ctypes.c_int(gradient is not None),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for two rows of {V} numbers a thread")
+    return student_MV
+
+
+def _c_finish(finish: Finish, bias: Tensor | None) -> _CFinish:
+    return _CFinish(None if bias is None else bias.data_ptr(), finish.scale, finish.softcap or 0.0)
+
+
+@functools.cache
+def _library() -> Any:
+    """The compiled library, or None where there is none. TAID_NATIVE=0 asks for the plain form."""
+    if os.environ.get("TAID_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        logger.info(f"the row kernel could not be built, plain torch takes over: {detail}")
+        return None
+
+
+def _built() -> Path:
+    """Where the library lies; builds it if need be."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("no C compiler (cc, or what CC names) was found")
+    source = Path(__file__).with_name("rows.c")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+    # -march=native: a home directory may be shared by machines whose processors differ.
+    parts = [source.read_text(), version, " ".join(_FLAGS), platform.machine(), torch.__version__, _processor()]
+    name = f"rows-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taid"
+    target = folder / name
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        compiled, linked = Path(scratch) / "rows.o", Path(scratch) / name
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=300)
+        run([compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)])
+        # Linked without -fopenmp: the calls find the OpenMP runtime that torch has loaded, and so torch's own threads.
+        run([compiler, "-shared", str(compiled), "-o", str(linked), "-lm"])
+        os.replace(linked, target)  # whole or not at all, whoever else builds it
+    return target
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return " ".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
