@@ -14,14 +14,17 @@ the backward pass multiplies what is there by one number.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from taid import objectives
 from taid.kernels import row_stage
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
@@ -52,8 +55,8 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class FusedLoss(NamedTuple):
-    """What :func:`fused_distillation_loss` returns.
+class DistillationLoss(NamedTuple):
+    """What :func:`fused_distillation_loss` and :func:`distillation_loss` return.
 
     Attributes:
         loss: the loss summed over trained tokens, 0-dim, nats; differentiable.
@@ -68,6 +71,61 @@ class FusedLoss(NamedTuple):
     sums: dict[str, Tensor]
 
 
+def distillation_loss(
+    student_NV: Tensor,
+    teacher_NV: Tensor | None,
+    labels_N: Tensor,
+    objective: str = "taid",
+    *,
+    kd_ratio: float = 1.0,
+    **parameters: Any,
+) -> DistillationLoss:
+    r"""The same as :func:`fused_distillation_loss` from the logits of N trained tokens, by the plain formula.
+
+    .. math:: \sum_n kd\_ratio \cdot objective_n + (1 - kd\_ratio) \cdot (-\log q_n(label_n))
+
+    Args:
+        student_NV: the student's logits.
+        teacher_NV: the teacher's; None for the label's cross-entropy alone.
+        labels_N: the tokens to predict, int64.
+        objective: the name of a function of :mod:`taid.objectives`, or "sft".
+        kd_ratio: share of the objective; the rest is cross-entropy to the labels.
+        **parameters: those of the objective.
+
+    Raises:
+        ValueError: as :func:`fused_distillation_loss`.
+    """
+    task = RowTask.of(objective, kd_ratio, parameters, Finish(), Finish())
+    share, student_NV = task.kd_ratio, student_NV.float()
+    with contextlib.nullcontext() if share < 1 else torch.no_grad():
+        cross_entropy = F.cross_entropy(student_NV, labels_N, reduction="none")
+    zero = torch.zeros_like(cross_entropy)
+    columns = dict.fromkeys(COLUMNS, zero) | {"cross_entropy": cross_entropy}
+    if teacher_NV is not None and share > 0:
+        given = task.parameters | ({"labels": labels_N} if objective == "dkd" else {})
+        if objective == "ctkd" and torch.is_grad_enabled():
+            given["temperature"] = torch.as_tensor(given["temperature"]).detach().to(student_NV).requires_grad_()
+        columns["objective"] = getattr(objectives, objective)(student_NV, teacher_NV, **given)
+        if objective == "ctkd" and torch.is_grad_enabled():
+            total = columns["objective"].sum()
+            gradient = torch.autograd.grad(total, given["temperature"], retain_graph=True)[0]
+            columns["temperature_gradient"] = torch.cat([gradient[None], zero])
+    with torch.no_grad():
+        columns["entropy"] = torch.special.entr(student_NV.softmax(-1)).sum(-1)
+        columns["correct"] = student_NV.gather(-1, labels_N[:, None])[:, 0] >= student_NV.amax(-1)
+        if teacher_NV is not None:
+            same = objective == "forward_kl" and share > 0
+            columns["kl"] = columns["objective"] if same else objectives.forward_kl(student_NV, teacher_NV)
+            columns["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
+            if objective == "taid" and share > 0:
+                target_NV = objectives.interpolated_log_probs(student_NV, teacher_NV, **task.parameters).exp()
+                columns["target_cross_entropy"] = F.cross_entropy(student_NV, target_NV, reduction="none")
+    loss = (share * columns["objective"] + (1 - share) * cross_entropy).sum()
+    sums = {name: column.detach().sum(dtype=_exact(column)) for name, column in columns.items()}
+    return DistillationLoss(loss, {"trained": zero.new_full((), len(zero)), **sums})
+
+
+@torch.compiler.disable  # it could not look into a compiled kernel
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,
@@ -80,18 +138,17 @@ def fused_distillation_loss(
     vocabulary_size: int | None = None,
     num_trained: int | None = None,
     **parameters: Any,
-) -> FusedLoss:
+) -> DistillationLoss:
     r"""The sum over trained tokens of an objective, from hidden states and output heads.
 
-    The contract is the plain formula, of which this is a faster and smaller form:
+    The contract is the plain formula, :func:`distillation_loss`, of which this is a faster and smaller form:
 
     .. code-block:: python
 
         trained = labels != -100
         student_NV = student_head.logits(student_hidden[trained])[:, :vocabulary_size]
         teacher_NV = teacher_head.logits(teacher_hidden[trained])[:, :vocabulary_size]
-        loss_N = getattr(taid.objectives, objective)(student_NV, teacher_NV, **parameters)
-        loss = (kd_ratio * loss_N + (1 - kd_ratio) * cross_entropy(student_NV, labels[trained])).sum()
+        distillation_loss(student_NV, teacher_NV, labels[trained], objective, kd_ratio=kd_ratio, **parameters)
 
     Untrained tokens are never projected. Gradients reach ``student_hidden``, the student's head weight and bias, and
     ctkd's ``temperature`` where they require one; the head's gradient adds up in float32. They are formed in the
@@ -134,13 +191,14 @@ def fused_distillation_loss(
         size=size,
         task=task,
         gradient=torch.is_grad_enabled(),
+        autocast=_autocast_dtype(student_hidden.device.type),
     )
     temperature = parameters.get("temperature")
     loss, columns = _Fused.apply(
         student_hidden, student_head.weight, student_head.bias, temperature if isinstance(temperature, Tensor) else None, job
     )
     sums = columns.sum(0, dtype=_exact(columns)).unbind()
-    return FusedLoss(loss, {"trained": columns.new_full((), len(kept)), **dict(zip(COLUMNS, sums, strict=True))})
+    return DistillationLoss(loss, {"trained": columns.new_full((), len(kept)), **dict(zip(COLUMNS, sums, strict=True))})
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +212,7 @@ class _Job:
     size: int  # V
     task: RowTask
     gradient: bool
+    autocast: torch.dtype | None  # what products may round their operands to
 
 
 class _Fused(torch.autograd.Function):
@@ -186,8 +245,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Loss, columns ``[N, K]``, and the gradients that are wanted of hidden, weight, bias and temperature."""
     wants_hidden, wants_weight, wants_bias, wants_temperature = wanted
-    student = _Products(weight.detach(), job.size, wants_weight)
-    teacher = None if job.teacher_weight is None else _Products(job.teacher_weight, job.size, False)
+    student = _Products(weight.detach(), job.size, job.autocast, wants_weight)
+    teacher = None if job.teacher_weight is None else _Products(job.teacher_weight, job.size, job.autocast, False)
     N, V = len(job.kept), job.size
     exact = torch.promote_types(hidden.dtype, torch.float32)
     columns = hidden.new_empty(N, len(COLUMNS), dtype=exact)
@@ -243,9 +302,12 @@ class _Products:
     in float32 in any case, and PyTorch's own bfloat16 products there are up to 300 times slower (docs/performance.md).
     """
 
-    def __init__(self, weight: Tensor, size: int, wants_gradient: bool) -> None:
-        self.weight, self.size = weight, size
-        half, self.on_cuda = weight.dtype.itemsize < 4, weight.device.type == "cuda"
+    def __init__(self, weight: Tensor, size: int, autocast: torch.dtype | None, wants_gradient: bool) -> None:
+        self.size, self.gradient_dtype, self.on_cuda = size, weight.dtype, weight.device.type == "cuda"
+        if autocast is not None and (self.on_cuda or (autocast == torch.bfloat16 and _cpu_has_bfloat16())):
+            weight = weight.to(autocast)
+        self.weight = weight
+        half = weight.dtype.itemsize < 4
         self.native = not half or self.on_cuda or (weight.dtype == torch.bfloat16 and _cpu_has_bfloat16())
         self.operand_dtype = weight.dtype if self.native else torch.float32
         self.tile_dtype = torch.float32 if half and self.on_cuda else self.operand_dtype
@@ -295,9 +357,10 @@ class _Products:
 
     def outer_sum(self) -> Tensor:
         """The weight's gradient, in its dtype and with zeros for rows beyond the vocabulary."""
-        if len(self.sums) == 1 and self.sums[0].shape == self.weight.shape and self.sums[0].dtype == self.weight.dtype:
-            return self.sums[0]
-        gradient = torch.empty_like(self.weight)
+        first = self.sums[0]
+        if len(self.sums) == 1 and first.shape == self.weight.shape and first.dtype == self.gradient_dtype:
+            return first
+        gradient = torch.empty_like(self.weight, dtype=self.gradient_dtype)
         gradient[self.size :] = 0
         for slab in reversed(self.slabs):
             gradient[slab] = self.sums.pop()
@@ -373,6 +436,10 @@ def _detached(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _exact(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -3,15 +3,15 @@
 One optimizer step, from the batch to t:
 
     get_batch_samples   counts the trained tokens of the step: every micro-batch, every rank
-    compute_loss        student and teacher logits -> objective, summed over trained tokens, divided by that count
+    compute_loss        hidden states of teacher and student -> heads and objective in one, summed over trained tokens,
+                        divided by that count
     _get_grad_norm      the last place before the optimizer: sums the step over ranks, stops if it is not finite,
-                        and moves t by the global loss
+                        and moves t (or ctkd's temperature) by the global loss
     log                 means over the steps since the last log
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -26,10 +26,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
-from taid import objectives, run_folder
+from taid import run_folder
 from taid.config import TAIDConfig, resolved
+from taid.fused import DistillationLoss, distillation_loss, fused_distillation_loss
+from taid.heads import OutputHead
 from taid.models import load_pair
-from taid.schedule import ScheduleState, TAIDSchedule
+from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,13 @@ _RUN_DEFINING = (
     "model_name_or_path teacher_model_name_or_path dataset_name max_length packing seed data_seed optim learning_rate "
     "weight_decay lr_scheduler_type bf16 fp16 use_peft lora_r lora_alpha lora_target_modules"
 ).split()
+_OWN_OPTIONS = {
+    "jsd": ["jsd_beta"],
+    "skew_forward_kl": ["skew"],
+    "skew_reverse_kl": ["skew"],
+    "adaptive_kl": ["head_mass"],
+    "dkd": ["dkd_alpha", "dkd_beta", "dkd_temperature"],
+}
 _NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
@@ -121,9 +130,13 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self.teacher.requires_grad_(False).eval()
             if not hasattr(self.teacher, "hf_device_map"):
                 self.teacher.to(self.args.device)
+        if args.fused:
+            self._student_head = OutputHead(self.model, "student")
+        if args.fused and self.teacher is not None:
+            self._teacher_head = OutputHead(self.teacher, "teacher")
         self.configuration = resolved(args) | pair.names
-        self._schedule: TAIDSchedule | None = None
-        self._schedule_state: ScheduleState | None = None
+        self._schedule: TAIDSchedule | CurriculumTemperature | None = None
+        self._schedule_state: ScheduleState | TemperatureState | None = None
         self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
         self._window: dict[str, float] = defaultdict(float)  # since the last log, over all ranks
         self._train_start = self._window_start = self._seconds_before = 0.0
@@ -141,25 +154,18 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Tensor:
         """The loss of one micro-batch: its sum over trained tokens, divided by the trained tokens of the whole step."""
         assert not return_outputs, "TAIDTrainer evaluates without compute_metrics"
-        labels = inputs.pop("labels")[:, 1:]
-        trained = labels != -100
+        # What each position has to predict. The last predicts nothing.
+        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+        num_trained = inputs.pop("num_trained", None)
         inputs["use_cache"] = False
-        student_inputs = {**inputs, "output_router_logits": True} if self.aux_loss_enabled else inputs
-        outputs = model(**student_inputs)
-        assert outputs.logits.shape[:2] == inputs["input_ids"].shape
+        of_inputs = self._fused_loss if self.args.fused else self._plain_loss
+        outputs, (loss, sums) = of_inputs(model, inputs, labels, num_trained)
 
-        labels_N = self.vocabulary.position(labels[trained])
-        student_NV = self.vocabulary.select(outputs.logits[:, :-1][trained]).float()
-        teacher_NV = None
-        if self.teacher is not None and (self.args.distillation_share > 0 or not model.training):
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_NV = self.vocabulary.select(self.teacher(**inputs).logits[:, :-1][trained])
-
-        loss, sums = self._objective(student_NV, teacher_NV, labels_N, training=model.training)
+        sums = self._logged(sums, with_teacher=self._needs_teacher(model), training=model.training)
         sums["num_tokens"] = (
             inputs["attention_mask"].sum()
             if "attention_mask" in inputs
-            else trained.new_tensor(inputs["input_ids"].numel(), dtype=torch.long)
+            else labels.new_tensor(inputs["input_ids"].numel(), dtype=torch.long)
         )
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks; the count is that of all ranks.
@@ -172,50 +178,92 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._micro_batches.append(sums)
         return loss
 
-    def _objective(
-        self, student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor, *, training: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the loss over N trained tokens, and beside it, without a gradient, what is logged."""
-        t = self.t if training else self.args.taid_t_end
-        share = self.args.distillation_share if teacher_NV is not None else 0.0
-        with contextlib.nullcontext() if share < 1 else torch.no_grad():
-            cross_entropy_N = F.cross_entropy(student_NV, labels_N, reduction="none")
-        loss_N = (1 - share) * cross_entropy_N
-        sums: dict[str, Tensor] = {"trained": labels_N.new_tensor(len(labels_N)), "cross_entropy": cross_entropy_N}
-        if teacher_NV is not None and share > 0:
-            objective_N = self._divergence(student_NV, teacher_NV, t)
-            loss_N = loss_N + share * objective_N
-            sums["signal"] = objective_N
-        loss = sums["loss"] = loss_N.sum()
-        with torch.no_grad():
-            probs_NV = student_NV.softmax(-1)
-            sums["entropy"] = torch.special.entr(probs_NV)
-            sums["correct"] = student_NV.argmax(-1) == labels_N
-            if teacher_NV is not None:
-                is_kl = self.args.objective == "forward_kl" and "signal" in sums
-                sums["kl"] = sums["signal"] if is_kl else objectives.forward_kl(student_NV, teacher_NV)
-                if not training:
-                    sums["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
-                elif self.args.objective == "taid" and self.args.taid_signal == "cross_entropy":
-                    target_NV = objectives.interpolated_log_probs(student_NV, teacher_NV, t=t).exp()
-                    sums["signal"] = F.cross_entropy(student_NV, target_NV, reduction="none")
-        return loss, {name: value.detach().sum() for name, value in sums.items()}
+    def _fused_loss(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, num_trained: int | None
+    ) -> tuple[Any, DistillationLoss]:
+        """The loss from what both models give to their output heads, computed where the student's head would be."""
+        ids = None if self.vocabulary.is_prefix else torch.tensor(self.vocabulary.ids, device=labels.device)
+        labels = torch.where(labels == -100, labels, self.vocabulary.position(labels))
+        hidden: list[Tensor] = []  # the teacher's
+        if self._needs_teacher(model):
+            with torch.no_grad(), self.accelerator.autocast(), self._teacher_head.replaced_by(hidden.append):
+                self.teacher(**inputs)
+        results: list[DistillationLoss] = []
 
-    def _divergence(self, student_NV: Tensor, teacher_NV: Tensor, t: float) -> Tensor:
-        name, args = self.args.objective, self.args
-        parameters: dict[str, dict[str, float]] = {
-            "taid": {"t": t},
+        def loss_of(student_hidden: Tensor) -> DistillationLoss:
+            teacher = (hidden[0], self._teacher_head.head(ids)) if hidden else (None, None)
+            result = fused_distillation_loss(
+                student_hidden, self._student_head.head(ids), *teacher, labels, self.args.objective,
+                kd_ratio=self.args.distillation_share, vocabulary_size=len(self.vocabulary.ids),
+                num_trained=num_trained, **self._parameters(training=model.training),
+            )  # fmt: skip
+            results.append(result)
+            return result
+
+        with self._student_head.replaced_by(loss_of):
+            outputs = model(**self._student_inputs(inputs))
+        return outputs, DistillationLoss(outputs.loss, results[0].sums)
+
+    def _plain_loss(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, num_trained: int | None
+    ) -> tuple[Any, DistillationLoss]:
+        """The same from the logits of both models."""
+        trained = labels != -100
+        outputs = model(**self._student_inputs(inputs))
+        assert outputs.logits.shape[:2] == labels.shape
+        teacher_NV = None
+        if self._needs_teacher(model):
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_NV = self.vocabulary.select(self.teacher(**inputs).logits[trained])
+        return outputs, distillation_loss(
+            self.vocabulary.select(outputs.logits[trained]), teacher_NV, self.vocabulary.position(labels[trained]),
+            self.args.objective, kd_ratio=self.args.distillation_share, **self._parameters(training=model.training),
+        )  # fmt: skip
+
+    def _needs_teacher(self, model: nn.Module) -> bool:
+        return self.teacher is not None and (self.args.distillation_share > 0 or not model.training)
+
+    def _student_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {**inputs, "output_router_logits": True} if self.aux_loss_enabled else inputs
+
+    def _parameters(self, *, training: bool) -> dict[str, float]:
+        """The objective's own parameters in this optimizer step."""
+        args = self.args
+        of_objective: dict[str, dict[str, float]] = {
+            "taid": {"t": self.t if training else args.taid_t_end},
             "jsd": {"beta": args.jsd_beta},
             "skew_forward_kl": {"skew": args.skew},
             "skew_reverse_kl": {"skew": args.skew},
+            "adaptive_kl": {"head_mass": args.head_mass},
+            "dkd": {"alpha": args.dkd_alpha, "beta": args.dkd_beta, "temperature": args.dkd_temperature},
+            "ctkd": {"temperature": self.temperature},
         }
-        objective_N: Tensor = getattr(objectives, name)(student_NV, teacher_NV, **parameters.get(name, {}))
-        return objective_N
+        return of_objective.get(args.objective, {})
+
+    def _logged(self, sums: dict[str, Tensor], *, with_teacher: bool, training: bool) -> dict[str, Tensor]:
+        """Of all sums those that are logged, and ``signal``: what t or the temperature moves by."""
+        names = ["trained", "cross_entropy", "entropy", "correct"]
+        names += ["kl"] if with_teacher else []
+        names += ["teacher_cross_entropy"] if with_teacher and not training else []
+        signal = "target_cross_entropy" if self.args.taid_signal == "cross_entropy" else "objective"
+        signal = "temperature_gradient" if self.args.objective == "ctkd" else signal
+        share = self.args.distillation_share
+        loss = share * sums["objective"] + (1 - share) * sums["cross_entropy"]
+        return {name: sums[name] for name in names} | {"loss": loss, "signal": sums[signal]}
 
     @property
     def t(self) -> float:
         """Where TAID's target stands in this optimizer step."""
-        return self._schedule_state.t if self._schedule_state else self.args.taid_t_start
+        return self._schedule_state.t if isinstance(self._schedule_state, ScheduleState) else self.args.taid_t_start
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that ctkd has learned by this optimizer step."""
+        schedule, state = self._schedule, self._schedule_state
+        if not isinstance(schedule, CurriculumTemperature) or not isinstance(state, TemperatureState):
+            schedule = CurriculumTemperature(total_steps=1)
+            state = schedule.initial_state()
+        return schedule.temperature(state)
 
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
@@ -227,8 +275,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and the number of trained tokens in them on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        trained = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        count = self.accelerator.reduce(torch.tensor(trained, device=device), "sum")
+        for batch in batches:
+            batch["num_trained"] = int((batch["labels"][:, 1:] != -100).sum())
+        count = self.accelerator.reduce(torch.tensor(sum(b["num_trained"] for b in batches), device=device), "sum")
         return batches, (count // self.get_tp_size()).clamp(min=1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -254,10 +303,12 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         for name, value in sums.items():
             self._window[name] += value
         self._total_train_tokens += int(sums["num_tokens"])
-        if self._schedule is not None and self._schedule_state is not None:
-            self._window["t"] = self._schedule_state.t  # of the last step, not a sum
-            if sums["trained"]:  # a step without trained tokens says nothing about the student
-                self._schedule_state = self._schedule.advance(self._schedule_state, sums["signal"] / trained)
+        if self._schedule is None:
+            return
+        name = "temperature" if self.args.objective == "ctkd" else "t"
+        self._window[name] = getattr(self, name)  # of the last step, not a sum
+        if sums["trained"]:  # a step without trained tokens says nothing about the student
+            self._schedule_state = self._schedule.advance(self._schedule_state, sums["signal"] / trained)  # type: ignore[arg-type]
 
     def _reduced_sums(self) -> dict[str, float]:
         """Add up the micro-batches since the last call, over all ranks: one small all-reduce, one transfer."""
@@ -279,8 +330,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 "loss": window["mean_loss"] / window["steps"],
                 "num_tokens": self._total_train_tokens,
             }
-            if self._schedule_state is not None:
+            if isinstance(self._schedule_state, ScheduleState):
                 logs |= {"t": window["t"], "momentum": self._schedule_state.momentum}
+            elif self._schedule_state is not None:
+                logs["temperature"] = window["temperature"]
             now = time.perf_counter()
             logs["tokens_per_second"] = window["num_tokens"] / max(now - self._window_start, 1e-9)
             logs["seconds"] = self._seconds_before + now - self._train_start
@@ -329,6 +382,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             if self.is_world_process_zero():
                 unmeant = args.taid_adaptive and not self._schedule.is_adaptive_in_effect
                 logger.log(logging.WARNING if unmeant else logging.INFO, self._schedule.regime())
+        elif args.objective == "ctkd" and args.kd_ratio > 0:
+            self._schedule = CurriculumTemperature(self.state.max_steps)
+            self._schedule_state = self._schedule.initial_state()
         if self.state.global_step == 0:
             return
         saved = self.state.stateful_callbacks.get(type(self).__name__)
@@ -345,18 +401,16 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             raise ValueError(
                 f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the old values."
             )
-        if saved["schedule"] is not None:
-            self._schedule_state = ScheduleState(**saved["schedule"])
+        if self._schedule_state is not None:
+            self._schedule_state = type(self._schedule_state)(**saved["schedule"])
         self._window = defaultdict(float, saved["window"])
         self._total_train_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its continuation."""
         names = ["objective", "kd_ratio"]
-        names += {"jsd": ["jsd_beta"], "skew_forward_kl": ["skew"], "skew_reverse_kl": ["skew"]}.get(
-            self.args.objective, []
-        )
-        if self._schedule is not None:
+        names += _OWN_OPTIONS.get(self.args.objective, [])
+        if isinstance(self._schedule, TAIDSchedule):
             names += ["taid_t_start", "taid_t_end", "taid_alpha", "taid_beta", "taid_adaptive", "taid_signal"]
         names += _RUN_DEFINING
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
