@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from trl import SFTConfig, SFTTrainer
 
 from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
+from taid.config import Objective
+from taid.schedule import CurriculumTemperature
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 PROMPT_COMPLETION = Dataset.from_list(
@@ -183,7 +186,79 @@ def test_kd_ratio_mixes_the_objective_with_the_labels(tmp_path, student_folder, 
     assert steps[0]["grad_norm"] < 0.7 * pure["forward_kl"] + 0.3 * pure["sft"]
 
 
-@pytest.mark.parametrize("objective", ["reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl"])
+WITH_A_TEACHER = [name for name in get_args(Objective) if name != "sft"]
+
+
+@pytest.mark.parametrize("kd_ratio", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("objective", WITH_A_TEACHER)
+def test_the_fused_loss_trains_like_the_plain_formula(objective, kd_ratio, tmp_path, student_folder, teacher_folder):
+    options = {"objective": objective, "kd_ratio": kd_ratio, "max_steps": 3, "learning_rate": 0.03}
+    runs = [
+        train(
+            tmp_path / str(fused),
+            student_folder,
+            teacher_folder,
+            held_out=HELD_OUT,
+            fused=fused,
+            eval_strategy="steps",
+            eval_steps=3,
+            **options,
+        )
+        for fused in (True, False)
+    ]
+    for kind in (1, 2):
+        for row, reference in zip(runs[0][kind], runs[1][kind], strict=True):
+            assert row.keys() == reference.keys()
+            for name in row.keys() - {"seconds", "tokens_per_second"}:
+                assert abs(row[name] - reference[name]) <= 1e-5 * abs(reference[name]), (name, row["step"])
+
+
+def test_ctkd_learns_its_temperature_and_keeps_it(tmp_path, student_folder, teacher_folder):
+    options = {"objective": "ctkd", "max_steps": 6, "learning_rate": 0.01}
+    trainer, steps, _ = train(tmp_path / "whole", student_folder, teacher_folder, **options)
+    temperatures = [row["temperature"] for row in steps]
+    start = CurriculumTemperature(6).temperature(CurriculumTemperature(6).initial_state())
+    assert temperatures[:2] == [start, start]  # lambda is 0 in the first step
+    assert len(set(temperatures)) == 5
+    assert trainer.temperature != temperatures[-1]
+
+    saving = {**options, "save_strategy": "steps", "save_steps": 2}
+    train(tmp_path / "resumed", student_folder, teacher_folder, **saving)
+    resumed = TAIDTrainer(str(student_folder), str(teacher_folder), config(tmp_path / "resumed", **saving),
+                          train_dataset=PROMPT_COMPLETION)  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
+    rows = [row for row in run_folder.read_metrics(tmp_path / "resumed") if "loss" in row]
+    assert [row["temperature"] for row in rows] == temperatures
+    assert resumed.temperature == trainer.temperature
+
+
+def test_the_temperature_goes_up_the_loss(tmp_path, student_folder, teacher_folder):
+    """The gradient is that of the mean loss over the step's tokens, by finite differences in float64."""
+    trainer, _, _ = train(tmp_path, student_folder, teacher_folder, objective="ctkd", max_steps=2, learning_rate=1e-30)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(f).double().eval() for f in (student_folder, teacher_folder)
+    )
+    schedule = CurriculumTemperature(2)
+    state = schedule.initial_state()
+    total, count = {-1: 0.0, 1: 0.0}, 0
+    with torch.no_grad():
+        for row in trainer.train_dataset:
+            x, y = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+            z_q, z_p = (model(x).logits[0, :-1, :300][y != -100] for model in (student, teacher))
+            for sign in total:
+                T = schedule.temperature(state) + sign * 1e-4
+                log_q, log_p = (z_q / T).log_softmax(-1), (z_p / T).log_softmax(-1)
+                total[sign] += T * T * (log_p.exp() * (log_p - log_q)).sum().item()
+            count += len(z_q)
+    gradient = (total[1] - total[-1]) / 2e-4 / count
+    for _ in range(2):
+        state = schedule.advance(state, gradient)
+    assert abs(trainer._schedule_state.theta - state.theta) < 1e-4 * abs(state.theta - schedule.initial)
+
+
+@pytest.mark.parametrize(
+    "objective", ["reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "dkd"]
+)
 def test_every_objective_falls_under_training(objective, tmp_path, student_folder, teacher_folder):
     _, steps, _ = train(tmp_path, student_folder, teacher_folder, objective=objective, max_steps=8, learning_rate=1.0)
     assert steps[-1]["loss"] < 0.999 * steps[0]["loss"]

@@ -1,4 +1,4 @@
-r"""The distillation loss fused with both output heads: no logits of all tokens in memory, gradients in the forward pass.
+r"""The distillation loss fused with both output heads: without logits in memory, gradients in the forward pass.
 
 Per chunk of M trained tokens (N tokens in all, widths D of student and E of teacher, V shared ids):
 
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from taid import objectives
 from taid.kernels import row_stage
@@ -125,7 +125,7 @@ def distillation_loss(
     return DistillationLoss(loss, {"trained": zero.new_full((), len(zero)), **sums})
 
 
-@torch.compiler.disable  # it could not look into a compiled kernel
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it could not look into a compiled kernel
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,
@@ -184,7 +184,9 @@ def fused_distillation_loss(
     student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     kept = _kept(labels.reshape(-1), num_trained)
     job = _Job(
-        teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_hidden=None
+        if teacher_hidden is None
+        else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight=None if teacher_head is None else teacher_head.weight.detach()[:size],
         labels=labels.reshape(-1).index_select(0, kept),
         kept=kept,
@@ -194,9 +196,8 @@ def fused_distillation_loss(
         autocast=_autocast_dtype(student_hidden.device.type),
     )
     temperature = parameters.get("temperature")
-    loss, columns = _Fused.apply(
-        student_hidden, student_head.weight, student_head.bias, temperature if isinstance(temperature, Tensor) else None, job
-    )
+    learned = temperature if isinstance(temperature, Tensor) else None
+    loss, columns = _Fused.apply(student_hidden, student_head.weight, student_head.bias, learned, job)  # type: ignore[no-untyped-call]
     sums = columns.sum(0, dtype=_exact(columns)).unbind()
     return DistillationLoss(loss, {"trained": columns.new_full((), len(kept)), **dict(zip(COLUMNS, sums, strict=True))})
 
@@ -229,10 +230,12 @@ class _Fused(torch.autograd.Function):
         return loss, columns
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the fused loss can be differentiated only once: its gradients are gone. Compute it again")
+            raise RuntimeError(
+                "the fused loss can be differentiated only once: its gradients are gone. Compute it again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
@@ -278,12 +281,16 @@ def _forward(
     share = job.task.kd_ratio
     loss = share * by_name["objective"] + (1 - share) * by_name["cross_entropy"] if share else by_name["cross_entropy"]
     del tiles
-    return loss.to(exact), columns, [
-        d_hidden,
-        student.outer_sum() if wants_weight else None,
-        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        (share * by_name["temperature_gradient"]).to(exact) if wants_temperature else None,
-    ]
+    return (
+        loss.to(exact),
+        columns,
+        [
+            d_hidden,
+            student.outer_sum() if wants_weight else None,
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            (share * by_name["temperature_gradient"]).to(exact) if wants_temperature else None,
+        ],
+    )
 
 
 class _Products:

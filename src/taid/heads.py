@@ -38,10 +38,10 @@ class OutputHead:
             model does something unknown to its logits; says which and the remedy.
     """
 
-    def __init__(self, model: nn.Module, role: str) -> None:
+    def __init__(self, model: Any, role: str) -> None:
         self.role = role
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.module: nn.Module = base.get_output_embeddings()
+        self.module: Any = base.get_output_embeddings()
         self._replacement: Callable[[Tensor], Tensor] | None = None
         self._result: DistillationLoss | None = None
         own_forward, model_forward = self.module.forward, base.forward
@@ -65,18 +65,23 @@ class OutputHead:
         """Weight and bias as they act now, a LoRA adapter's part included."""
         module = self.module
         if isinstance(module, ModulesToSaveWrapper):
-            module = module.modules_to_save[module.active_adapter] if not module.disable_adapters else (
-                module.original_module
-            )  # fmt: skip
+            saved, original = module.modules_to_save, module.original_module
+            module = original if module.disable_adapters else saved[module.active_adapter]
         if isinstance(module, LoraLinear):
             return self._merged(module)
         if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-            raise ValueError(f"the {self.role}'s output head is a {type(module).__name__}, not a plain linear layer. {_REMEDY}")
+            raise ValueError(
+                f"the {self.role}'s output head is a {type(module).__name__}, not a plain linear layer. {_REMEDY}"
+            )
         return module.weight, module.bias
 
     def _merged(self, module: LoraLinear) -> tuple[Tensor, Tensor | None]:
         base, weight = module.get_base_layer(), module.get_base_layer().weight
-        adapters = [] if module.disable_adapters or module.merged else [a for a in module.active_adapters if a in module.lora_A]
+        adapters = (
+            []
+            if module.disable_adapters or module.merged
+            else [a for a in module.active_adapters if a in module.lora_A]
+        )
         plain = isinstance(base, nn.Linear) and weight.is_floating_point()
         for adapter in adapters:
             if not plain or module.use_dora.get(adapter) or module.lora_bias.get(adapter):
@@ -114,11 +119,13 @@ class OutputHead:
             self._replacement = self._result = None
 
     @torch.no_grad()
-    def _probe(self, model: nn.Module) -> tuple[float, float | None]:
+    def _probe(self, model: Any) -> tuple[float, float | None]:
         """Find out what the model does to its logits, by giving it some."""
         seen: list[Tensor] = []
         weight = self.weights()[0]
-        given = torch.tensor([-100.0, -20.0, -3.0, -0.5, 0.0, 0.25, 4.0, 30.0], dtype=weight.dtype, device=weight.device)
+        given = torch.tensor(
+            [-100.0, -20.0, -3.0, -0.5, 0.0, 0.25, 4.0, 30.0], dtype=weight.dtype, device=weight.device
+        )
 
         def replacement(hidden: Tensor) -> Tensor:
             seen.append(hidden)
@@ -134,7 +141,9 @@ class OutputHead:
             self._replacement = None
             model.train(training)
         if not seen or logits.shape[-1] != len(given) or seen[0].shape[-1] != weight.shape[1]:
-            raise ValueError(f"the {self.role} ({type(model).__name__}) does not compute its logits by its output head. {_REMEDY}")
+            raise ValueError(
+                f"the {self.role} ({type(model).__name__}) does not compute its logits by its output head. {_REMEDY}"
+            )
         config = model.config.get_text_config()
         scales = [float(value) for name in _SCALES if (value := getattr(config, name, None))]
         softcaps = [float(value) for name in _SOFTCAPS if (value := getattr(config, name, None))]
@@ -146,6 +155,6 @@ class OutputHead:
                 if torch.allclose(logits[0, -1].double(), expected, rtol=tolerance, atol=tolerance):
                     return scale, softcap
         raise ValueError(
-            f"the {self.role} ({type(model).__name__}) does something to its logits that is neither a factor nor a soft "
-            f"cap of its configuration. {_REMEDY}"
+            f"the {self.role} ({type(model).__name__}) does something to its logits that is neither a factor nor a "
+            f"soft cap of its configuration. {_REMEDY}"
         )

@@ -192,7 +192,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
         def loss_of(student_hidden: Tensor) -> DistillationLoss:
             teacher = (hidden[0], self._teacher_head.head(ids)) if hidden else (None, None)
-            result = fused_distillation_loss(
+            result: DistillationLoss = fused_distillation_loss(
                 student_hidden, self._student_head.head(ids), *teacher, labels, self.args.objective,
                 kd_ratio=self.args.distillation_share, vocabulary_size=len(self.vocabulary.ids),
                 num_trained=num_trained, **self._parameters(training=model.training),
