@@ -40,7 +40,7 @@ METHODS = ("sft", "teacher", "taid", "taid, fused: false", "plain loop", "gkd")
 STEPS, WARM_UP = 6, 2
 
 
-# --- the methods: each takes (student, teacher, rows, tokenizer, options) and yields the seconds of its steps -------------
+# --- the methods: (student, teacher, rows, tokenizer, options) -> the seconds of the steps -----------------------------
 
 
 class Stopwatch(TrainerCallback):
@@ -78,7 +78,7 @@ def taid(student: Any, teacher: Any, rows: Dataset, tokenizer: Any, options: dic
             train_dataset=rows,
             processing_class=tokenizer,
             teacher_processing_class=tokenizer,
-        )  # fmt: skip
+        )
     )
 
 
@@ -108,7 +108,7 @@ def teacher_forward(student: Any, teacher: Any, rows: Dataset, *_: Any) -> list[
 
 
 def plain_loop(student: Any, teacher: Any, rows: Dataset, *_: Any) -> list[float]:
-    """TAID by the formula, as the official code computes it: all logits, mixed in their own dtype, float32 softmaxes."""
+    """TAID as the official code computes it: all logits, mixed in their own dtype, float32 softmaxes."""
     optimizer, t, seconds = torch.optim.AdamW(student.parameters(), lr=1e-5), 0.4, []
     student.train()
     for ids, labels in _batches(rows, teacher.device):
@@ -235,6 +235,13 @@ def main() -> None:
         args.out.write_text(table + "\n")
 
 
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if "model name" in line), platform.machine())
+
+
 def _table(results: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
     size = SIZES[args.size]
     parts = list(zip(results["sft"], results["teacher"], strict=True))
@@ -245,27 +252,20 @@ def _table(results: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -
               "taid, fused: false": "TAIDTrainer, fused: false"}  # fmt: skip
     lines = ["| a training step | s | x floor | MB | x floor |", "|---|---|---|---|---|"]
     for name, values in rows.items():
-        ratios = {
-            key: statistics.median(v[key] / f[key] for v, f in zip(values, floors, strict=True)) for key in floors[0]
-        }
-        medians = {key: statistics.median(v[key] for v in values) for key in floors[0]}
+        pairs = list(zip(values, floors, strict=True))
+        ratios = {key: statistics.median(value[key] / floor[key] for value, floor in pairs) for key in floors[0]}
+        medians = {key: statistics.median(value[key] for value in values) for key in floors[0]}
         lines.append(
             f"| {labels.get(name, name)} | {medians['seconds']:.2f} | {ratios['seconds']:.3f} | "
             f"{medians['bytes'] / 2**20:,.0f} | {ratios['bytes']:.3f} |"
         )
-    machine = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}"
-    )
-    model = next(
-        (x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), machine
-    )
     about = (
-        f"{size['rows']} rows of {size['length']} tokens, V {size['V']:,}, student (width, layers) {size['student']}, teacher "
-        f"{size['teacher']}, {args.dtype}; medians of {args.rounds} rounds in turn, {STEPS} steps each; ratios within a "
-        f"round. {machine if torch.cuda.is_available() else model}, {torch.get_num_threads()} threads, glibc's allocator as "
-        f"it comes, torch {torch.__version__}."
+        f"{size['rows']} rows of {size['length']} tokens, V {size['V']:,}, student (width, layers) {size['student']}, "
+        f"teacher {size['teacher']}, {args.dtype}; medians of {args.rounds} rounds in turn, {STEPS} steps each; ratios "
+        f"within a round. {_machine()}, {torch.get_num_threads()} threads, glibc's allocator as it comes, torch "
+        f"{torch.__version__}."
     )
-    raw = json.dumps({name: values for name, values in results.items()})
+    raw = json.dumps(results)
     return "\n".join([about, "", *lines, "", f"`python benchmarks/step.py --rounds {args.rounds} --dtype {args.dtype}`", "",
                       f"<!-- {raw} -->"])  # fmt: skip
 
