@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Before any import of triton, which transformers imports: kernels run on the CPU unless a GPU machine sets 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Before any import of datasets, transformers or huggingface_hub, which read these once.
 _CACHE = tempfile.mkdtemp(prefix="taid-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)

@@ -2,11 +2,12 @@
 
 The flow, from the command line to the gradient:
 
-    cli.main -> config.parse -> data.load_rows -> trainer.TAIDTrainer.compute_loss -> objectives.taid
+    cli.main -> config.parse -> data.load_rows -> trainer.TAIDTrainer.compute_loss -> pair_loss -> fused -> kernels
                                                   trainer._end_step -> schedule.TAIDSchedule.advance -> t
 
-Public names: :class:`TAIDTrainer`, :class:`TAIDConfig`, :class:`TAIDSchedule` and the functions of
-:mod:`taid.objectives`. Importing taid imports no torch: each name is loaded when it is first used.
+Public names: :class:`TAIDTrainer`, :class:`TAIDConfig`, the schedules, :func:`fused_distillation_loss` with its
+:class:`Head`, its plain form :func:`distillation_loss`, and the functions of :mod:`taid.objectives`, which define what
+all the others compute. Importing taid imports no torch: each name is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -14,16 +15,36 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from taid.schedule import ScheduleState, TAIDSchedule
+from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
 
 if TYPE_CHECKING:
     from taid import objectives as objectives
     from taid.config import TAIDConfig as TAIDConfig
+    from taid.fused import Head as Head
+    from taid.fused import distillation_loss as distillation_loss
+    from taid.fused import fused_distillation_loss as fused_distillation_loss
     from taid.trainer import TAIDTrainer as TAIDTrainer
 
-__all__ = ["ScheduleState", "TAIDConfig", "TAIDSchedule", "TAIDTrainer", "objectives"]
+__all__ = [
+    "CurriculumTemperature",
+    "Head",
+    "ScheduleState",
+    "TAIDConfig",
+    "TAIDSchedule",
+    "TAIDTrainer",
+    "TemperatureState",
+    "distillation_loss",
+    "fused_distillation_loss",
+    "objectives",
+]
 
-_LAZY = {"TAIDConfig": "taid.config", "TAIDTrainer": "taid.trainer"}
+_LAZY = {
+    "Head": "taid.fused",
+    "TAIDConfig": "taid.config",
+    "TAIDTrainer": "taid.trainer",
+    "distillation_loss": "taid.fused",
+    "fused_distillation_loss": "taid.fused",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -122,7 +121,7 @@ def distillation_loss(
                 columns["target_cross_entropy"] = F.cross_entropy(student_NV, target_NV, reduction="none")
     loss = (share * columns["objective"] + (1 - share) * cross_entropy).sum()
     sums = {name: column.detach().sum(dtype=_exact(column)) for name, column in columns.items()}
-    return DistillationLoss(loss, {"trained": zero.new_full((), len(zero)), **sums})
+    return DistillationLoss(loss, {"trained": zero.new_full((), len(zero), dtype=_exact(zero)), **sums})
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it could not look into a compiled kernel
@@ -198,8 +197,8 @@ def fused_distillation_loss(
     temperature = parameters.get("temperature")
     learned = temperature if isinstance(temperature, Tensor) else None
     loss, columns = _Fused.apply(student_hidden, student_head.weight, student_head.bias, learned, job)  # type: ignore[no-untyped-call]
-    sums = columns.sum(0, dtype=_exact(columns)).unbind()
-    return DistillationLoss(loss, {"trained": columns.new_full((), len(kept)), **dict(zip(COLUMNS, sums, strict=True))})
+    sums = dict(zip(COLUMNS, columns.sum(0, dtype=_exact(columns)).unbind(), strict=True))
+    return DistillationLoss(loss, {"trained": columns.new_full((), len(kept), dtype=_exact(columns)), **sums})
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,8 +229,9 @@ class _Fused(torch.autograd.Function):
         return loss, columns
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable lets pass what does not come from a gradient itself
+            raise RuntimeError("the fused loss can be differentiated only once: create_graph=True asks for twice")
         if ctx.gradients is None:
             raise RuntimeError(
                 "the fused loss can be differentiated only once: its gradients are gone. Compute it again"
@@ -251,7 +251,7 @@ def _forward(
     student = _Products(weight.detach(), job.size, job.autocast, wants_weight)
     teacher = None if job.teacher_weight is None else _Products(job.teacher_weight, job.size, job.autocast, False)
     N, V = len(job.kept), job.size
-    exact = torch.promote_types(hidden.dtype, torch.float32)
+    exact = torch.promote_types(weight.dtype, torch.float32)
     columns = hidden.new_empty(N, len(COLUMNS), dtype=exact)
     d_hidden = torch.zeros_like(hidden) if wants_hidden else None
     d_bias = torch.zeros(weight.shape[0], dtype=exact, device=weight.device) if wants_bias else None
@@ -385,8 +385,11 @@ def _chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
 
 def _kept(labels: Tensor, num_trained: int | None) -> Tensor:
     trained = labels != -100
-    if num_trained is None:
-        return trained.nonzero()[:, 0]
+    if num_trained is None or labels.device.type == "cpu":
+        kept = trained.nonzero()[:, 0]
+        if num_trained not in (None, len(kept)):
+            raise ValueError(f"num_trained is {num_trained}, but {len(kept)} labels are not -100")
+        return kept
     return torch.nonzero_static(trained, size=num_trained)[:, 0]
 
 

@@ -29,6 +29,9 @@ _METHODS = {
     "tvd": "Total variation distance",
     "skew_forward_kl": "Skew forward KL",
     "skew_reverse_kl": "Skew reverse KL",
+    "adaptive_kl": "Adaptive KL",
+    "dkd": "Decoupled knowledge distillation",
+    "ctkd": "Curriculum temperature distillation",
     "sft": "Supervised fine-tuning",
 }
 _IMPORTANT = (

@@ -28,9 +28,8 @@ from trl import SFTTrainer
 
 from taid import run_folder
 from taid.config import TAIDConfig, resolved
-from taid.fused import DistillationLoss, distillation_loss, fused_distillation_loss
-from taid.heads import OutputHead
 from taid.models import load_pair
+from taid.pair_loss import PairLoss
 from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
 
 logger = logging.getLogger(__name__)
@@ -130,10 +129,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self.teacher.requires_grad_(False).eval()
             if not hasattr(self.teacher, "hf_device_map"):
                 self.teacher.to(self.args.device)
-        if args.fused:
-            self._student_head = OutputHead(self.model, "student")
-        if args.fused and self.teacher is not None:
-            self._teacher_head = OutputHead(self.teacher, "teacher")
+        self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args, self.accelerator.autocast)
         self.configuration = resolved(args) | pair.names
         self._schedule: TAIDSchedule | CurriculumTemperature | None = None
         self._schedule_state: ScheduleState | TemperatureState | None = None
@@ -158,10 +154,12 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
         num_trained = inputs.pop("num_trained", None)
         inputs["use_cache"] = False
-        of_inputs = self._fused_loss if self.args.fused else self._plain_loss
-        outputs, (loss, sums) = of_inputs(model, inputs, labels, num_trained)
-
-        sums = self._logged(sums, with_teacher=self._needs_teacher(model), training=model.training)
+        with_teacher = self.teacher is not None and (self.args.distillation_share > 0 or not model.training)
+        outputs, (loss, sums) = self._loss(
+            model, inputs, labels, parameters=self._parameters(training=model.training), with_teacher=with_teacher,
+            num_trained=num_trained, **({"output_router_logits": True} if self.aux_loss_enabled else {}),
+        )  # fmt: skip
+        sums = self._logged(sums, with_teacher=with_teacher, training=model.training)
         sums["num_tokens"] = (
             inputs["attention_mask"].sum()
             if "attention_mask" in inputs
@@ -177,54 +175,6 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             sums |= {"aux_loss": outputs.aux_loss.detach(), "aux_batches": torch.ones_like(outputs.aux_loss)}
         self._micro_batches.append(sums)
         return loss
-
-    def _fused_loss(
-        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, num_trained: int | None
-    ) -> tuple[Any, DistillationLoss]:
-        """The loss from what both models give to their output heads, computed where the student's head would be."""
-        ids = None if self.vocabulary.is_prefix else torch.tensor(self.vocabulary.ids, device=labels.device)
-        labels = torch.where(labels == -100, labels, self.vocabulary.position(labels))
-        hidden: list[Tensor] = []  # the teacher's
-        if self._needs_teacher(model):
-            with torch.no_grad(), self.accelerator.autocast(), self._teacher_head.replaced_by(hidden.append):
-                self.teacher(**inputs)
-        results: list[DistillationLoss] = []
-
-        def loss_of(student_hidden: Tensor) -> DistillationLoss:
-            teacher = (hidden[0], self._teacher_head.head(ids)) if hidden else (None, None)
-            result: DistillationLoss = fused_distillation_loss(
-                student_hidden, self._student_head.head(ids), *teacher, labels, self.args.objective,
-                kd_ratio=self.args.distillation_share, vocabulary_size=len(self.vocabulary.ids),
-                num_trained=num_trained, **self._parameters(training=model.training),
-            )  # fmt: skip
-            results.append(result)
-            return result
-
-        with self._student_head.replaced_by(loss_of):
-            outputs = model(**self._student_inputs(inputs))
-        return outputs, DistillationLoss(outputs.loss, results[0].sums)
-
-    def _plain_loss(
-        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, num_trained: int | None
-    ) -> tuple[Any, DistillationLoss]:
-        """The same from the logits of both models."""
-        trained = labels != -100
-        outputs = model(**self._student_inputs(inputs))
-        assert outputs.logits.shape[:2] == labels.shape
-        teacher_NV = None
-        if self._needs_teacher(model):
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_NV = self.vocabulary.select(self.teacher(**inputs).logits[trained])
-        return outputs, distillation_loss(
-            self.vocabulary.select(outputs.logits[trained]), teacher_NV, self.vocabulary.position(labels[trained]),
-            self.args.objective, kd_ratio=self.args.distillation_share, **self._parameters(training=model.training),
-        )  # fmt: skip
-
-    def _needs_teacher(self, model: nn.Module) -> bool:
-        return self.teacher is not None and (self.args.distillation_share > 0 or not model.training)
-
-    def _student_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {**inputs, "output_router_logits": True} if self.aux_loss_enabled else inputs
 
     def _parameters(self, *, training: bool) -> dict[str, float]:
         """The objective's own parameters in this optimizer step."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,5 +25,14 @@ def row_stage(
     gradient: torch.dtype | None,
 ) -> Tensor:
     """See :func:`taid.kernels.rows.rows`, which defines what is computed."""
-    form = native_rows if student_MV.device.type == "cpu" else rows
+    form = _form(student_MV.device.type)
     return form(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
+
+
+@functools.cache
+def _form(device: str) -> Callable[..., Tensor]:
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from taid.kernels import triton_rows  # triton asks for a driver when it is imported
+
+        return triton_rows.rows
+    return native_rows if device == "cpu" else rows

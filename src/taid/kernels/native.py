@@ -1,7 +1,8 @@
 """rows.c, built on this machine when it is first wanted, and called without a copy.
 
-The library is kept in the user's cache under a name made of everything that it depends on, so it is built once a machine.
-Where it cannot be built (no C compiler, a read-only home), nothing breaks: the plain form takes over.
+The library is kept in the user's cache under a name made of everything that it depends on and of its own content: it
+is built once a machine, and again if it was damaged. Where it cannot be built (no C compiler, a read-only home), nothing
+breaks: the plain form takes over.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ logger = logging.getLogger(__name__)
 _OBJECTIVES = (
     "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd".split()
 )  # in the order of rows.c
-_FLAGS = (
-    "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
-)
+_FLAGS = "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 
 
 class _CFinish(ctypes.Structure):
@@ -41,9 +40,9 @@ class _CTask(ctypes.Structure):
     _fields_ = (
         ("objective", ctypes.c_int32),
         ("share", ctypes.c_float),
-        ("parameter", ctypes.c_float),
         ("alpha", ctypes.c_float),
         ("beta", ctypes.c_float),
+        ("parameter", ctypes.c_double),
         ("student", _CFinish),
         ("teacher", _CFinish),
     )
@@ -63,20 +62,24 @@ def native_rows(
     tiles = [tile for tile in (student_MV, teacher_MV) if tile is not None]
     if library is None or any(t.dtype != torch.float32 or t.stride(1) != 1 for t in tiles):
         return rows(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
-    assert columns_MK.is_contiguous() and columns_MK.shape[1] == len(COLUMNS) and columns_MK.dtype == torch.float32
+    assert columns_MK.is_contiguous()
+    assert columns_MK.shape[1] == len(COLUMNS)
+    assert columns_MK.dtype == torch.float32
     M, V = student_MV.shape
     biases = [None if f.bias is None else f.bias.float().contiguous() for f in (task.student, task.teacher)]
-    given = task.parameters
-    main = [float(value) for name, value in given.items() if name not in ("alpha", "beta") or task.objective == "jsd"]
+    given, objective = task.parameters, task.objective
+    if given.get("skew") == 0.0:
+        objective = objective.removeprefix("skew_")
+    main = [float(value) for name, value in given.items() if name not in ("alpha", "beta") or objective == "jsd"]
+    labels_M = labels_M.to(torch.int64).contiguous()
     c_task = _CTask(
-        _OBJECTIVES.index(task.objective), task.kd_ratio, *(main or [0.0]),
-        given.get("alpha", 0.0), given.get("beta", 0.0),
+        _OBJECTIVES.index(objective), task.kd_ratio, given.get("alpha", 0.0), given.get("beta", 0.0), *(main or [0.0]),
         *(_c_finish(finish, bias) for finish, bias in zip((task.student, task.teacher), biases, strict=True)),
     )  # fmt: skip
     failed = library.taid_rows(
         ctypes.c_void_p(student_MV.data_ptr()),
         ctypes.c_void_p(None if teacher_MV is None else teacher_MV.data_ptr()),
-        ctypes.c_void_p(labels_M.contiguous().data_ptr()),
+        ctypes.c_void_p(labels_M.data_ptr()),
         ctypes.c_long(M), ctypes.c_long(V),
         ctypes.c_long(student_MV.stride(0)), ctypes.c_long(0 if teacher_MV is None else teacher_MV.stride(0)),
         ctypes.byref(c_task), ctypes.c_void_p(columns_MK.data_ptr()), ctypes.c_int(gradient is not None),
@@ -97,7 +100,7 @@ def _library() -> Any:
         return None
     try:
         return ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         detail = getattr(error, "stderr", None) or error
         logger.info(f"the row kernel could not be built, plain torch takes over: {detail}")
         return None
@@ -112,20 +115,25 @@ def _built() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
     # -march=native: a home directory may be shared by machines whose processors differ.
     parts = [source.read_text(), version, " ".join(_FLAGS), platform.machine(), torch.__version__, _processor()]
-    name = f"rows-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
+    name = f"rows-{_digest(chr(0).join(parts).encode())}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taid"
-    target = folder / name
-    if target.is_file():
-        return target
+    for library in folder.glob(f"{name}-*.so"):
+        if library.stem == f"{name}-{_digest(library.read_bytes())}":  # to load a damaged one can end the process
+            return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        compiled, linked = Path(scratch) / "rows.o", Path(scratch) / name
+        compiled, linked = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=300)
         run([compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)])
         # Linked without -fopenmp: the calls find the OpenMP runtime that torch has loaded, and so torch's own threads.
         run([compiler, "-shared", str(compiled), "-o", str(linked), "-lm"])
-        os.replace(linked, target)  # whole or not at all, whoever else builds it
-    return target
+        library = folder / f"{name}-{_digest(linked.read_bytes())}.so"
+        os.replace(linked, library)  # whole or not at all, whoever else builds it
+    return library
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def _processor() -> str:

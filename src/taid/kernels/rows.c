@@ -26,8 +26,8 @@ typedef struct {
 typedef struct {
   int32_t objective;
   float share;       // kd_ratio
-  float parameter;   // t, beta, skew, head_mass, or the temperature
   float alpha, beta; // of dkd
+  double parameter;  // t, beta, skew, head_mass, or the temperature
   Finish student, teacher;
 } Task;
 
@@ -37,6 +37,7 @@ typedef struct {
 
 // --- elementary functions, good to about an ulp, of a form that compilers vectorise ---------------------------------
 
+// Of a NaN in second place the result is NaN: one in the logits has to reach the loss.
 INLINE float max_(float a, float b) { return a > b ? a : b; }
 INLINE float min_(float a, float b) { return a < b ? a : b; }
 INLINE float bits_to_float(int32_t bits) {
@@ -56,7 +57,7 @@ typedef struct {
 
 // exp(x), exp(x) - 1 and exp(x) - 1 - x for x <= 88. x = n log 2 + r, exp(r) by its series.
 INLINE Exp exponential(float x) {
-  const float clamped = max_(x, -88.0f);
+  const float clamped = max_(-88.0f, x);
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // the sum's last bits are n
   const float n = shifted - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -73,23 +74,19 @@ INLINE Exp exponential(float x) {
 
 INLINE float exp_(float x) { return exponential(x).exp; }
 
-// log(1 + x) for -1 < x <= 0 of magnitude not below 2^-126 from -1.
-INLINE float log1p_(float x) {
-  const float whole = 1.0f + x;
+// log(whole + lost) for a normal number `whole`, and `lost` what its last place does not hold.
+INLINE float log_(float whole, float lost) {
   const int32_t bits = float_to_bits(whole);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt 1/2, sqrt 2)
   const float mantissa = bits_to_float(bits - (exponent << 23));
-  const float lost = (x - (whole - 1.0f)) / whole;  // what 1 + x has rounded away
   const float s = (mantissa - 1.0f) / (mantissa + 1.0f), ss = s * s;
   const float atanh = 2.0f * s * (1.0f + ss * (3.33333333e-1f + ss * (2.0e-1f + ss * (1.42857143e-1f + ss * 1.11111111e-1f))));
-  return (float)exponent * 0.693147181f + (atanh + lost);
+  return (float)exponent * 0.693147181f + (atanh + lost / whole);
 }
-
-INLINE float log_(float x) { return __builtin_logf(x); }
 
 // --- what every objective needs ---------------------------------------------------------------------------------------
 
-INLINE float at(const float *z, long v) { return max_(z[v], LOG_ZERO); }
+INLINE float at(const float *z, long v) { return max_(LOG_ZERO, z[v]); }
 
 // From products to logits; the slope d logits / d product goes to `slope` where there is a softcap.
 INLINE void finish(float *z, long V, const Finish *f, float *slope) {
@@ -166,11 +163,21 @@ INLINE Pair pair(float log_q, float log_p, float d) {
 
 // --- q - target: taid, forward_kl, dkd, ctkd --------------------------------------------------------------------------
 
+// (1 - t) x + t w, rounded alike wherever it stands: where the compiler may choose, one place differs from the next by the
+// rounding of a product, and exp() of a difference that should be 0 is off by 6e-4 for logits of 1e4.
+INLINE float mixed(float x, float w, float t) {
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(t, w, (1 - t) * x);
+#else
+  return (1 - t) * x + t * w;
+#endif
+}
+
 INLINE void taid(float *z_q, float *z_p, long V, Norm nq, Norm np, float t, float share, Columns *out) {
   float top = LOG_ZERO;
 #pragma omp simd reduction(max : top)
   for (long v = 0; v < V; v++) {
-    const float z_t = (1 - t) * (at(z_q, v) - nq.top) + t * (at(z_p, v) - np.top);
+    const float z_t = mixed(at(z_q, v) - nq.top, at(z_p, v) - np.top, t);
     top = z_t > top ? z_t : top;
   }
   double sum = 0;
@@ -178,7 +185,7 @@ INLINE void taid(float *z_q, float *z_p, long V, Norm nq, Norm np, float t, floa
     float s = 0;
 #pragma omp simd reduction(+ : s)
     for (long v = start; v < end; v++)
-      s += exp_((1 - t) * (at(z_q, v) - nq.top) + t * (at(z_p, v) - np.top) - top);
+      s += exp_(mixed(at(z_q, v) - nq.top, at(z_p, v) - np.top, t) - top);
     sum += s;
   }
   const float log_normaliser_t = __builtin_log(sum), to_target = t == 0 ? 0 : top + (log_normaliser_t - nq.log_normaliser);
@@ -189,7 +196,7 @@ INLINE void taid(float *z_q, float *z_p, long V, Norm nq, Norm np, float t, floa
 #pragma omp simd reduction(+ : o, k, c)
     for (long v = start; v < end; v++) {
       const float x = at(z_q, v) - nq.top, w = at(z_p, v) - np.top, gap = x - w, d_p = gap + to_teacher;
-      const float log_q = x - nq.log_normaliser, log_p_t = (1 - t) * x + t * w - top - log_normaliser_t;
+      const float log_q = x - nq.log_normaliser, log_p_t = mixed(x, w, t) - top - log_normaliser_t;
       const Pair r = pair(log_q, log_p_t, t * gap + to_target);
       o += r.forward;
       k += pair(log_q, w - np.log_normaliser, d_p).forward;
@@ -217,11 +224,12 @@ INLINE Sums to_teacher(float *z_q, const float *z_p, long V, Norm nq, Norm np, f
 #pragma omp simd reduction(+ : f, g, b)
     for (long v = start; v < end; v++) {
       const float x = (at(z_q, v) - nq.top) * per_T, w = (at(z_p, v) - np.top) * per_T;
-      const float d = x - w - (nq.log_normaliser - np.log_normaliser);
+      const float offset = nq.log_normaliser - np.log_normaliser, d = x - w - offset;
       const Pair r = pair(x - nq.log_normaliser, w - np.log_normaliser, d);
+      const int possible = w > -1e3f;  // if not, p is 0, and w, which both sums contain, is left out of both
       f += r.forward;
-      g += r.difference * d;
-      b += r.forward * w;
+      g += r.difference * (possible ? d : x - offset);
+      b += possible ? r.forward * w : 0;
       z_q[v] = per_difference * r.difference + per_q * r.q;
     }
     sums.forward += f;
@@ -278,6 +286,7 @@ INLINE void dkd(
   const float y_q = at(z_q, y) / T, y_p = at(z_p, y) / T;
   z_q[y] = z_p[y] = LOG_ZERO;
   const Norm mq = normalise(z_q, V, 1 / T), mp = normalise(z_p, V, 1 / T);
+  if (mp.top < LOG_ZERO / 2) beta = 0;  // there is no other token
   const float rest_q = mq.top / T + mq.log_normaliser, rest_p = mp.top / T + mp.log_normaliser;
   const float all_q = log_add(y_q, rest_q), all_p = log_add(y_p, rest_p);
   const Pair on = pair(y_q - all_q, y_p - all_p, (y_q - y_p) - (all_q - all_p));
@@ -290,8 +299,9 @@ INLINE void dkd(
 
 // --- J(x): the other objectives ---------------------------------------------------------------------------------------
 
-// x = dF/dq, and the term of the loss in `f`.
-INLINE float derivative(int objective, float s, float d, Pair r, float *f) {
+// x = dF/dq, but for a constant, and the term of the loss in `f`.
+INLINE float derivative(int objective, double parameter, float d, Pair r, float *f) {
+  const float s = parameter, rest = 1 - parameter;
   const int q_larger = d >= 0;
   if (objective == REVERSE_KL || objective == ADAPTIVE_KL) {
     *f = r.reverse;
@@ -301,20 +311,24 @@ INLINE float derivative(int objective, float s, float d, Pair r, float *f) {
     *f = 0.5f * (r.difference < 0 ? -r.difference : r.difference);
     return r.difference > 0 ? 0.5f : r.difference < 0 ? -0.5f : 0.0f;
   }
-  // m = share_of_p p + (1 - share_of_p) q = larger (1 + inner)
-  const float share_of_p = objective == SKEW_REVERSE_KL ? 1 - s : s;
-  const float inner = r.expm1 * (q_larger ? share_of_p : 1 - share_of_p), ratio = log1p_(inner);
+  // m = of_larger larger + of_smaller smaller = larger mixture
+  const int smaller_has_s = q_larger == (objective != SKEW_REVERSE_KL);
+  const float of_smaller = smaller_has_s ? s : rest, of_larger = smaller_has_s ? rest : s, x = of_smaller * r.expm1;
+  const int near = x > -0.5f;
+  const float mixture = near ? 1.0f + x : of_larger + of_smaller * r.smaller_to_larger;
+  const float ratio = log_(mixture, near ? x - (mixture - 1.0f) : 0.0f);
+  const float q_minus_p = q_larger ? -r.expm1 : r.expm1;  // both in units of the larger one
   const float p_to_m = -(ratio + max_(d, 0)), q_to_m = min_(d, 0) - ratio;
   if (objective == JSD) {
-    *f = s * r.p * p_to_m + (1 - s) * r.q * q_to_m;
-    return (1 - s) * q_to_m;
+    *f = s * r.p * p_to_m + rest * r.q * q_to_m;
+    return rest * q_to_m;
   }
   if (objective == SKEW_FORWARD_KL) {
-    *f = (1 - s) * r.difference + r.p * p_to_m;
-    return (s - 1) * (q_larger ? r.smaller_to_larger : 1.0f) / (1.0f + inner);
+    *f = rest * r.difference + r.p * p_to_m;
+    return rest * rest * q_minus_p / mixture;
   }
-  *f = (s - 1) * r.difference + r.q * q_to_m;
-  return q_to_m - s * (q_larger ? 1.0f : r.smaller_to_larger) / (1.0f + inner);
+  *f = r.q * q_to_m - rest * r.difference;
+  return q_to_m - s * rest * q_minus_p / mixture;
 }
 
 // The weight of forward KL in adaptive_kl: the head's part of sum |p - q|.
@@ -352,7 +366,7 @@ INLINE float head_weight(const float *z_q, const float *z_p, long V, Norm nq, No
   return whole > 0 ? head / whole : 0.5f;
 }
 
-INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Norm np, float s, float share, Columns *out) {
+INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Norm np, double s, float share, Columns *out) {
   const float w_head = objective == ADAPTIVE_KL ? head_weight(z_q, z_p, V, nq, np, s) : 0.0f;
   const float offset = nq.log_normaliser - np.log_normaliser;
   long likeliest = 0;
@@ -389,7 +403,8 @@ INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Nor
 // --- a row ------------------------------------------------------------------------------------------------------------
 
 static void row(float *z_q, float *z_p, long V, long y, const Task *task, float *scratch, Columns *out, int gradient) {
-  const float share = task->share, a = task->parameter;
+  const float share = task->share;
+  const double a = task->parameter;
   float *slope = scratch + V;
   memset(out, 0, sizeof *out);
   finish(z_q, V, &task->student, slope);

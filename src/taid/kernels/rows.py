@@ -1,7 +1,7 @@
 r"""The row stage of the fused loss in plain torch: two tiles of logits in, statistics and the gradient out.
 
-What a compiled kernel computes faster, and what it is tested against. In closed form, for a row of logits ``z_q`` of the
-student and ``z_p`` of the teacher, ``q`` and ``p`` their distributions and ``J(x) = q (x - sum q x)`` the Jacobian
+What a compiled kernel computes faster, and what it is tested against. In closed form, for a row of logits ``z_q`` of
+the student and ``z_p`` of the teacher, ``q`` and ``p`` their distributions and ``J(x) = q (x - sum q x)`` the Jacobian
 of the softmax applied to ``x``, the gradients ``dL/dz_q`` are:
 
 ===================  ==========================================================================
@@ -20,7 +20,8 @@ label cross-entropy  q - 1_y
 ===================  ==========================================================================
 
 ``J(x)`` does not change with a constant added to x; x is taken relative to its value at the student's likeliest
-token, without which ``x - sum q x`` cancels where q is nearly 1 there.
+token, without which ``x - sum q x`` cancels where q is nearly 1 there. Those of the skewed KLs have 1 taken off
+``p / m`` and ``q / m``, which are near it wherever student and teacher are near each other.
 
 M rows of a tile, V ids, K columns of statistics.
 """
@@ -57,7 +58,7 @@ _BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Finish:
-    """From the product of hidden states and weight to logits: ``cap(scale (product + bias))``, ``cap(z) = c tanh(z / c)``.
+    """From products of hidden states and weight to logits: ``cap(scale (product + bias))``, ``cap(z) = c tanh(z / c)``.
 
     Attributes:
         bias: ``[V]`` or None.
@@ -275,7 +276,7 @@ def _skew_forward_kl(row: _Row, skew: float) -> _Gradient:
     row.compare(row.p, row.d)
     p_to_m, _ = _log_shares(row, skew)
     row.columns["objective"].copy_((1 - skew) * row.difference.sum(-1) + _dot(row.p, p_to_m))
-    return row.jacobian(p_to_m.exp_().mul_(skew - 1))
+    return row.jacobian(p_to_m.expm1_().mul_(skew - 1))
 
 
 def _skew_reverse_kl(row: _Row, skew: float) -> _Gradient:
@@ -284,7 +285,7 @@ def _skew_reverse_kl(row: _Row, skew: float) -> _Gradient:
     row.compare(row.p, row.d)
     _, q_to_m = _log_shares(row, 1 - skew)
     row.columns["objective"].copy_((skew - 1) * row.difference.sum(-1) + _dot(row.q, q_to_m))
-    return row.jacobian(q_to_m.sub_(torch.exp(q_to_m, out=row.spare), alpha=skew))
+    return row.jacobian(q_to_m.sub_(torch.expm1(q_to_m, out=row.spare), alpha=skew))
 
 
 def _adaptive_kl(row: _Row, head_mass: float) -> _Gradient:
@@ -311,33 +312,38 @@ def _below_head(z_p: Tensor, p: Tensor, spare: Tensor, head_mass: float) -> Tens
 
 
 def _dkd(row: _Row, alpha: float, beta: float, temperature: float) -> _Gradient:
-    y_q, rest_q, normaliser_q = _without_label(row.z_q, row.label, temperature, row.other)
-    y_p, rest_p, normaliser_p = _without_label(row.z_p, row.label, temperature, row.p)
+    y_q, rest_q, normaliser_q, _ = _without_label(row.z_q, row.label, temperature, row.other)
+    y_p, rest_p, normaliser_p, has_others = _without_label(row.z_p, row.label, temperature, row.p)
+    beta_M1 = beta * has_others
     d = torch.sub(row.z_q, row.z_p, out=row.d).sub_(normaliser_q - normaliser_p)
     non_target = row.compare(row.p, d, row.other)
     log_b_q, log_b_p = torch.cat([y_q, rest_q], -1), torch.cat([y_p, rest_p], -1)
     d_b = log_b_q - log_b_p
     difference_b = -torch.maximum(log_b_q, log_b_p).exp() * d_b.sign() * d_b.abs().neg().expm1()
     target = difference_b.sum(-1) - _dot(log_b_p.exp(), d_b)
-    row.columns["objective"].copy_(temperature**2 * (alpha * target + beta * non_target))
+    row.columns["objective"].copy_(temperature**2 * (alpha * target + beta_M1[:, 0] * non_target))
     on_label = temperature * alpha * difference_b[:, :1]
-    g = row.difference.mul_(temperature * beta).sub_(row.other.mul_(on_label))
+    g = row.difference.mul_(temperature * beta_M1).sub_(row.other.mul_(on_label))
     return g.scatter_(-1, row.label, on_label), 0.0
 
 
-def _without_label(z: Tensor, label: Tensor, temperature: float, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill the distribution without the label; return log p_y, log (1 - p_y), and the normaliser of z, now without y."""
-    y = z.div_(temperature).gather(-1, label)
-    z.scatter_(-1, label, LOG_ZERO)
-    top = z.amax(-1, keepdim=True)
-    normaliser = _softmax(z, probs)
-    log_all = torch.logaddexp(y, normaliser + top)
-    return y - log_all, normaliser + top - log_all, normaliser
+def _without_label(
+    z: Tensor, label: Tensor, temperature: float, probs: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill the distribution without the label; return log p_y, log (1 - p_y), the normaliser of z, which is without y
+    from here on, and 1 where there is another token at all, else 0."""
+    y = z.gather(-1, label) / temperature
+    top = z.scatter_(-1, label, LOG_ZERO).amax(-1, keepdim=True)
+    normaliser = _softmax(z.div_(temperature), probs)
+    rest = normaliser + top / temperature
+    log_all = torch.logaddexp(y, rest)
+    return y - log_all, rest - log_all, normaliser, (top > LOG_ZERO / 2).to(z.dtype)
 
 
 def _ctkd(row: _Row, temperature: float | Tensor) -> _Gradient:
     T = temperature
     normalisers = [_softmax(z.div_(T), out) for z, out in ((row.z_q, row.other), (row.z_p, row.p))]
+    row.z_p.clamp_(min=-1e3)  # p is 0 there, and `both` and `moment` each contain what then adds up to nothing
     d = torch.sub(row.z_q, row.z_p, out=row.d).sub_(normalisers[0] - normalisers[1])
     kl = row.compare(row.p, d, row.other)
     both = _dot(row.difference, d)
@@ -373,4 +379,5 @@ def _softmax(z: Tensor, out: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+    products: Tensor = torch.linalg.vecdot(a, b)
+    return products

@@ -1,0 +1,100 @@
+"""The loss of one micro-batch from two models: fused with their output heads, or by the plain formula from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taid.config import TAIDConfig
+from taid.fused import DistillationLoss, distillation_loss, fused_distillation_loss
+from taid.heads import OutputHead
+from taid.vocabulary import Vocabulary
+
+
+class PairLoss:
+    """What a student loses against a teacher.
+
+    Args:
+        student: before any engine wraps it; its output head is watched from here on.
+        teacher: None where nothing is distilled.
+        vocabulary: the ids that both predict.
+        args: objective, kd_ratio and whether it is fused.
+        autocast: the context that the teacher runs in.
+
+    Raises:
+        ValueError: an output head cannot be fused; says why and the remedy.
+    """
+
+    def __init__(
+        self, student: Any, teacher: Any, vocabulary: Vocabulary, args: TAIDConfig,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:  # fmt: skip
+        self.teacher, self.vocabulary, self.args, self.autocast = teacher, vocabulary, args, autocast
+        if args.fused:
+            self.student_head = OutputHead(student, "student")
+        if args.fused and teacher is not None:
+            self.teacher_head = OutputHead(teacher, "teacher")
+
+    def __call__(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, *,
+        parameters: dict[str, float], with_teacher: bool, num_trained: int | None = None, **of_student: Any,
+    ) -> tuple[Any, DistillationLoss]:  # fmt: skip
+        """The student's outputs, and the loss summed over trained tokens.
+
+        Args:
+            model: the student as its engine has wrapped it.
+            inputs: what both models are given.
+            labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained.
+            parameters: of the objective.
+            with_teacher: whether the teacher is asked.
+            num_trained: the number of trained tokens, if it is known.
+            **of_student: what the student alone is given.
+        """
+        loss = self._fused if self.args.fused else self._plain
+        return loss(model, inputs, labels, parameters, with_teacher, num_trained, of_student)
+
+    def _fused(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, parameters: dict[str, float],
+        with_teacher: bool, num_trained: int | None, of_student: dict[str, Any],
+    ) -> tuple[Any, DistillationLoss]:  # fmt: skip
+        ids = None if self.vocabulary.is_prefix else torch.tensor(self.vocabulary.ids, device=labels.device)
+        labels = torch.where(labels == -100, labels, self.vocabulary.position(labels))
+        hidden: list[Tensor] = []  # the teacher's
+        if with_teacher:
+            with torch.no_grad(), self.autocast(), self.teacher_head.replaced_by(hidden.append):
+                self.teacher(**inputs)
+        results: list[DistillationLoss] = []
+
+        def loss_of(student_hidden: Tensor) -> DistillationLoss:
+            teacher = (hidden[0], self.teacher_head.head(ids)) if hidden else (None, None)
+            result: DistillationLoss = fused_distillation_loss(
+                student_hidden, self.student_head.head(ids), *teacher, labels, self.args.objective,
+                kd_ratio=self.args.distillation_share, vocabulary_size=len(self.vocabulary.ids),
+                num_trained=num_trained, **parameters,
+            )  # fmt: skip
+            results.append(result)
+            return result
+
+        with self.student_head.replaced_by(loss_of):
+            outputs = model(**inputs, **of_student)
+        return outputs, DistillationLoss(outputs.loss, results[0].sums)
+
+    def _plain(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, parameters: dict[str, float],
+        with_teacher: bool, _: int | None, of_student: dict[str, Any],
+    ) -> tuple[Any, DistillationLoss]:  # fmt: skip
+        trained = labels != -100
+        outputs = model(**inputs, **of_student)
+        assert outputs.logits.shape[:2] == labels.shape
+        teacher_NV = None
+        if with_teacher:
+            with torch.no_grad(), self.autocast():
+                teacher_NV = self.vocabulary.select(self.teacher(**inputs).logits[trained])
+        return outputs, distillation_loss(
+            self.vocabulary.select(outputs.logits[trained]), teacher_NV, self.vocabulary.position(labels[trained]),
+            self.args.objective, kd_ratio=self.args.distillation_share, **parameters,
+        )  # fmt: skip
