@@ -15,6 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from taid import objectives
+from taid.kernels import native, row_stage
+from taid.kernels.native import native_rows
+from taid.kernels.rows import COLUMNS, Finish, RowTask, rows
 from test_objectives import (
     INF,
     LOGIT,
@@ -32,12 +38,6 @@ from test_objectives import (
     reference_taid,
     reference_target,
 )
-from torch.testing import assert_close
-
-from taid import objectives
-from taid.kernels import native, row_stage
-from taid.kernels.native import native_rows
-from taid.kernels.rows import COLUMNS, Finish, RowTask, rows
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,6 +82,15 @@ class Case:
         return self.parameters.get("temperature", 1.0) ** 2
 
     @property
+    def is_mixture(self):
+        return self.objective == "jsd" or self.parameters.get("skew", 0.0) > 0
+
+    @property
+    def floor(self):
+        """Below this, an error is relative to it. Of a mixture, terms as large as 10 x the value cancel."""
+        return (1e-2 if self.is_mixture else 1e-3) * self.scale
+
+    @property
     def gradient_scale(self):
         """What it multiplies differences of probabilities with in its gradient."""
         weight = max(1.0, self.parameters.get("alpha", 1.0), self.parameters.get("beta", 1.0))
@@ -111,13 +120,14 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def only(*objectives_):
-    names = [name for name, case in CASES.items() if case.objective in objectives_]
-    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
+def only(*names):
+    """The cases of these names, or of these objectives."""
+    chosen = [name for name, case in CASES.items() if {name, case.objective} & set(names)]
+    return pytest.mark.parametrize("case", [CASES[name] for name in chosen], ids=chosen)
 
 
-def without(*objectives_):
-    return only(*({case.objective for case in CASES.values()} - set(objectives_)))
+def without(*names):
+    return only(*(name for name, case in CASES.items() if not {name, case.objective} & set(names)))
 
 
 @pytest.fixture(params=[rows, native_rows], ids=["plain", "native"])
@@ -184,11 +194,11 @@ def error_of_value(actual, expected, floor):
 
 
 def error_of_gradient(actual, expected, floor=0.25):
-    """Relative to the row's largest entry; where that is smaller, to `floor`: entries are probabilities' differences."""
+    """Relative to the row's largest entry; where that is smaller, to `floor`: it is made of probabilities."""
     return ((actual.double() - expected).abs() / expected.abs().amax(-1, keepdim=True).clamp(min=floor)).max().item()
 
 
-# --- against the formulas ---------------------------------------------------------------------------------------------
+# --- against the formulas --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kd_ratio", [1.0, 0.7])
@@ -201,7 +211,7 @@ def test_the_closed_forms_equal_float64_autograd_to_1e_12(case, kd_ratio):
         result = run(rows, case.task(kd_ratio), student, teacher, labels)
 
         value, gradient = truth(case, student, teacher, labels, kd_ratio)
-        assert error_of_value(result.columns["objective"], value, 1e-3 * case.scale) <= 1e-12
+        assert error_of_value(result.columns["objective"], value, case.floor) <= 1e-12
         assert error_of_gradient(result.gradient, gradient) <= 1e-12
 
 
@@ -215,13 +225,20 @@ def test_in_float32_value_and_gradient_are_within_2e_6_of_float64_on_odd_shapes(
         result = run(form, case.task(kd_ratio), student, teacher, labels)
 
         value, gradient = truth(case, student, teacher, labels, kd_ratio)
-        assert error_of_value(result.columns["objective"], value, 1e-3 * case.scale) <= 2e-6
+        assert error_of_value(result.columns["objective"], value, case.floor) <= 2e-6
         assert error_of_gradient(result.gradient, gradient) <= 2e-6
 
 
-@pytest.mark.parametrize("case", [Case("jsd", {"beta": 1e-3}), Case("jsd", {"beta": 0.999}),
-                                  Case("skew_forward_kl", {"skew": 1e-3}), Case("skew_reverse_kl", {"skew": 1e-3})],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("jsd", {"beta": 1e-3}),
+        Case("jsd", {"beta": 0.999}),
+        Case("skew_forward_kl", {"skew": 1e-3}),
+        Case("skew_reverse_kl", {"skew": 1e-3}),
+    ],
+    ids=str,
+)
 def test_a_small_share_in_the_mixture_costs_the_plain_form_digits_and_the_native_one_none(form, case):
     student, teacher = random_logits(7, 507)
     labels = labels_for(student)
@@ -234,8 +251,18 @@ def test_a_small_share_in_the_mixture_costs_the_plain_form_digits_and_the_native
     assert error_of_gradient(result.gradient, gradient) <= bound
 
 
-# The KLs lose nothing but the rounding of what they are made of; mixtures cancel where p is nearly q, by 1 / |d|.
-@every_case
+def bound_near_the_teacher(form, case):
+    """Of the value's relative error at |d| = 0.01, where float32 keeps 6e-6 of d."""
+    if case.is_mixture:  # terms of first order in d cancel to second order; with a share of 0.9, to a tenth of that
+        return 1e-3 if 0.9 in case.parameters.values() else 1e-4
+    if case.objective == "tvd":
+        return 2e-5
+    if form is native_rows:
+        return 5e-6
+    return 1e-3 if case.objective in ("dkd", "ctkd") else 2e-4
+
+
+@without("sft")
 def test_a_student_very_near_to_the_teacher_keeps_its_digits(form, case):
     student, teacher = random_logits(2, 32_003, noise=0.01)
     labels = labels_for(student)
@@ -243,16 +270,12 @@ def test_a_student_very_near_to_the_teacher_keeps_its_digits(form, case):
     result = run(form, case.task(), student, teacher, labels)
 
     value, gradient = truth(case, student, teacher, labels)
-    if case.objective != "sft":
-        near = case.objective in ("jsd", "skew_forward_kl", "skew_reverse_kl") and 0.9 in case.parameters.values()
-        exact = form is native_rows and case.objective not in ("jsd", "tvd", "skew_forward_kl", "skew_reverse_kl")
-        assert error_of_value(result.columns["objective"], value, 0) <= (1e-3 if near else 5e-6 if exact else 2e-4) * (
-            4 if case.parameters.get("temperature", 1) > 10 and not exact else 1
-        )
-        assert error_of_value(result.columns["kl"], reference_kl(*both_log_probs(teacher, student)), 0) <= (
-            1e-6 if form is native_rows else 5e-5
-        )
+    kl = reference_kl(*both_log_probs(teacher, student))
+    assert (kl < 1e-4).all()
+    assert error_of_value(result.columns["objective"], value, 0) <= bound_near_the_teacher(form, case)
     assert error_of_gradient(result.gradient, gradient, 0) <= 1e-3
+    # As a metric beside another objective, the plain form's KL is good to 2e-7 nats.
+    assert error_of_value(result.columns["kl"], kl, 0) <= (1e-6 if form is native_rows else 5e-3)
 
 
 def both_log_probs(*logits):
@@ -270,7 +293,7 @@ def test_one_id_alone_has_neither_loss_nor_gradient(form, case):
     assert torch.equal(result.gradient, torch.zeros(2, 1))
 
 
-# --- columns ----------------------------------------------------------------------------------------------------------
+# --- columns ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kd_ratio", [1.0, 0.7, 0.0])
@@ -294,7 +317,9 @@ def test_each_column_is_what_its_name_says(form, case, kd_ratio):
     if kd_ratio > 0:
         expected["objective"] = REFERENCES[case.objective](log_q, log_p, labels, **case.parameters)
         if case.objective == "taid":
-            expected["target_cross_entropy"] = -(reference_target(log_q, log_p, **case.parameters).exp() * log_q).sum(-1)
+            expected["target_cross_entropy"] = -(reference_target(log_q, log_p, **case.parameters).exp() * log_q).sum(
+                -1
+            )
         if case.objective == "ctkd":
             expected["temperature_gradient"] = gradient_for_temperature(log_q, log_p, **case.parameters)
     for name in COLUMNS:
@@ -320,7 +345,9 @@ def test_cross_entropy_alone_needs_no_teacher_and_has_the_gradient_q_minus_the_l
     result = run(form, task, student, teacher if teacher_is_there else None, labels)
 
     q = torch.softmax(student.double(), -1)
-    assert_close(result.gradient.double(), q.scatter_add(-1, labels[:, None], -torch.ones(7, 1).double()), rtol=0, atol=2e-7)
+    assert_close(
+        result.gradient.double(), q.scatter_add(-1, labels[:, None], -torch.ones(7, 1).double()), rtol=0, atol=2e-7
+    )
     assert (result.columns["kl"] > 0).all() == teacher_is_there
     assert (result.columns["teacher_cross_entropy"] > 0).all() == teacher_is_there
     assert torch.equal(result.columns["objective"], torch.zeros(7))
@@ -338,7 +365,7 @@ def test_without_a_gradient_the_columns_are_the_same_bit_for_bit(form, case):
         assert torch.equal(columns[name], expected[name]), name
 
 
-# --- tiles ------------------------------------------------------------------------------------------------------------
+# --- tiles -----------------------------------------------------------------------------------------------------------
 
 
 @every_case
@@ -418,7 +445,7 @@ def test_labels_may_be_a_view_and_int32(form):
     assert torch.equal(result.gradient, expected.gradient)
 
 
-# --- from products to logits ------------------------------------------------------------------------------------------
+# --- from products to logits -----------------------------------------------------------------------------------------
 
 FINISHES = {
     "bias": Finish(bias=torch.linspace(-3, 3, 507)),
@@ -428,22 +455,18 @@ FINISHES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("finish", FINISHES.values(), ids=FINISHES)
 @only("taid", "reverse_kl", "dkd", "ctkd", "sft")
-def test_the_gradient_goes_through_bias_scale_and_softcap_back_to_the_products(form, case, finish, dtype):
-    if form is native_rows and dtype == torch.float64:
-        pytest.skip("the native form is for float32")
-    student, teacher = (z.to(dtype) for z in random_logits(7, 507))
-    labels = labels_for(student)
+def test_the_gradient_goes_through_bias_scale_and_softcap_back_to_the_products(form, case, finish):
+    for dtype, bound in ((torch.float32, 2e-6), (torch.float64, 1e-12))[: 2 if form is rows else 1]:
+        student, teacher = (z.to(dtype) for z in random_logits(7, 507))
+        labels = labels_for(student)
+        for task in (case.task(0.7, student=finish), case.task(0.7, teacher=finish), case.task(1.0, finish, finish)):
+            result = run(form, task, student, teacher, labels)
 
-    for task in (case.task(0.7, student=finish), case.task(0.7, teacher=finish), case.task(1.0, finish, finish)):
-        result = run(form, task, student, teacher, labels)
-
-        value, gradient = truth(case, student, teacher, labels, task=task)
-        bound = 1e-12 if dtype == torch.float64 else 2e-6
-        assert error_of_value(result.columns["objective"], value, 2e-2 * case.scale) <= bound
-        assert error_of_gradient(result.gradient, gradient) <= bound
+            value, gradient = truth(case, student, teacher, labels, task=task)
+            assert error_of_value(result.columns["objective"], value, 2e-2 * case.scale) <= bound
+            assert error_of_gradient(result.gradient, gradient) <= bound
 
 
 def test_a_softcap_holds_products_of_1e4_and_more(form):
@@ -459,7 +482,7 @@ def test_a_softcap_holds_products_of_1e4_and_more(form):
     assert result.gradient.isfinite().all()
 
 
-# --- extremes ---------------------------------------------------------------------------------------------------------
+# --- extremes --------------------------------------------------------------------------------------------------------
 
 
 @without("taid")
@@ -517,18 +540,16 @@ def test_on_any_finite_logits_the_loss_is_finite_and_not_negative_and_the_gradie
 
 
 @pytest.mark.parametrize("what", [math.nan, INF])
-@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
 @every_case
-def test_one_nan_or_infinity_makes_the_loss_of_its_row_nan_and_no_other(form, case, side, what):
-    if case.objective == "sft" and side == 1:
-        pytest.skip("cross-entropy does not look at the teacher")
-    logits = random_logits(5, 507)
-    logits[side][2, 100] = what
-
-    result = run(form, case.task(), *logits, torch.zeros(5, dtype=torch.long))
-
+def test_one_nan_or_infinity_makes_the_loss_of_its_row_nan_and_no_other(form, case, what):
     name = "cross_entropy" if case.objective == "sft" else "objective"
-    assert result.columns[name].isnan().tolist() == [False, False, True, False, False]
+    for side in (0,) if case.objective == "sft" else (0, 1):
+        logits = random_logits(5, 507)
+        logits[side][2, 100] = what
+
+        result = run(form, case.task(), *logits, torch.zeros(5, dtype=torch.long))
+
+        assert result.columns[name].isnan().tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("certainty", [20.0, 80.0, 1e4])
@@ -550,7 +571,7 @@ def test_a_label_of_probability_1_keeps_loss_and_gradient_exact(form, case, cert
     assert error_of_gradient(result.gradient, gradient) <= slack
 
 
-# --- -inf is no token ---------------------------------------------------------------------------------------------------
+# --- -inf is no token ------------------------------------------------------------------------------------------------
 
 LABELS = torch.tensor([0, 32, 7, 2, 20])  # none of them masked
 KEPT = [entry for entry in range(33) if entry not in MASKED]
@@ -568,30 +589,28 @@ def test_a_mask_on_both_sides_is_a_deletion(form, case, scale, kd_ratio):
     expected = run(form, case.task(kd_ratio), student[:, KEPT], teacher[:, KEPT], labels)
     for name in COLUMNS:
         assert_close(result.columns[name], expected.columns[name], rtol=2e-6, atol=1e-6 * case.scale)
-    assert_close(result.gradient[:, KEPT], expected.gradient, rtol=1e-6, atol=1e-7 * case.gradient_scale * max(1.0, scale))
+    assert_close(
+        result.gradient[:, KEPT], expected.gradient, rtol=1e-6, atol=1e-7 * case.gradient_scale * max(1.0, scale)
+    )
     assert (result.gradient[:, MASKED] == 0).all()
 
 
-@without("reverse_kl", "adaptive_kl", "sft")
+@without("reverse_kl", "skew_reverse_kl(0.0)", "adaptive_kl", "sft")
 def test_a_mask_of_the_teacher_alone_is_probability_zero(form, case):
-    if case.objective == "skew_reverse_kl" and case.parameters["skew"] == 0:
-        pytest.skip("infinite")
     student, teacher = random_logits(5, 33)
 
     result = run(form, case.task(), student, masked(teacher), LABELS)
 
     value, gradient = truth(case, student, masked(teacher), LABELS)
-    assert error_of_value(result.columns["objective"], value, 1e-3 * case.scale) <= 2e-6
+    assert error_of_value(result.columns["objective"], value, case.floor) <= 2e-6
     assert error_of_gradient(result.gradient, gradient) <= 2e-6
     if case.objective == "ctkd":
         expected = gradient_for_temperature(*both_log_probs(student, masked(teacher)), **case.parameters)
         assert error_of_value(result.columns["temperature_gradient"], expected, 2 * case.scale) <= 2e-5
 
 
-@without("forward_kl", "adaptive_kl", "dkd", "ctkd", "sft")
+@without("forward_kl", "skew_forward_kl(0.0)", "adaptive_kl", "dkd", "ctkd", "sft")
 def test_a_mask_of_the_student_alone_is_probability_zero(form, case):
-    if case.objective == "skew_forward_kl" and case.parameters["skew"] == 0:
-        pytest.skip("infinite")
     student, teacher = random_logits(5, 33)
 
     result = run(form, case.task(), masked(student), teacher, LABELS)
@@ -601,9 +620,13 @@ def test_a_mask_of_the_student_alone_is_probability_zero(form, case):
     assert error_of_gradient(result.gradient, gradient) <= 2e-6
 
 
-@pytest.mark.parametrize(("name", "side"), [("forward_kl", "student"), ("reverse_kl", "teacher"), ("adaptive_kl(0.5)", "student"),
-                                            ("adaptive_kl(0.5)", "teacher"), ("dkd(2.0, 0.5, 1.0)", "student"),
-                                            ("ctkd(0.7)", "student"), ("ctkd(15.6)", "student")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        *((name, "student") for name in ("forward_kl", "adaptive_kl(0.5)", "dkd(2.0, 0.5, 1.0)", "ctkd(0.7)")),
+        *((name, "teacher") for name in ("reverse_kl", "adaptive_kl(0.5)")),
+    ],
+)
 def test_an_infinite_divergence_comes_out_as_a_huge_finite_number_with_a_finite_gradient(form, name, side):
     student, teacher = random_logits(5, 33)
     student, teacher = (masked(student), teacher) if side == "student" else (student, masked(teacher))
@@ -618,7 +641,7 @@ def test_an_infinite_divergence_comes_out_as_a_huge_finite_number_with_a_finite_
         assert_close(result.gradient[:, KEPT].double(), difference[:, KEPT], rtol=1e-5, atol=1e-7)
 
 
-# --- limits and parts of single objectives ------------------------------------------------------------------------------
+# --- limits and parts of single objectives ---------------------------------------------------------------------------
 
 KINDS = {
     "ordinary": random_logits(5, 33),
@@ -670,10 +693,8 @@ def test_ctkd_at_temperature_1_is_forward_kl(form, student, teacher, temperature
     assert_close(result.gradient, expected.gradient, rtol=1e-6, atol=1e-8)
 
 
-@every_case
+@without("sft")
 def test_equal_logits_have_neither_loss_nor_gradient(form, case):
-    if case.objective == "sft":
-        pytest.skip("no teacher")
     _, logits = random_logits(6, 507)
 
     result = run(form, case.task(), logits, logits, labels_for(logits))
@@ -727,7 +748,9 @@ def test_dkd_has_no_part_of_the_others_where_the_teacher_masks_all_but_the_label
     only_label = torch.nn.functional.one_hot(labels, 33).bool()
     teacher[1::2] = teacher[1::2].masked_fill(~only_label[1::2], -INF)
 
-    value, gradient, expected, expected_gradient = both_forms_of_dkd(form, student, teacher, labels, temperature=temperature)
+    value, gradient, expected, expected_gradient = both_forms_of_dkd(
+        form, student, teacher, labels, temperature=temperature
+    )
 
     assert_close(value, expected, rtol=2e-6, atol=0)
     assert_close(gradient, expected_gradient, rtol=5e-6, atol=2e-7 * 8 * temperature)
@@ -781,13 +804,15 @@ def test_the_gradient_for_the_temperature_is_that_of_the_float64_formula(form, M
 def test_in_float64_the_gradient_for_the_temperature_is_exact_to_1e_12():
     student, teacher = (z.double() for z in random_logits(6, 507))
     for temperature in (0.7, 1.0, 15.6):
-        columns = run(rows, Case("ctkd", {"temperature": temperature}).task(), student, teacher, LABELS[[0] * 6]).columns
+        columns = run(
+            rows, Case("ctkd", {"temperature": temperature}).task(), student, teacher, LABELS[[0] * 6]
+        ).columns
 
         expected = gradient_for_temperature(*both_log_probs(student, teacher), temperature)
         assert error_of_value(columns["temperature_gradient"], expected, temperature) <= 1e-12
 
 
-# --- tasks --------------------------------------------------------------------------------------------------------------
+# --- tasks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -823,7 +848,7 @@ def test_parameters_left_out_are_those_of_the_plain_objective(form, objective):
     assert_close(result.columns["objective"], expected, rtol=2e-6, atol=0)
 
 
-# --- the compiled library -----------------------------------------------------------------------------------------------
+# --- the compiled library --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(
@@ -861,7 +886,7 @@ def test_the_library_is_built_once_and_leaves_nothing_else_in_the_cache(cache):
     assert list(cache.iterdir()) == [library]
 
 
-@pytest.mark.parametrize("kept", [0, 100, 5_000, -100])
+@pytest.mark.parametrize("kept", [0, 100, 5_000, 20_000, -100])
 def test_a_damaged_library_is_built_anew(cache, kept):
     library = native._built()
     whole = library.read_bytes()
@@ -885,6 +910,7 @@ import torch
 from taid.kernels import native
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
+native._FLAGS = ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"]
 torch.manual_seed(0)
 student, teacher = torch.randn(2, 3, 507)
 columns = torch.empty(3, len(COLUMNS))
@@ -918,7 +944,6 @@ def test_where_the_library_cannot_be_built_the_plain_form_gives_the_same_values(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    expected_columns, expected_gradient = [], []
     student, teacher = random_logits(3, 507)
     labels = labels_for(student)
     here = run(rows, CASES["taid(0.4)"].task(0.7), student, teacher, labels)
@@ -930,7 +955,6 @@ def test_where_the_library_cannot_be_built_the_plain_form_gives_the_same_values(
     result = run(native_rows, CASES["taid(0.4)"].task(0.7), student, teacher, labels)
     assert torch.equal(result.gradient, here.gradient)
     assert all(torch.equal(result.columns[name], here.columns[name]) for name in COLUMNS)
-    del expected_columns, expected_gradient
 
 
 def test_without_a_home_directory_the_plain_form_takes_over(monkeypatch):

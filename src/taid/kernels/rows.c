@@ -55,7 +55,7 @@ typedef struct {
   float exp, expm1, expm1_minus_x;
 } Exp;
 
-// exp(x), exp(x) - 1 and exp(x) - 1 - x for x <= 88. x = n log 2 + r, exp(r) by its series.
+// exp(x), exp(x) - 1 and exp(x) - 1 - x for x <= 88. x = n log 2 + r, exp(r) by its series. From n = -127 down, 2^n is 0.
 INLINE Exp exponential(float x) {
   const float clamped = max_(-88.0f, x);
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // the sum's last bits are n
@@ -66,7 +66,7 @@ INLINE Exp exponential(float x) {
   const float power = bits_to_float((float_to_bits(shifted) - 0x4b400000 + 127) << 23);
   const float expm1 = power * (series + r) + (power - 1.0f);
   Exp result;
-  result.exp = x < -87.0f ? 0.0f : power + power * (series + r);
+  result.exp = power + power * (series + r);
   result.expm1 = expm1;
   result.expm1_minus_x = n == 0.0f ? series : expm1 - x;
   return result;
@@ -173,42 +173,47 @@ INLINE float mixed(float x, float w, float t) {
 #endif
 }
 
-INLINE void taid(float *z_q, float *z_p, long V, Norm nq, Norm np, float t, float share, Columns *out) {
+INLINE void taid(float *z_q, const float *z_p, long V, Norm nq, float top_p, float t, float share, Norm *teacher, Columns *out) {
+  // The teacher's normaliser, its mean of z_p - z_q, and the target's maximum.
   float top = LOG_ZERO;
-#pragma omp simd reduction(max : top)
-  for (long v = 0; v < V; v++) {
-    const float z_t = mixed(at(z_q, v) - nq.top, at(z_p, v) - np.top, t);
-    top = z_t > top ? z_t : top;
+  double sum_p = 0, gap_p = 0, sum = 0;
+  FOR_BLOCKS {
+    float s = 0, g = 0, m = LOG_ZERO;
+#pragma omp simd reduction(+ : s, g) reduction(max : m)
+    for (long v = start; v < end; v++) {
+      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - top_p, p = exp_(w), z_t = mixed(x, w, t);
+      s += p;
+      g += p * (w - x);
+      m = z_t > m ? z_t : m;
+    }
+    sum_p += s;
+    gap_p += g;
+    top = max_(top, m);
   }
-  double sum = 0;
   FOR_BLOCKS {
     float s = 0;
 #pragma omp simd reduction(+ : s)
-    for (long v = start; v < end; v++)
-      s += exp_(mixed(at(z_q, v) - nq.top, at(z_p, v) - np.top, t) - top);
+    for (long v = start; v < end; v++) s += exp_(mixed(at(z_q, v) - nq.top, at(z_p, v) - top_p, t) - top);
     sum += s;
   }
+  *teacher = (Norm){top_p, __builtin_log(sum_p), 0};
   const float log_normaliser_t = __builtin_log(sum), to_target = t == 0 ? 0 : top + (log_normaliser_t - nq.log_normaliser);
-  const float to_teacher = np.log_normaliser - nq.log_normaliser;
-  double objective = 0, kl = 0, target = 0;
+  double objective = 0, target = 0;
   FOR_BLOCKS {
-    float o = 0, k = 0, c = 0;
-#pragma omp simd reduction(+ : o, k, c)
+    float o = 0, c = 0;
+#pragma omp simd reduction(+ : o, c)
     for (long v = start; v < end; v++) {
-      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - np.top, gap = x - w, d_p = gap + to_teacher;
-      const float log_q = x - nq.log_normaliser, log_p_t = mixed(x, w, t) - top - log_normaliser_t;
-      const Pair r = pair(log_q, log_p_t, t * gap + to_target);
+      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - top_p, log_q = x - nq.log_normaliser;
+      const Pair r = pair(log_q, mixed(x, w, t) - top - log_normaliser_t, t * (x - w) + to_target);
       o += r.forward;
-      k += pair(log_q, w - np.log_normaliser, d_p).forward;
       c -= r.p * log_q;
       z_q[v] = share * r.difference + (1 - share) * r.q;
     }
     objective += o;
-    kl += k;
     target += c;
   }
   out->objective = objective;
-  out->kl = kl;
+  out->kl = gap_p / sum_p - (teacher->log_normaliser - nq.log_normaliser);
   out->target_cross_entropy = target;
 }
 
@@ -414,10 +419,16 @@ static void row(float *z_q, float *z_p, long V, long y, const Task *task, float 
   out->cross_entropy = nq.log_normaliser - (at(z_q, y) - nq.top);
   out->entropy = nq.log_normaliser - nq.mean;
   if (z_p) {
-    const Norm np = normalise(z_p, V, 1);
-    out->teacher_cross_entropy = np.log_normaliser - (at(z_p, y) - np.top);
-    switch (share > 0 ? task->objective : SFT) {
-      case TAID: taid(z_q, z_p, V, nq, np, a, share, out); break;
+    const int objective = share > 0 ? task->objective : SFT;
+    const float label_p = at(z_p, y);
+    Norm np;
+    if (objective == TAID)
+      taid(z_q, z_p, V, nq, maximum(z_p, V), a, share, &np, out);
+    else
+      np = normalise(z_p, V, 1);
+    out->teacher_cross_entropy = np.log_normaliser - (label_p - np.top);
+    switch (objective) {
+      case TAID: break;
       case FORWARD_KL: out->objective = out->kl = to_teacher(z_q, z_p, V, nq, np, 1, share, 1 - share).forward; break;
       case REVERSE_KL: jacobian(REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
       case JSD: jacobian(JSD, z_q, z_p, V, nq, np, a, share, out); break;
