@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from taid import fused, objectives
 from taid.fused import Head, distillation_loss, fused_distillation_loss
+from taid.kernels import native
 from test_kernels import CASES, INF, REFERENCES, Case, every_case, only, without
 
 
@@ -292,11 +293,11 @@ def test_whatever_the_number_of_tokens_there_are_two_tiles_and_nothing_as_large(
         fused_distillation_loss(*given_, "taid", t=0.4).loss.backward()
 
     tile = rows * 1_024
-    # The plain form's scratch, of eight float32 blocks, serves the half-precision tiles; it does not grow either.
+    # The plain form's scratch, of eight blocks, serves half-precision tiles too; it does not grow either.
     scratch = 8 * rows * V
     large = sorted(size for size in allocations.sizes.values() if size > tile / 2)
     assert all(size in (tile, scratch, rows * V) for size in large), large
-    if bfloat16 is None:
+    if bfloat16 is None and native._library() is not None:
         assert large == [tile, tile]
 
 

@@ -15,6 +15,7 @@ the backward pass multiplies what is there by one number.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from taid import objectives
-from taid.kernels import row_stage
+from taid.kernels import on_huge_pages, row_stage
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
 # Rows of the vocabulary that are converted, multiplied and added up at a time where the head is in half precision.
@@ -237,9 +238,10 @@ class _Fused(torch.autograd.Function):
                 "the fused loss can be differentiated only once: its gradients are gone. Compute it again"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(upstream)
+        if upstream.device.type != "cpu" or upstream != 1:  # on a GPU, looking would cost more than multiplying
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(upstream)
         return (*gradients, None)
 
 
@@ -322,11 +324,10 @@ class _Products:
         sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         step = _SLAB if half and not self.on_cuda else max(size, 1)
         self.slabs = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-        self.sums = (
-            [torch.zeros(s.stop - s.start, weight.shape[1], dtype=sum_dtype, device=weight.device) for s in self.slabs]
-            if wants_gradient
-            else []
-        )
+        empty = functools.partial(torch.empty, dtype=sum_dtype, device=weight.device)
+        shapes = [(slab.stop - slab.start, weight.shape[1]) for slab in self.slabs] if wants_gradient else []
+        self.sums = [on_huge_pages(empty(*shape)) for shape in shapes]
+        self.is_first = True
 
     def operand(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.operand_dtype)
@@ -334,7 +335,8 @@ class _Products:
     def tile(self, rows: int) -> Tensor:
         # Rows begin at multiples of 64 elements, so that loads stay aligned where V is odd.
         stride = -(-self.size // 64) * 64
-        return torch.empty(rows, stride, dtype=self.tile_dtype, device=self.weight.device)[:, : self.size]
+        tile = torch.empty(rows, stride, dtype=self.tile_dtype, device=self.weight.device)
+        return on_huge_pages(tile)[:, : self.size]
 
     def project(self, hidden_MD: Tensor, out_MV: Tensor) -> Tensor:
         if self.native:
@@ -353,17 +355,21 @@ class _Products:
         return out_MD
 
     def add_outer(self, gradient_MV: Tensor, hidden_MD: Tensor) -> None:
+        beta, self.is_first = 0 if self.is_first else 1, False
         for slab, total in zip(self.slabs, self.sums, strict=True):
             columns = gradient_MV[:, slab].to(self.operand_dtype).t()
             if total.dtype == self.operand_dtype:
-                total.addmm_(columns, hidden_MD)
+                total.addmm_(columns, hidden_MD, beta=beta)
             elif self.on_cuda:
-                torch.addmm(total, columns, hidden_MD, out_dtype=total.dtype, out=total)
+                torch.addmm(total, columns, hidden_MD, beta=beta, out_dtype=total.dtype, out=total)
             else:
-                total.add_(columns @ hidden_MD)
+                product = columns @ hidden_MD
+                total.add_(product) if beta else total.copy_(product)
 
     def outer_sum(self) -> Tensor:
         """The weight's gradient, in its dtype and with zeros for rows beyond the vocabulary."""
+        if self.is_first:  # there was no trained token
+            return torch.zeros_like(self.weight, dtype=self.gradient_dtype)
         first = self.sums[0]
         if len(self.sums) == 1 and first.shape == self.weight.shape and first.dtype == self.gradient_dtype:
             return first

@@ -1,8 +1,8 @@
 """rows.c, built on this machine when it is first wanted, and called without a copy.
 
-The library is kept in the user's cache under a name made of everything that it depends on and of its own content: it
-is built once a machine, and again if it was damaged. Where it cannot be built (no C compiler, a read-only home), nothing
-breaks: the plain form takes over.
+The library is kept in the user's cache under a name made of all that it depends on and of its own content: it is
+built once a machine, and again if it was damaged. Where it cannot be built (no C compiler, a read-only home),
+nothing breaks: the plain form takes over.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ _OBJECTIVES = (
     "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd".split()
 )  # in the order of rows.c
 _FLAGS = "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+
+
+_HUGE = 2**21
 
 
 class _CFinish(ctypes.Structure):
@@ -85,8 +89,19 @@ def native_rows(
         ctypes.byref(c_task), ctypes.c_void_p(columns_MK.data_ptr()), ctypes.c_int(gradient is not None),
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"no memory for two rows of {V} numbers a thread")
+        raise MemoryError(f"no memory for five rows of {V} numbers a thread")
     return student_MV
+
+
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask Linux for pages of 2 MB under a new CPU tensor: 500 times fewer page faults and address translations."""
+    if tensor.device.type == "cpu" and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // _HUGE) * _HUGE
+        size = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // _HUGE * _HUGE - start
+        if size > 0:
+            # MADV_HUGEPAGE; a refusal changes nothing
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 14)
+    return tensor
 
 
 def _c_finish(finish: Finish, bias: Tensor | None) -> _CFinish:

@@ -74,6 +74,7 @@ INLINE Exp exponential(float x) {
 
 INLINE float exp_(float x) { return exponential(x).exp; }
 
+
 // log(whole + lost) for a normal number `whole`, and `lost` what its last place does not hold.
 INLINE float log_(float whole, float lost) {
   const int32_t bits = float_to_bits(whole);
@@ -114,9 +115,11 @@ INLINE float maximum(const float *z, long V) {
 
 typedef struct {
   float top, log_normaliser, mean;  // of (z - top) / T: log sum exp, and its mean under the softmax
+  float per_sum;                    // 1 / sum exp
 } Norm;
 
-INLINE Norm normalise(const float *z, long V, float per_T) {
+// The exponentials go to `exps`: what is needed twice is kept, because a load is cheaper.
+INLINE Norm normalise(const float *z, long V, float per_T, float *exps) {
   const float top = maximum(z, V);
   double sum = 0, weighted = 0;
   FOR_BLOCKS {
@@ -126,11 +129,12 @@ INLINE Norm normalise(const float *z, long V, float per_T) {
       const float x = (at(z, v) - top) * per_T, e = exp_(x);
       s += e;
       w += e * x;
+      exps[v] = e;
     }
     sum += s;
     weighted += w;
   }
-  return (Norm){top, __builtin_log(sum), weighted / sum};
+  return (Norm){top, __builtin_log(sum), weighted / sum, 1 / sum};
 }
 
 typedef struct {
@@ -173,47 +177,67 @@ INLINE float mixed(float x, float w, float t) {
 #endif
 }
 
-INLINE void taid(float *z_q, const float *z_p, long V, Norm nq, float top_p, float t, float share, Norm *teacher, Columns *out) {
-  // The teacher's normaliser, its mean of z_p - z_q, and the target's maximum.
+typedef struct {
+  float difference, kl;  // q - p, and the term of KL(p || q)
+} Gap;
+
+// Of q, p and d = log q - log p: where they are near, by the series of exp(d) - 1 - d, because there q - p loses digits.
+INLINE Gap gap(float q, float p, float d) {
+  const int near = d > -0.5f && d < 0.5f;
+  const float tail = 1.38888889e-3f + d * (1.98412698e-4f + d * 2.48015873e-5f);
+  const float series = d * d * (0.5f + d * (1.66666667e-1f + d * (4.16666667e-2f + d * (8.33333333e-3f + d * tail))));
+  const float difference = near ? p * (d + series) : q - p;
+  return (Gap){difference, near ? p * series : difference - p * d};
+}
+
+// On entry `exps` holds those of the student.
+INLINE void taid(
+    float *z_q, const float *z_p, long V, Norm nq, float top_p, float t, float share, float *exps, Norm *teacher, Columns *out
+) {
+  float *exps_t = exps + V, *exps_p = exps + 2 * V;
   float top = LOG_ZERO;
-  double sum_p = 0, gap_p = 0, sum = 0;
+  double sum_p = 0, sum_t = 0;
   FOR_BLOCKS {
-    float s = 0, g = 0, m = LOG_ZERO;
-#pragma omp simd reduction(+ : s, g) reduction(max : m)
+    float s = 0, m = LOG_ZERO;
+#pragma omp simd reduction(+ : s) reduction(max : m)
     for (long v = start; v < end; v++) {
-      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - top_p, p = exp_(w), z_t = mixed(x, w, t);
-      s += p;
-      g += p * (w - x);
+      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - top_p, z_t = mixed(x, w, t);
+      s += exps_p[v] = exp_(w);
       m = z_t > m ? z_t : m;
     }
     sum_p += s;
-    gap_p += g;
     top = max_(top, m);
   }
   FOR_BLOCKS {
     float s = 0;
 #pragma omp simd reduction(+ : s)
-    for (long v = start; v < end; v++) s += exp_(mixed(at(z_q, v) - nq.top, at(z_p, v) - top_p, t) - top);
-    sum += s;
+    for (long v = start; v < end; v++) s += exps_t[v] = exp_(mixed(at(z_q, v) - nq.top, at(z_p, v) - top_p, t) - top);
+    sum_t += s;
   }
-  *teacher = (Norm){top_p, __builtin_log(sum_p), 0};
-  const float log_normaliser_t = __builtin_log(sum), to_target = t == 0 ? 0 : top + (log_normaliser_t - nq.log_normaliser);
-  double objective = 0, target = 0;
+  *teacher = (Norm){top_p, __builtin_log(sum_p), 0, 1 / sum_p};
+  const float to_target = t == 0 ? 0 : top + ((float)__builtin_log(sum_t) - nq.log_normaliser);
+  const float to_teacher = teacher->log_normaliser - nq.log_normaliser;
+  const float per_q = nq.per_sum, per_p = teacher->per_sum, per_t = 1 / sum_t;
+  double objective = 0, kl = 0, target = 0;
   FOR_BLOCKS {
-    float o = 0, c = 0;
-#pragma omp simd reduction(+ : o, c)
+    float o = 0, k = 0, c = 0;
+#pragma omp simd reduction(+ : o, k, c)
     for (long v = start; v < end; v++) {
       const float x = at(z_q, v) - nq.top, w = at(z_p, v) - top_p, log_q = x - nq.log_normaliser;
-      const Pair r = pair(log_q, mixed(x, w, t) - top - log_normaliser_t, t * (x - w) + to_target);
-      o += r.forward;
-      c -= r.p * log_q;
-      z_q[v] = share * r.difference + (1 - share) * r.q;
+      const float q = exps[v] * per_q, p = exps_p[v] * per_p, p_t = exps_t[v] * per_t;
+      const float d_p = x - w + to_teacher, d_t = t * (x - w) + to_target;
+      const Gap to_p_t = gap(q, p_t, d_t);
+      o += to_p_t.kl;
+      k += gap(q, p, d_p).kl;
+      c -= p_t * log_q;
+      z_q[v] = share * to_p_t.difference + (1 - share) * q;
     }
     objective += o;
+    kl += k;
     target += c;
   }
   out->objective = objective;
-  out->kl = gap_p / sum_p - (teacher->log_normaliser - nq.log_normaliser);
+  out->kl = kl;
   out->target_cross_entropy = target;
 }
 
@@ -221,21 +245,24 @@ typedef struct {
   double forward, both, moment;  // KL(p || q), KL both ways, the terms of KL(p || q) times z_p
 } Sums;
 
-// Writes per_q q + per_difference (q - p) over the student's logits, at a temperature.
-INLINE Sums to_teacher(float *z_q, const float *z_p, long V, Norm nq, Norm np, float per_T, float per_difference, float per_q) {
+// Writes per_q q + per_difference (q - p) over the student's logits, at a temperature; `exps` as the normalisers left them.
+INLINE Sums to_teacher(
+    float *z_q, const float *z_p, long V, Norm nq, Norm np, const float *exps, float per_T, float per_difference, float per_q
+) {
+  const float *exps_p = exps + V, to_teacher = np.log_normaliser - nq.log_normaliser;
   Sums sums = {0, 0, 0};
   FOR_BLOCKS {
     float f = 0, g = 0, b = 0;
 #pragma omp simd reduction(+ : f, g, b)
     for (long v = start; v < end; v++) {
-      const float x = (at(z_q, v) - nq.top) * per_T, w = (at(z_p, v) - np.top) * per_T;
-      const float offset = nq.log_normaliser - np.log_normaliser, d = x - w - offset;
-      const Pair r = pair(x - nq.log_normaliser, w - np.log_normaliser, d);
+      const float x = (at(z_q, v) - nq.top) * per_T, w = (at(z_p, v) - np.top) * per_T, d = x - w + to_teacher;
+      const float q = exps[v] * nq.per_sum;
+      const Gap r = gap(q, exps_p[v] * np.per_sum, d);
       const int possible = w > -1e3f;  // if not, p is 0, and w, which both sums contain, is left out of both
-      f += r.forward;
-      g += r.difference * (possible ? d : x - offset);
-      b += possible ? r.forward * w : 0;
-      z_q[v] = per_difference * r.difference + per_q * r.q;
+      f += r.kl;
+      g += r.difference * (possible ? d : x + to_teacher);
+      b += possible ? r.kl * w : 0;
+      z_q[v] = per_difference * r.difference + per_q * q;
     }
     sums.forward += f;
     sums.both += g;
@@ -244,38 +271,33 @@ INLINE Sums to_teacher(float *z_q, const float *z_p, long V, Norm nq, Norm np, f
   return sums;
 }
 
-INLINE double kl_to_teacher(const float *z_q, const float *z_p, long V, Norm nq, Norm np) {
+INLINE double kl_to_teacher(const float *z_q, const float *z_p, long V, Norm nq, Norm np, const float *exps) {
   double kl = 0;
   FOR_BLOCKS {
     float k = 0;
 #pragma omp simd reduction(+ : k)
     for (long v = start; v < end; v++) {
-      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - np.top;
-      k += pair(x - nq.log_normaliser, w - np.log_normaliser, x - w - (nq.log_normaliser - np.log_normaliser)).forward;
+      const float d = at(z_q, v) - nq.top - (at(z_p, v) - np.top) + (np.log_normaliser - nq.log_normaliser);
+      k += gap(exps[v] * nq.per_sum, exps[V + v] * np.per_sum, d).kl;
     }
     kl += k;
   }
   return kl;
 }
 
-// The mix with the label needs q at temperature 1, which is the reason for a scratch row.
-INLINE void keep_q(const float *z_q, long V, Norm nq, float *q) {
-#pragma omp simd
-  for (long v = 0; v < V; v++) q[v] = exp_(at(z_q, v) - nq.top - nq.log_normaliser);
+// The mix with the label needs q at temperature 1: its exponentials are kept in a row of their own.
+INLINE void add_label_share(float *g, const float *exps, long V, Norm nq, float share) {
+  for (long v = 0; v < V; v++) g[v] = share * g[v] + (1 - share) * (exps[v] * nq.per_sum);
 }
 
-INLINE void add_label_share(float *g, const float *q, long V, float share) {
-  for (long v = 0; v < V; v++) g[v] = share * g[v] + (1 - share) * q[v];
-}
-
-INLINE void ctkd(float *z_q, float *z_p, long V, Norm nq, Norm np, float T, float share, float *scratch, Columns *out) {
-  out->kl = kl_to_teacher(z_q, z_p, V, nq, np);
-  if (share < 1) keep_q(z_q, V, nq, scratch);
-  const Norm mq = normalise(z_q, V, 1 / T), mp = normalise(z_p, V, 1 / T);
-  const Sums s = to_teacher(z_q, z_p, V, mq, mp, 1 / T, T, 0);
+INLINE void ctkd(float *z_q, float *z_p, long V, Norm nq, Norm np, float T, float share, float *exps, Columns *out) {
+  float *at_T = exps + 2 * V;
+  out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);
+  const Norm mq = normalise(z_q, V, 1 / T, at_T), mp = normalise(z_p, V, 1 / T, at_T + V);
+  const Sums s = to_teacher(z_q, z_p, V, mq, mp, at_T, 1 / T, T, 0);
   out->objective = T * T * s.forward;
   out->temperature_gradient = T * (2 * s.forward - s.both - (s.moment - mp.mean * s.forward));
-  if (share < 1) add_label_share(z_q, scratch, V, share);
+  if (share < 1) add_label_share(z_q, exps, V, nq, share);
 }
 
 INLINE float log_add(float a, float b) {
@@ -284,22 +306,22 @@ INLINE float log_add(float a, float b) {
 }
 
 INLINE void dkd(
-    float *z_q, float *z_p, long V, long y, Norm nq, Norm np, float T, float alpha, float beta, float share, float *scratch, Columns *out
+    float *z_q, float *z_p, long V, long y, Norm nq, Norm np, float T, float alpha, float beta, float share, float *exps, Columns *out
 ) {
-  out->kl = kl_to_teacher(z_q, z_p, V, nq, np);
-  if (share < 1) keep_q(z_q, V, nq, scratch);
+  float *at_T = exps + 2 * V;
+  out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);
   const float y_q = at(z_q, y) / T, y_p = at(z_p, y) / T;
   z_q[y] = z_p[y] = LOG_ZERO;
-  const Norm mq = normalise(z_q, V, 1 / T), mp = normalise(z_p, V, 1 / T);
+  const Norm mq = normalise(z_q, V, 1 / T, at_T), mp = normalise(z_p, V, 1 / T, at_T + V);
   if (mp.top < LOG_ZERO / 2) beta = 0;  // there is no other token
   const float rest_q = mq.top / T + mq.log_normaliser, rest_p = mp.top / T + mp.log_normaliser;
   const float all_q = log_add(y_q, rest_q), all_p = log_add(y_p, rest_p);
   const Pair on = pair(y_q - all_q, y_p - all_p, (y_q - y_p) - (all_q - all_p));
   const Pair off = pair(rest_q - all_q, rest_p - all_p, (rest_q - rest_p) - (all_q - all_p));
-  const Sums s = to_teacher(z_q, z_p, V, mq, mp, 1 / T, T * beta, -T * alpha * on.difference);
+  const Sums s = to_teacher(z_q, z_p, V, mq, mp, at_T, 1 / T, T * beta, -T * alpha * on.difference);
   z_q[y] = T * alpha * on.difference;
   out->objective = T * T * (alpha * (on.forward + off.forward) + beta * s.forward);
-  if (share < 1) add_label_share(z_q, scratch, V, share);
+  if (share < 1) add_label_share(z_q, exps, V, nq, share);
 }
 
 // --- J(x): the other objectives ---------------------------------------------------------------------------------------
@@ -410,11 +432,11 @@ INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Nor
 static void row(float *z_q, float *z_p, long V, long y, const Task *task, float *scratch, Columns *out, int gradient) {
   const float share = task->share;
   const double a = task->parameter;
-  float *slope = scratch + V;
+  float *slope = scratch, *exps = scratch + V;
   memset(out, 0, sizeof *out);
   finish(z_q, V, &task->student, slope);
   if (z_p) finish(z_p, V, &task->teacher, NULL);
-  const Norm nq = normalise(z_q, V, 1);
+  const Norm nq = normalise(z_q, V, 1, exps);
   out->correct = z_q[y] >= nq.top;
   out->cross_entropy = nq.log_normaliser - (at(z_q, y) - nq.top);
   out->entropy = nq.log_normaliser - nq.mean;
@@ -423,25 +445,25 @@ static void row(float *z_q, float *z_p, long V, long y, const Task *task, float 
     const float label_p = at(z_p, y);
     Norm np;
     if (objective == TAID)
-      taid(z_q, z_p, V, nq, maximum(z_p, V), a, share, &np, out);
+      taid(z_q, z_p, V, nq, maximum(z_p, V), a, share, exps, &np, out);
     else
-      np = normalise(z_p, V, 1);
+      np = normalise(z_p, V, 1, exps + V);
     out->teacher_cross_entropy = np.log_normaliser - (label_p - np.top);
     switch (objective) {
       case TAID: break;
-      case FORWARD_KL: out->objective = out->kl = to_teacher(z_q, z_p, V, nq, np, 1, share, 1 - share).forward; break;
+      case FORWARD_KL: out->objective = out->kl = to_teacher(z_q, z_p, V, nq, np, exps, 1, share, 1 - share).forward; break;
       case REVERSE_KL: jacobian(REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
       case JSD: jacobian(JSD, z_q, z_p, V, nq, np, a, share, out); break;
       case TVD: jacobian(TVD, z_q, z_p, V, nq, np, a, share, out); break;
       case SKEW_FORWARD_KL: jacobian(SKEW_FORWARD_KL, z_q, z_p, V, nq, np, a, share, out); break;
       case SKEW_REVERSE_KL: jacobian(SKEW_REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
       case ADAPTIVE_KL: jacobian(ADAPTIVE_KL, z_q, z_p, V, nq, np, a, share, out); break;
-      case CTKD: ctkd(z_q, z_p, V, nq, np, a, share, scratch, out); break;
-      case DKD: dkd(z_q, z_p, V, y, nq, np, a, task->alpha, task->beta, share, scratch, out); break;
-      default: out->kl = to_teacher(z_q, z_p, V, nq, np, 1, 0, 1).forward;  // the gradient is q
+      case CTKD: ctkd(z_q, z_p, V, nq, np, a, share, exps, out); break;
+      case DKD: dkd(z_q, z_p, V, y, nq, np, a, task->alpha, task->beta, share, exps, out); break;
+      default: out->kl = to_teacher(z_q, z_p, V, nq, np, exps, 1, 0, 1).forward;  // the gradient is q
     }
   } else if (gradient) {
-    keep_q(z_q, V, nq, z_q);
+    for (long v = 0; v < V; v++) z_q[v] = exps[v] * nq.per_sum;
   }
   if (!gradient) return;
   z_q[y] -= 1 - share;
@@ -459,7 +481,7 @@ int taid_rows(
   int failed = 0;
 #pragma omp parallel
   {
-    float *scratch = malloc(2 * V * sizeof(float));
+    float *scratch = malloc(5 * V * sizeof(float));
     if (!scratch) failed = 1;
 #pragma omp for schedule(dynamic, 1)
     for (long m = 0; m < M; m++)
