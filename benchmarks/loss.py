@@ -107,7 +107,8 @@ def plain_taid(x: Inputs) -> Tensor:
     with torch.no_grad():
         teacher_NV = F.linear(x.teacher_hidden, x.teacher_weight)
         target_NV = F.softmax((1 - T) * student_NV + T * teacher_NV, dim=-1, dtype=torch.float32)
-    return -(target_NV * F.log_softmax(student_NV, dim=-1, dtype=torch.float32)).sum(-1).sum()
+    log_q_NV = F.log_softmax(student_NV, dim=-1, dtype=torch.float32)
+    return -torch.masked_fill(target_NV * log_q_NV, torch.isinf(student_NV), 0).sum(-1).sum()
 
 
 def checkpointed_taid(x: Inputs, rows: int = 1024) -> Tensor:

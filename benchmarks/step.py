@@ -40,7 +40,7 @@ METHODS = ("sft", "teacher", "taid", "taid, fused: false", "plain loop", "gkd")
 STEPS, WARM_UP = 6, 2
 
 
-# --- the methods: (student, teacher, rows, tokenizer, options) -> the seconds of the steps -----------------------------
+# --- the methods: (student, teacher, rows, tokenizer, options) -> the seconds of the steps ---------------------------
 
 
 class Stopwatch(TrainerCallback):
@@ -266,8 +266,8 @@ def _table(results: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -
         f"{torch.__version__}."
     )
     raw = json.dumps(results)
-    return "\n".join([about, "", *lines, "", f"`python benchmarks/step.py --rounds {args.rounds} --dtype {args.dtype}`", "",
-                      f"<!-- {raw} -->"])  # fmt: skip
+    command = f"`python benchmarks/step.py --rounds {args.rounds} --dtype {args.dtype}`"
+    return "\n".join(["# A training step", "", about, "", *lines, "", command, "", f"<!-- {raw} -->"])
 
 
 if __name__ == "__main__":

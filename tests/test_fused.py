@@ -301,6 +301,28 @@ def test_whatever_the_number_of_tokens_there_are_two_tiles_and_nothing_as_large(
         assert large == [tile, tile]
 
 
+@pytest.mark.parametrize("bfloat16", [None, False, True])
+@only("taid(0.4)", "jsd(0.1)", "adaptive_kl(0.5)", "dkd(1.0, 8.0, 4.0)", "ctkd(0.7)", "sft")
+def test_what_memory_holds_before_it_is_written_does_not_matter(monkeypatch, case, bfloat16):
+    monkeypatch.setattr(fused, "_cpu_has_bfloat16", lambda: bool(bfloat16))
+    monkeypatch.setattr(fused, "_SLAB", 100)
+    many_chunks(monkeypatch)
+    dtype = torch.float32 if bfloat16 is None else torch.bfloat16
+    given_ = inputs(23, 507, dtype=dtype, bias=True, padding=(5, 5))
+    expected = run(given_, case, 0.7, vocabulary_size=507)
+
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert torch.empty(1).isnan()
+        result = run(given_, case, 0.7, vocabulary_size=507)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert torch.equal(result.loss, expected.loss)
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(result.gradients[name], gradient), name
+
+
 # --- tokens that are not trained -------------------------------------------------------------------------------------
 
 

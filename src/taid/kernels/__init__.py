@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from taid.kernels.native import native_rows, on_huge_pages
+from taid.kernels.native import native_rows
 from taid.kernels.rows import RowTask, rows
 
-__all__ = ["on_huge_pages", "row_stage"]
+__all__ = ["row_stage"]
 
 
 def row_stage(

@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,6 @@ _OBJECTIVES = (
     "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd".split()
 )  # in the order of rows.c
 _FLAGS = "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
-
-
-_HUGE = 2**21
 
 
 class _CFinish(ctypes.Structure):
@@ -91,17 +87,6 @@ def native_rows(
     if failed:
         raise MemoryError(f"no memory for five rows of {V} numbers a thread")
     return student_MV
-
-
-def on_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask Linux for pages of 2 MB under a new CPU tensor: 500 times fewer page faults and address translations."""
-    if tensor.device.type == "cpu" and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // _HUGE) * _HUGE
-        size = (tensor.data_ptr() + tensor.untyped_storage().nbytes()) // _HUGE * _HUGE - start
-        if size > 0:
-            # MADV_HUGEPAGE; a refusal changes nothing
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 14)
-    return tensor
 
 
 def _c_finish(finish: Finish, bias: Tensor | None) -> _CFinish:
