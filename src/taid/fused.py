@@ -49,6 +49,12 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def to(self, device: torch.device) -> Head:
+        """The same on another device."""
+        return Head(
+            self.weight.to(device), None if self.bias is None else self.bias.to(device), self.scale, self.softcap
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The plain formula: logits ``[..., V]`` of hidden states ``[..., D]``."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale

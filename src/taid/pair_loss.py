@@ -70,7 +70,8 @@ class PairLoss:
         results: list[DistillationLoss] = []
 
         def loss_of(student_hidden: Tensor) -> DistillationLoss:
-            teacher = (hidden[0], self.teacher_head.head(ids)) if hidden else (None, None)
+            device = student_hidden.device  # a teacher that device_map has spread may end on another one
+            teacher = (hidden[0].to(device), self.teacher_head.head(ids).to(device)) if hidden else (None, None)
             result: DistillationLoss = fused_distillation_loss(
                 student_hidden, self.student_head.head(ids), *teacher, labels, self.args.objective,
                 kd_ratio=self.args.distillation_share, vocabulary_size=len(self.vocabulary.ids),
