@@ -392,8 +392,7 @@ def _chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
     budget, most = (2**31, 2**14) if device == "cuda" else (3 * 2**27, 512)
     most = max(1, min(most, budget // (2 * V * itemsize)))
     chunks = max(1, -(-N // most))
-    equal = max(1, -(-N // chunks))
-    return min(most, -(-equal // 16) * 16)  # a ragged number of rows costs a few per cent of a product's speed
+    return max(1, -(-N // chunks))
 
 
 def _kept(labels: Tensor, num_trained: int | None) -> Tensor:
