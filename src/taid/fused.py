@@ -15,7 +15,6 @@ the backward pass multiplies what is there by one number.
 from __future__ import annotations
 
 import contextlib
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -193,7 +192,7 @@ def fused_distillation_loss(
         teacher_hidden=None
         if teacher_hidden is None
         else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight=None if teacher_head is None else teacher_head.weight.detach()[:size],
+        teacher_weight=None if teacher_head is None else teacher_head.weight.detach(),
         labels=labels.reshape(-1).index_select(0, kept),
         kept=kept,
         size=size,
@@ -203,9 +202,9 @@ def fused_distillation_loss(
     )
     temperature = parameters.get("temperature")
     learned = temperature if isinstance(temperature, Tensor) else None
-    loss, columns = _Fused.apply(student_hidden, student_head.weight, student_head.bias, learned, job)  # type: ignore[no-untyped-call]
-    sums = dict(zip(COLUMNS, columns.sum(0, dtype=_exact(columns)).unbind(), strict=True))
-    return DistillationLoss(loss, {"trained": columns.new_full((), len(kept), dtype=_exact(columns)), **sums})
+    loss, sums = _Fused.apply(student_hidden, student_head.weight, student_head.bias, learned, job)  # type: ignore[no-untyped-call]
+    by_name = dict(zip(COLUMNS, sums.unbind(), strict=True))
+    return DistillationLoss(loss, {"trained": sums.new_full((), len(kept)), **by_name})
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,10 +229,10 @@ class _Fused(torch.autograd.Function):
         # Products choose their own precision; autocast would round the tiles.
         with torch.autocast(hidden.device.type, enabled=False):
             wanted = [wants and job.gradient for wants in ctx.needs_input_grad[:4]]
-            loss, columns, gradients = _forward(hidden, weight, bias, job, wanted)
+            loss, sums, gradients = _forward(hidden, weight, bias, job, wanted)
         ctx.gradients = gradients if any(wanted) else None
-        ctx.mark_non_differentiable(columns)
-        return loss, columns
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,7 +253,7 @@ class _Fused(torch.autograd.Function):
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Loss, columns ``[N, K]``, and the gradients that are wanted of hidden, weight, bias and temperature."""
+    """Loss, sums ``[K]`` of all columns, and the gradients that are wanted of hidden, weight, bias and temperature."""
     wants_hidden, wants_weight, wants_bias, wants_temperature = wanted
     student = _Products(weight.detach(), job.size, job.autocast, wants_weight)
     teacher = None if job.teacher_weight is None else _Products(job.teacher_weight, job.size, job.autocast, False)
@@ -285,13 +284,14 @@ def _forward(
         if d_bias is not None:
             d_bias[:V] += gradient_MV.sum(0, dtype=exact)
 
-    by_name = dict(zip(COLUMNS, columns.sum(0, dtype=_exact(columns)).unbind(), strict=True))
+    sums = columns.sum(0, dtype=_exact(columns))
+    by_name = dict(zip(COLUMNS, sums.unbind(), strict=True))
     share = job.task.kd_ratio
     loss = share * by_name["objective"] + (1 - share) * by_name["cross_entropy"] if share else by_name["cross_entropy"]
     del tiles
     return (
         loss.to(exact),
-        columns,
+        sums,
         [
             d_hidden,
             student.outer_sum() if wants_weight else None,
@@ -330,9 +330,8 @@ class _Products:
         sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         step = _SLAB if half and not self.on_cuda else max(size, 1)
         self.slabs = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-        empty = functools.partial(torch.empty, dtype=sum_dtype, device=weight.device)
-        shapes = [(slab.stop - slab.start, weight.shape[1]) for slab in self.slabs] if wants_gradient else []
-        self.sums = [empty(*shape) for shape in shapes]
+        slabs = self.slabs if wants_gradient else []
+        self.sums = [weight.new_empty(s.stop - s.start, weight.shape[1], dtype=sum_dtype) for s in slabs]
         self.is_first = True
 
     def operand(self, hidden: Tensor) -> Tensor:

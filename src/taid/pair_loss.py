@@ -61,7 +61,7 @@ class PairLoss:
         self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, parameters: dict[str, float],
         with_teacher: bool, num_trained: int | None, of_student: dict[str, Any],
     ) -> tuple[Any, DistillationLoss]:  # fmt: skip
-        ids = None if self.vocabulary.is_prefix else torch.tensor(self.vocabulary.ids, device=labels.device)
+        ids = None if self.vocabulary.is_prefix else self.vocabulary.index.to(labels.device)
         labels = torch.where(labels == -100, labels, self.vocabulary.position(labels))
         hidden: list[Tensor] = []  # the teacher's
         if with_teacher:

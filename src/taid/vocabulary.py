@@ -7,6 +7,7 @@ to the shared ids before anything else happens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -82,17 +83,22 @@ class Vocabulary:
         """Whether the ids are 0 .. n-1 without a hole, so that cutting is a view."""
         return not self.ids or self.ids[-1] == len(self.ids) - 1
 
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """The ids as a tensor on the CPU, made once: a step needs them several times."""
+        return torch.tensor(self.ids)
+
     def select(self, logits: Tensor) -> Tensor:
         """Cut logits ``[..., rows]`` to the shared ids, ``[..., len(ids)]``."""
         if self.is_prefix:
             return logits[..., : len(self.ids)]
-        return logits.index_select(-1, torch.tensor(self.ids, device=logits.device))
+        return logits.index_select(-1, self.index.to(logits.device))
 
     def position(self, labels: Tensor) -> Tensor:
         """Map token ids to their places among the shared ids."""
         if self.is_prefix:
             return labels
-        return torch.searchsorted(torch.tensor(self.ids, device=labels.device), labels)
+        return torch.searchsorted(self.index.to(labels.device), labels)
 
     def require_shared(self, rows: Iterable[list[int]], tokenizer: Any, name: str) -> None:
         """Raise a ValueError that names the first token in `rows` that is not shared, and its row."""
