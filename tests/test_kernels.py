@@ -429,7 +429,7 @@ def test_bfloat16_tiles_are_computed_in_float32_and_only_the_gradient_is_rounded
 
     result = run(form, case.task(0.7), student, teacher, labels)
 
-    expected = run(rows, case.task(0.7), student.float(), teacher.float(), labels)
+    expected = run(form, case.task(0.7), student.float(), teacher.float(), labels)
     assert torch.equal(result.gradient, expected.gradient.bfloat16())
     assert all(torch.equal(result.columns[name], expected.columns[name]) for name in COLUMNS)
 

@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from taid import objectives
-from taid.kernels import row_stage
+from taid.kernels import bfloat16, row_stage
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
-# Rows of the vocabulary that are converted, multiplied and added up at a time where the head is in half precision.
+# Rows of a head that are multiplied at a time on a CPU: more run slower, and where a half-precision head has to be
+# converted, the copy of so many stays small.
 _SLAB = 4096
 
 
@@ -309,7 +310,7 @@ class _Products:
     ======================  =================  ==============  =======================================
     float32, float64        as they are        same            added up in the products
     half, CUDA              as they are        float32         added up in float32 by the products
-    bfloat16, CPU with it   as they are        bfloat16        bfloat16 products added up in float32
+    bfloat16, CPU with it   as they are        bfloat16        added up in float32, by the products with MKL
     half, other CPU         float32, by slabs  float32         added up in float32 by the products
     ======================  =================  ==============  =======================================
 
@@ -319,18 +320,20 @@ class _Products:
 
     def __init__(self, weight: Tensor, size: int, autocast: torch.dtype | None, wants_gradient: bool) -> None:
         self.size, self.gradient_dtype, self.on_cuda = size, weight.dtype, weight.device.type == "cuda"
-        if autocast is not None and (self.on_cuda or (autocast == torch.bfloat16 and _cpu_has_bfloat16())):
+        if autocast is not None and (self.on_cuda or (autocast == torch.bfloat16 and bfloat16.has_bfloat16())):
             weight = weight.to(autocast)
         self.weight = weight
         half = weight.dtype.itemsize < 4
-        self.native = not half or self.on_cuda or (weight.dtype == torch.bfloat16 and _cpu_has_bfloat16())
+        self.native = not half or self.on_cuda or (weight.dtype == torch.bfloat16 and bfloat16.has_bfloat16())
         self.operand_dtype = weight.dtype if self.native else torch.float32
         self.tile_dtype = torch.float32 if half and self.on_cuda else self.operand_dtype
         # On its way, the gradient of a half-precision head lies in slabs, which go as their rounded copies come.
         sum_dtype = torch.promote_types(weight.dtype, torch.float32)
-        step = _SLAB if half and not self.on_cuda else max(size, 1)
-        self.slabs = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-        slabs = self.slabs if wants_gradient else []
+        whole = [slice(0, size)]
+        self.slabs = [slice(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
+        self.slabs = whole if self.on_cuda else self.slabs
+        self.sum_slabs = self.slabs if half else whole
+        slabs = self.sum_slabs if wants_gradient else []
         self.sums = [weight.new_empty(s.stop - s.start, weight.shape[1], dtype=sum_dtype) for s in slabs]
         self.is_first = True
 
@@ -341,19 +344,23 @@ class _Products:
         # Rows begin at multiples of 64 elements, so that loads stay aligned where V is odd.
         stride = -(-self.size // 64) * 64
         tile = torch.empty(rows, stride, dtype=self.tile_dtype, device=self.weight.device)
+        tile[:, self.size :] = 0  # oneDNN multiplies what follows a row of odd length by 0, which may not be NaN
         return tile[:, : self.size]
 
     def project(self, hidden_MD: Tensor, out_MV: Tensor) -> Tensor:
-        if self.native:
-            mixed = {"out_dtype": torch.float32} if out_MV.dtype != self.operand_dtype else {}
-            return torch.mm(hidden_MD, self.weight[: self.size].t(), out=out_MV, **mixed)
+        mixed = {"out_dtype": torch.float32} if self.native and out_MV.dtype != self.operand_dtype else {}
         for slab in self.slabs:
-            torch.mm(hidden_MD, self.weight[slab].float().t(), out=out_MV[:, slab])
+            weight = self.weight[slab] if self.native else self.weight[slab].float()
+            torch.mm(hidden_MD, weight.t(), out=out_MV[:, slab], **mixed)
         return out_MV
 
     def project_back(self, gradient_MV: Tensor) -> Tensor:
+        weight = self.weight[: self.size]
+        if self.native and weight.dtype == torch.bfloat16 and weight.shape[1] <= 512 and not self.on_cuda:
+            # oneDNN takes twice as long for more rows than these.
+            return torch.cat([rows_MV @ weight for rows_MV in torch.split(gradient_MV, 352)])
         if self.native:
-            return gradient_MV.to(self.operand_dtype) @ self.weight[: self.size]
+            return gradient_MV.to(self.operand_dtype) @ weight
         out_MD = gradient_MV.new_zeros(len(gradient_MV), self.weight.shape[1])
         for slab in self.slabs:
             out_MD.addmm_(gradient_MV[:, slab], self.weight[slab].float())
@@ -361,14 +368,14 @@ class _Products:
 
     def add_outer(self, gradient_MV: Tensor, hidden_MD: Tensor) -> None:
         beta, self.is_first = 0 if self.is_first else 1, False
-        for slab, total in zip(self.slabs, self.sums, strict=True):
-            columns = gradient_MV[:, slab].to(self.operand_dtype).t()
+        for slab, total in zip(self.sum_slabs, self.sums, strict=True):
+            columns = gradient_MV[:, slab].to(self.operand_dtype)
             if total.dtype == self.operand_dtype:
-                total.addmm_(columns, hidden_MD, beta=beta)
+                total.addmm_(columns.t(), hidden_MD, beta=beta)
             elif self.on_cuda:
-                torch.addmm(total, columns, hidden_MD, beta=beta, out_dtype=total.dtype, out=total)
-            else:
-                product = columns @ hidden_MD
+                torch.addmm(total, columns.t(), hidden_MD, beta=beta, out_dtype=total.dtype, out=total)
+            elif not bfloat16.add_product(total, columns, hidden_MD, beta):
+                product = columns.t() @ hidden_MD
                 total.add_(product) if beta else total.copy_(product)
 
     def outer_sum(self) -> Tensor:
@@ -380,18 +387,23 @@ class _Products:
             return first
         gradient = torch.empty_like(self.weight, dtype=self.gradient_dtype)
         gradient[self.size :] = 0
-        for slab in reversed(self.slabs):
+        for slab in reversed(self.sum_slabs):
             gradient[slab] = self.sums.pop()
         return gradient
 
 
 def _chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
-    """Rows of a tile: as many as keep products fast, in chunks of equal size; no more than a budget of bytes holds."""
-    # A GPU's sums of weight gradients go through its memory once a chunk; a CPU's products are at full speed by 512.
-    budget, most = (2**31, 2**14) if device == "cuda" else (3 * 2**27, 512)
-    most = max(1, min(most, budget // (2 * V * itemsize)))
-    chunks = max(1, -(-N // most))
-    return max(1, -(-N // chunks))
+    """Rows of a tile: as many as keep products fast, in chunks of about equal size, and as a budget of bytes holds."""
+    if device == "cuda":  # the sums of weight gradients go through its memory once a chunk
+        most, budget, unit = 2**14, 2**31, 1
+    elif itemsize >= 4:
+        most, budget, unit = 512, 400 * 2**20, 1
+    else:  # bfloat16: its instructions multiply blocks
+        most, budget, unit = 768, 240 * 2**20, 128
+    most = min(most, budget // (2 * V * itemsize))
+    most = max(1, most - most % unit if most > unit else most)
+    rows = -(-N // max(1, -(-N // most)))
+    return max(1, min(N, most, -(-rows // unit) * unit))
 
 
 def _kept(labels: Tensor, num_trained: int | None) -> Tensor:
@@ -461,8 +473,3 @@ def _exact(tensor: Tensor) -> torch.dtype:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself (AVX-512 BF16, AMX, recent Arm)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

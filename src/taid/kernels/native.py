@@ -30,6 +30,8 @@ _OBJECTIVES = (
     "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd".split()
 )  # in the order of rows.c
 _FLAGS = "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS.append("-mprefer-vector-width=512")  # where there are such registers; compilers hesitate to use them
 
 
 class _CFinish(ctypes.Structure):
@@ -43,6 +45,7 @@ class _CTask(ctypes.Structure):
         ("alpha", ctypes.c_float),
         ("beta", ctypes.c_float),
         ("parameter", ctypes.c_double),
+        ("half", ctypes.c_int32),
         ("student", _CFinish),
         ("teacher", _CFinish),
     )
@@ -57,10 +60,10 @@ def native_rows(
     *,
     gradient: torch.dtype | None,
 ) -> Tensor:
-    """:func:`taid.kernels.rows.rows` for float32 tiles on a CPU, by rows.c where that could be built."""
+    """:func:`taid.kernels.rows.rows` for float32 and bfloat16 tiles on a CPU, by rows.c where that could be built."""
     library = _library()
     tiles = [tile for tile in (student_MV, teacher_MV) if tile is not None]
-    if library is None or any(t.dtype != torch.float32 or t.stride(1) != 1 for t in tiles):
+    if library is None or not _takes(tiles):
         return rows(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
     assert columns_MK.is_contiguous()
     assert columns_MK.shape[1] == len(COLUMNS)
@@ -74,6 +77,7 @@ def native_rows(
     labels_M = labels_M.to(torch.int64).contiguous()
     c_task = _CTask(
         _OBJECTIVES.index(objective), task.kd_ratio, given.get("alpha", 0.0), given.get("beta", 0.0), *(main or [0.0]),
+        student_MV.dtype == torch.bfloat16,
         *(_c_finish(finish, bias) for finish, bias in zip((task.student, task.teacher), biases, strict=True)),
     )  # fmt: skip
     failed = library.taid_rows(
@@ -85,8 +89,13 @@ def native_rows(
         ctypes.byref(c_task), ctypes.c_void_p(columns_MK.data_ptr()), ctypes.c_int(gradient is not None),
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"no memory for five rows of {V} numbers a thread")
+        raise MemoryError(f"no memory for a few rows of {V} numbers a thread")
     return student_MV
+
+
+def _takes(tiles: list[Tensor]) -> bool:
+    dtype = tiles[0].dtype
+    return dtype in (torch.float32, torch.bfloat16) and all(t.dtype == dtype and t.stride(1) == 1 for t in tiles)
 
 
 def _c_finish(finish: Finish, bias: Tensor | None) -> _CFinish:

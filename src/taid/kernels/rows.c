@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define BLOCK 512
+#define SCRATCH(V) (5 * (V) + 7)  // floats: five rows are more than taid's four and seven numbers a block
 #define LOG_ZERO -1e30f
 #define INLINE static inline __attribute__((always_inline))
 #define FOR_BLOCKS for (long start = 0, end; end = start + BLOCK < V ? start + BLOCK : V, start < V; start += BLOCK)
@@ -28,6 +29,7 @@ typedef struct {
   float share;       // kd_ratio
   float alpha, beta; // of dkd
   double parameter;  // t, beta, skew, head_mass, or the temperature
+  int32_t half;      // whether the tiles are bfloat16 and not float
   Finish student, teacher;
 } Task;
 
@@ -51,6 +53,10 @@ INLINE int32_t float_to_bits(float x) {
   return bits;
 }
 
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define FMA 1
+#endif
+
 typedef struct {
   float exp, expm1, expm1_minus_x;
 } Exp;
@@ -72,8 +78,20 @@ INLINE Exp exponential(float x) {
   return result;
 }
 
-INLINE float exp_(float x) { return exponential(x).exp; }
-
+// exp(x) alone, for x <= 0; n goes into the exponent's bits. Where they have no room for it, the result is 0.
+INLINE float exp_(float x) {
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+#ifdef FMA
+  const float r = __builtin_fmaf(n, -0.693147181f, x);  // 126 log 2 is known to 3e-7: 1e-7 of what counts
+#else
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
+  const float series =
+      1.0f + r * (1.0f + r * (0.499999934f + r * (1.66665198e-1f + r * (4.16683978e-2f + r * (8.36881717e-3f + r * 1.3814391e-3f)))));
+  const float power = bits_to_float((uint32_t)float_to_bits(series) + ((uint32_t)float_to_bits(shifted) << 23));
+  return x < -87.0f ? 0.0f : power;
+}
 
 // log(whole + lost) for a normal number `whole`, and `lost` what its last place does not hold.
 INLINE float log_(float whole, float lost) {
@@ -87,11 +105,37 @@ INLINE float log_(float whole, float lost) {
 
 // --- what every objective needs ---------------------------------------------------------------------------------------
 
+INLINE float widened(uint16_t half) { return bits_to_float((uint32_t)half << 16); }
+
+// To bfloat16, to the nearest and of two as near to the even one.
+INLINE uint16_t narrowed(float x) {
+  const uint32_t bits = float_to_bits(x);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// Of an id that is no token, whose logit is -inf: exp() of LOG_ZERO is 0 too, and it survives 0 * x and x - x.
 INLINE float at(const float *z, long v) { return max_(LOG_ZERO, z[v]); }
 
+// The logits of a block in float: their own memory, or copies.
+INLINE float *floats(void *z, long start, long end, int half, float *copies) {
+  if (!half) return (float *)z + start;
+  for (long v = start; v < end; v++) copies[v - start] = widened(((uint16_t *)z)[v]);
+  return copies;
+}
+
+INLINE float logit(const void *z, long v, int half) {
+  return max_(LOG_ZERO, half ? widened(((uint16_t *)z)[v]) : ((float *)z)[v]);
+}
+
+INLINE void narrow(const float *x, uint16_t *half, long n) {
+  for (long v = 0; v < n; v++) half[v] = narrowed(x[v]);
+}
+
 // From products to logits; the slope d logits / d product goes to `slope` where there is a softcap.
+INLINE int is_finished(const Finish *f) { return !f->bias && f->scale == 1.0f && f->softcap == 0.0f; }
+
 INLINE void finish(float *z, long V, const Finish *f, float *slope) {
-  if (!f->bias && f->scale == 1.0f && f->softcap == 0.0f) return;
+  if (is_finished(f)) return;
   if (f->bias)
     for (long v = 0; v < V; v++) z[v] += f->bias[v];
   for (long v = 0; v < V; v++) z[v] *= f->scale;
@@ -106,35 +150,51 @@ INLINE void finish(float *z, long V, const Finish *f, float *slope) {
   }
 }
 
-INLINE float maximum(const float *z, long V) {
-  float top = LOG_ZERO;
-#pragma omp simd reduction(max : top)
-  for (long v = 0; v < V; v++) top = z[v] > top ? z[v] : top;
+// The maximum; from here on, no logit is less than LOG_ZERO.
+INLINE float maximum(float *z, long V) {
+  float top = LOG_ZERO, bottom = LOG_ZERO;
+#pragma omp simd reduction(max : top) reduction(min : bottom)
+  for (long v = 0; v < V; v++) {
+    top = z[v] > top ? z[v] : top;
+    bottom = z[v] < bottom ? z[v] : bottom;
+  }
+  if (bottom < LOG_ZERO)
+    for (long v = 0; v < V; v++) z[v] = at(z, v);
   return top;
 }
 
 typedef struct {
   float top, log_normaliser, mean;  // of (z - top) / T: log sum exp, and its mean under the softmax
   float per_sum;                    // 1 / sum exp
+  double exact;                     // log_normaliser
 } Norm;
 
+INLINE Norm norm(float top, double sum, double weighted) {
+  const double log_sum = __builtin_log(sum);
+  return (Norm){top, log_sum, weighted / sum, 1 / sum, log_sum};
+}
+
+// log normaliser of a less that of b. Rounded first, they would be 5e-7 off, which is the same for all ids and so no noise.
+INLINE float less(Norm a, Norm b) { return a.exact - b.exact; }
+
 // The exponentials go to `exps`: what is needed twice is kept, because a load is cheaper.
-INLINE Norm normalise(const float *z, long V, float per_T, float *exps) {
+INLINE Norm normalise(float *z, long V, float per_T, float *exps) {
   const float top = maximum(z, V);
   double sum = 0, weighted = 0;
   FOR_BLOCKS {
-    float s = 0, w = 0;
-#pragma omp simd reduction(+ : s, w)
+    float s = 0, w = 0, ones = 0;  // counted apart: where one id has nearly all, what the others have keeps its digits
+#pragma omp simd reduction(+ : s, w, ones)
     for (long v = start; v < end; v++) {
-      const float x = (at(z, v) - top) * per_T, e = exp_(x);
-      s += e;
+      const float x = (z[v] - top) * per_T, e = exp_(x);
+      ones += x == 0.0f ? 1.0f : 0.0f;
+      s += x == 0.0f ? 0.0f : e;
       w += e * x;
       exps[v] = e;
     }
-    sum += s;
+    sum += (double)s + ones;
     weighted += w;
   }
-  return (Norm){top, __builtin_log(sum), weighted / sum, 1 / sum};
+  return norm(top, sum, weighted);
 }
 
 typedef struct {
@@ -167,13 +227,15 @@ INLINE Pair pair(float log_q, float log_p, float d) {
 
 // --- q - target: taid, forward_kl, dkd, ctkd --------------------------------------------------------------------------
 
-// (1 - t) x + t w, rounded alike wherever it stands: where the compiler may choose, one place differs from the next by the
-// rounding of a product, and exp() of a difference that should be 0 is off by 6e-4 for logits of 1e4.
+// (1 - t) x + t w, from the nearer end: exact where x = w, and at t = 0 and 1. Rounded alike wherever it stands: where the
+// compiler may choose, one place differs from the next by the rounding of a product, and exp() of a difference that should
+// be 0 is off by 6e-4 for logits of 1e4.
 INLINE float mixed(float x, float w, float t) {
-#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return __builtin_fmaf(t, w, (1 - t) * x);
+  const float base = t < 0.5f ? x : w, step = t < 0.5f ? t : t - 1;
+#ifdef FMA
+  return __builtin_fmaf(step, w - x, base);
 #else
-  return (1 - t) * x + t * w;
+  return base + step * (w - x);
 #endif
 }
 
@@ -181,64 +243,101 @@ typedef struct {
   float difference, kl;  // q - p, and the term of KL(p || q)
 } Gap;
 
-// Of q, p and d = log q - log p: where they are near, by the series of exp(d) - 1 - d, because there q - p loses digits.
+// Of q, p and d = log q - log p. Where they are near, q - p and the rest lose digits: with tanh(d / 2) = d (1 / 2 + r)
+// they are (q + p) tanh(d / 2) and (q + p) (tanh(d / 2) - d / 2) + d (q - p) / 2.
 INLINE Gap gap(float q, float p, float d) {
-  const int near = d > -0.5f && d < 0.5f;
-  const float tail = 1.38888889e-3f + d * (1.98412698e-4f + d * 2.48015873e-5f);
-  const float series = d * d * (0.5f + d * (1.66666667e-1f + d * (4.16666667e-2f + d * (8.33333333e-3f + d * tail))));
-  const float difference = near ? p * (d + series) : q - p;
-  return (Gap){difference, near ? p * series : difference - p * d};
+  const float dd = d * d;
+  const float r = dd * (-4.16665507e-2f + dd * (4.16383217e-3f + dd * -4.01820686e-4f));
+  const float sum = q + p, rest = sum * r, apart = q - p;
+  const float difference = d * (0.5f * sum + rest), kl = d * (0.5f * difference + rest);
+  const int near = dd < 0.25f;
+  return (Gap){near ? difference : apart, near ? kl : apart - p * d};
 }
 
-// On entry `exps` holds those of the student.
+// Exponentials of a block are relative to its own maxima, because it is in the first cache only now; what makes
+// probabilities of them is known when the row's are.
 INLINE void taid(
-    float *z_q, const float *z_p, long V, Norm nq, float top_p, float t, float share, float *exps, Norm *teacher, Columns *out
+    void *z_q, void *z_p, int half, long V, long y, float t, float share, float *exps, Norm *student, Norm *teacher, Columns *out
 ) {
-  float *exps_t = exps + V, *exps_p = exps + 2 * V;
-  float top = LOG_ZERO;
-  double sum_p = 0, sum_t = 0;
+  float *exps_p = exps + V, *exps_t = exps + 2 * V, copies[2][BLOCK];
+  const long B = (V + BLOCK - 1) / BLOCK, size = half ? 2 : 4;
+  float *top_q = exps + 3 * V, *top_p = top_q + B, *top_t = top_p + B;
+  float *sum_q = top_t + B, *sum_p = sum_q + B, *sum_t = sum_p + B, *sum_qx = sum_t + B;
   FOR_BLOCKS {
-    float s = 0, m = LOG_ZERO;
-#pragma omp simd reduction(+ : s) reduction(max : m)
-    for (long v = start; v < end; v++) {
-      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - top_p, z_t = mixed(x, w, t);
-      s += exps_p[v] = exp_(w);
-      m = z_t > m ? z_t : m;
+    const long b = start / BLOCK, n = end - start;
+    float *x_b = floats(z_q, start, end, half, copies[0]), *w_b = floats(z_p, start, end, half, copies[1]);
+    float *e_q = exps + start, *e_p = exps_p + start, *e_t = exps_t + start;
+    const float m_q = maximum(x_b, n), m_p = maximum(w_b, n);
+    for (long v = end; v < end + BLOCK && v < V; v += 64 / size) {  // the next block comes while this one is computed
+      __builtin_prefetch((char *)z_q + v * size, 0, 2);
+      __builtin_prefetch((char *)z_p + v * size, 0, 2);
     }
-    sum_p += s;
-    top = max_(top, m);
+    float s_q = 0, s_p = 0, s_t = 0, s_qx = 0, m_t = 0;
+#pragma omp simd reduction(+ : s_q, s_p, s_t, s_qx)
+    for (long v = 0; v < n; v++) {
+      const float x = x_b[v] - m_q, w = w_b[v] - m_p, e = exp_(x);
+      s_q += e_q[v] = e;
+      s_qx += e * x;
+      s_p += e_p[v] = exp_(w);
+      s_t += e_t[v] = exp_(mixed(x, w, t));
+    }
+    if (s_t < 1e-17f) {  // the likeliest tokens of the two are so far apart that exponentials relative to 0 are lost
+      m_t = LOG_ZERO;
+      s_t = 0;
+#pragma omp simd reduction(max : m_t)
+      for (long v = 0; v < n; v++) {
+        const float z = mixed(x_b[v] - m_q, w_b[v] - m_p, t);
+        m_t = z > m_t ? z : m_t;
+      }
+#pragma omp simd reduction(+ : s_t)
+      for (long v = 0; v < n; v++) s_t += e_t[v] = exp_(mixed(x_b[v] - m_q, w_b[v] - m_p, t) - m_t);
+    }
+    top_q[b] = m_q, top_p[b] = m_p, top_t[b] = m_t;
+    sum_q[b] = s_q, sum_p[b] = s_p, sum_t[b] = s_t, sum_qx[b] = s_qx;
   }
-  FOR_BLOCKS {
-    float s = 0;
-#pragma omp simd reduction(+ : s)
-    for (long v = start; v < end; v++) s += exps_t[v] = exp_(mixed(at(z_q, v) - nq.top, at(z_p, v) - top_p, t) - top);
-    sum_t += s;
+  const float row_q = maximum(top_q, B), row_p = maximum(top_p, B);
+  for (long b = 0; b < B; b++) top_t[b] += mixed(top_q[b] - row_q, top_p[b] - row_p, t);
+  const float row_t = maximum(top_t, B);
+  double all_q = 0, all_p = 0, all_t = 0, all_qx = 0;
+  for (long b = 0; b < B; b++) {
+    const float x = top_q[b] - row_q, to_q = exp_(x), to_p = exp_(top_p[b] - row_p), to_t = exp_(top_t[b] - row_t);
+    all_q += to_q * sum_q[b];
+    all_qx += to_q * (sum_qx[b] + x * sum_q[b]);
+    all_p += to_p * sum_p[b];
+    all_t += to_t * sum_t[b];
+    top_q[b] = to_q, top_p[b] = to_p, top_t[b] = to_t;
   }
-  *teacher = (Norm){top_p, __builtin_log(sum_p), 0, 1 / sum_p};
-  const float to_target = t == 0 ? 0 : top + ((float)__builtin_log(sum_t) - nq.log_normaliser);
-  const float to_teacher = teacher->log_normaliser - nq.log_normaliser;
-  const float per_q = nq.per_sum, per_p = teacher->per_sum, per_t = 1 / sum_t;
+  *student = norm(row_q, all_q, all_qx);
+  *teacher = norm(row_p, all_p, 0);
+  const float to_target = t == 0 ? 0 : row_t + less(norm(row_t, all_t, 0), *student), to_teacher = less(*teacher, *student);
   double objective = 0, kl = 0, target = 0;
   FOR_BLOCKS {
+    const long b = start / BLOCK, n = end - start;
+    float *x_b = floats(z_q, start, end, half, copies[0]), *w_b = floats(z_p, start, end, half, copies[1]);
+    const float *e_q = exps + start, *e_p = exps_p + start, *e_t = exps_t + start;
+    const float per_q = top_q[b] / all_q, per_p = top_p[b] / all_p, per_t = top_t[b] / all_t;
     float o = 0, k = 0, c = 0;
 #pragma omp simd reduction(+ : o, k, c)
-    for (long v = start; v < end; v++) {
-      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - top_p, log_q = x - nq.log_normaliser;
-      const float q = exps[v] * per_q, p = exps_p[v] * per_p, p_t = exps_t[v] * per_t;
-      const float d_p = x - w + to_teacher, d_t = t * (x - w) + to_target;
-      const Gap to_p_t = gap(q, p_t, d_t);
+    for (long v = 0; v < n; v++) {
+      const float x = x_b[v] - row_q, to_w = x - (w_b[v] - row_p);
+      const float q = e_q[v] * per_q, p_t = e_t[v] * per_t;
+      const Gap to_p_t = gap(q, p_t, t * to_w + to_target);
       o += to_p_t.kl;
-      k += gap(q, p, d_p).kl;
-      c -= p_t * log_q;
-      z_q[v] = share * to_p_t.difference + (1 - share) * q;
+      k += gap(q, e_p[v] * per_p, to_w + to_teacher).kl;
+      c += p_t * x;
+      x_b[v] = share * to_p_t.difference + (1 - share) * q;
     }
     objective += o;
     kl += k;
     target += c;
+    if (half) {
+      if (start <= y && y < end) x_b[y - start] -= 1 - share;
+      narrow(x_b, (uint16_t *)z_q + start, n);
+    }
   }
   out->objective = objective;
   out->kl = kl;
-  out->target_cross_entropy = target;
+  out->target_cross_entropy = student->log_normaliser - target;
 }
 
 typedef struct {
@@ -249,13 +348,13 @@ typedef struct {
 INLINE Sums to_teacher(
     float *z_q, const float *z_p, long V, Norm nq, Norm np, const float *exps, float per_T, float per_difference, float per_q
 ) {
-  const float *exps_p = exps + V, to_teacher = np.log_normaliser - nq.log_normaliser;
+  const float *exps_p = exps + V, to_teacher = less(np, nq);
   Sums sums = {0, 0, 0};
   FOR_BLOCKS {
     float f = 0, g = 0, b = 0;
 #pragma omp simd reduction(+ : f, g, b)
     for (long v = start; v < end; v++) {
-      const float x = (at(z_q, v) - nq.top) * per_T, w = (at(z_p, v) - np.top) * per_T, d = x - w + to_teacher;
+      const float x = (z_q[v] - nq.top) * per_T, w = (z_p[v] - np.top) * per_T, d = x - w + to_teacher;
       const float q = exps[v] * nq.per_sum;
       const Gap r = gap(q, exps_p[v] * np.per_sum, d);
       const int possible = w > -1e3f;  // if not, p is 0, and w, which both sums contain, is left out of both
@@ -272,12 +371,13 @@ INLINE Sums to_teacher(
 }
 
 INLINE double kl_to_teacher(const float *z_q, const float *z_p, long V, Norm nq, Norm np, const float *exps) {
+  const float to_teacher = less(np, nq);
   double kl = 0;
   FOR_BLOCKS {
     float k = 0;
 #pragma omp simd reduction(+ : k)
     for (long v = start; v < end; v++) {
-      const float d = at(z_q, v) - nq.top - (at(z_p, v) - np.top) + (np.log_normaliser - nq.log_normaliser);
+      const float d = z_q[v] - nq.top - (z_p[v] - np.top) + to_teacher;
       k += gap(exps[v] * nq.per_sum, exps[V + v] * np.per_sum, d).kl;
     }
     kl += k;
@@ -326,6 +426,13 @@ INLINE void dkd(
 
 // --- J(x): the other objectives ---------------------------------------------------------------------------------------
 
+// base (x - log(1 + x)) of x = change / base: by its series where x is small. `otherwise` is the same, with fewer digits there.
+INLINE float excess(float base, float change, float otherwise) {
+  const float x = change / base, s = x / (2.0f + x), ss = s * s;
+  const float series = base * s * (x - 2.0f * ss * (3.33333333e-1f + ss * (2.0e-1f + ss * (1.42857143e-1f + ss * 1.11111111e-1f))));
+  return x > -0.25f && x < 0.25f ? series : otherwise;
+}
+
 // x = dF/dq, but for a constant, and the term of the loss in `f`.
 INLINE float derivative(int objective, double parameter, float d, Pair r, float *f) {
   const float s = parameter, rest = 1 - parameter;
@@ -347,14 +454,15 @@ INLINE float derivative(int objective, double parameter, float d, Pair r, float 
   const float q_minus_p = q_larger ? -r.expm1 : r.expm1;  // both in units of the larger one
   const float p_to_m = -(ratio + max_(d, 0)), q_to_m = min_(d, 0) - ratio;
   if (objective == JSD) {
-    *f = s * r.p * p_to_m + rest * r.q * q_to_m;
+    const float to_q = rest * r.difference, to_p = -s * r.difference;
+    *f = s * excess(r.p, to_q, to_q + r.p * p_to_m) + rest * excess(r.q, to_p, to_p + r.q * q_to_m);
     return rest * q_to_m;
   }
   if (objective == SKEW_FORWARD_KL) {
-    *f = rest * r.difference + r.p * p_to_m;
+    *f = excess(r.p, rest * r.difference, rest * r.difference + r.p * p_to_m);
     return rest * rest * q_minus_p / mixture;
   }
-  *f = r.q * q_to_m - rest * r.difference;
+  *f = excess(r.q, -rest * r.difference, r.q * q_to_m - rest * r.difference);
   return q_to_m - s * rest * q_minus_p / mixture;
 }
 
@@ -368,20 +476,21 @@ INLINE float head_weight(const float *z_q, const float *z_p, long V, Norm nq, No
     float m = 0;
 #pragma omp simd reduction(+ : m)
       for (long v = start; v < end; v++) {
-        const float w = at(z_p, v) - np.top;
+        const float w = z_p[v] - np.top;
         m += w > middle ? exp_(w - np.log_normaliser) : 0.0f;
       }
       mass += m;
     }
     if (mass >= head_mass) low = middle; else high = middle;
   }
+  const float offset = less(nq, np);
   double head = 0, whole = 0;
   FOR_BLOCKS {
     float h = 0, a = 0;
 #pragma omp simd reduction(+ : h, a)
     for (long v = start; v < end; v++) {
-      const float x = at(z_q, v) - nq.top, w = at(z_p, v) - np.top;
-      const float d = x - w - (nq.log_normaliser - np.log_normaliser);
+      const float x = z_q[v] - nq.top, w = z_p[v] - np.top;
+      const float d = x - w - offset;
       const float difference = pair(x - nq.log_normaliser, w - np.log_normaliser, d).difference;
       const float size = difference < 0 ? -difference : difference;
       a += size;
@@ -395,9 +504,16 @@ INLINE float head_weight(const float *z_q, const float *z_p, long V, Norm nq, No
 
 INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Norm np, double s, float share, Columns *out) {
   const float w_head = objective == ADAPTIVE_KL ? head_weight(z_q, z_p, V, nq, np, s) : 0.0f;
-  const float offset = nq.log_normaliser - np.log_normaliser;
+  const float offset = less(nq, np);
   long likeliest = 0;
-  while (likeliest + 1 < V && z_q[likeliest] < nq.top) likeliest++;
+  FOR_BLOCKS {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (long v = start; v < end; v++) found |= z_q[v] == nq.top;
+    if (!found) continue;
+    for (likeliest = start; z_q[likeliest] != nq.top;) likeliest++;
+    break;
+  }
   const float w_top = at(z_p, likeliest) - np.top, d_top = -w_top - offset;
   float unused;
   const float x_top = derivative(objective, s, d_top, pair(-nq.log_normaliser, w_top - np.log_normaliser, d_top), &unused);
@@ -406,7 +522,7 @@ INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Nor
     float f = 0, k = 0, m = 0;
 #pragma omp simd reduction(+ : f, k, m)
     for (long v = start; v < end; v++) {
-      const float x_q = at(z_q, v) - nq.top, w = at(z_p, v) - np.top, d = x_q - w - offset;
+      const float x_q = z_q[v] - nq.top, w = z_p[v] - np.top, d = x_q - w - offset;
       const Pair r = pair(x_q - nq.log_normaliser, w - np.log_normaliser, d);
       float term;
       const float g = r.q * (derivative(objective, s, d, r, &term) - x_top);
@@ -429,65 +545,78 @@ INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Nor
 
 // --- a row ------------------------------------------------------------------------------------------------------------
 
-static void row(float *z_q, float *z_p, long V, long y, const Task *task, float *scratch, Columns *out, int gradient) {
+static void row(void *student, void *teacher, long V, long y, const Task *task, float *scratch, Columns *out, int gradient) {
   const float share = task->share;
   const double a = task->parameter;
-  float *slope = scratch, *exps = scratch + V;
+  float *z_q = student, *z_p = teacher, *slope = scratch, *exps = scratch + V, *halves = scratch + SCRATCH(V);
+  const int given = teacher && share > 0 ? task->objective : SFT, objective = given == TAID && a == 1 ? FORWARD_KL : given;
+  Norm nq, np;
   memset(out, 0, sizeof *out);
+  // TAID reads and writes halves itself, a block at a time.
+  const int direct = task->half && gradient && objective == TAID && is_finished(&task->student) && is_finished(&task->teacher);
+  if (task->half && !direct) {
+    z_q = floats(student, 0, V, 1, halves);
+    if (teacher) z_p = floats(teacher, 0, V, 1, halves + V);
+  }
   finish(z_q, V, &task->student, slope);
   if (z_p) finish(z_p, V, &task->teacher, NULL);
-  const Norm nq = normalise(z_q, V, 1, exps);
-  out->correct = z_q[y] >= nq.top;
-  out->cross_entropy = nq.log_normaliser - (at(z_q, y) - nq.top);
-  out->entropy = nq.log_normaliser - nq.mean;
-  if (z_p) {
-    const int objective = share > 0 ? task->objective : SFT;
-    const float label_p = at(z_p, y);
-    Norm np;
-    if (objective == TAID)
-      taid(z_q, z_p, V, nq, maximum(z_p, V), a, share, exps, &np, out);
-    else
-      np = normalise(z_p, V, 1, exps + V);
-    out->teacher_cross_entropy = np.log_normaliser - (label_p - np.top);
-    switch (objective) {
-      case TAID: break;
-      case FORWARD_KL: out->objective = out->kl = to_teacher(z_q, z_p, V, nq, np, exps, 1, share, 1 - share).forward; break;
-      case REVERSE_KL: jacobian(REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
-      case JSD: jacobian(JSD, z_q, z_p, V, nq, np, a, share, out); break;
-      case TVD: jacobian(TVD, z_q, z_p, V, nq, np, a, share, out); break;
-      case SKEW_FORWARD_KL: jacobian(SKEW_FORWARD_KL, z_q, z_p, V, nq, np, a, share, out); break;
-      case SKEW_REVERSE_KL: jacobian(SKEW_REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
-      case ADAPTIVE_KL: jacobian(ADAPTIVE_KL, z_q, z_p, V, nq, np, a, share, out); break;
-      case CTKD: ctkd(z_q, z_p, V, nq, np, a, share, exps, out); break;
-      case DKD: dkd(z_q, z_p, V, y, nq, np, a, task->alpha, task->beta, share, exps, out); break;
-      default: out->kl = to_teacher(z_q, z_p, V, nq, np, exps, 1, 0, 1).forward;  // the gradient is q
-    }
-  } else if (gradient) {
-    for (long v = 0; v < V; v++) z_q[v] = exps[v] * nq.per_sum;
+  const float label_q = logit(z_q, y, direct), label_p = z_p ? logit(z_p, y, direct) : 0;
+  if (direct)
+    taid(student, teacher, 1, V, y, a, share, exps, &nq, &np, out);
+  else if (objective == TAID)
+    taid(z_q, z_p, 0, V, y, a, share, exps, &nq, &np, out);
+  else {
+    nq = normalise(z_q, V, 1, exps);
+    if (z_p) np = normalise(z_p, V, 1, exps + V);
   }
-  if (!gradient) return;
+  out->correct = label_q >= nq.top;
+  out->cross_entropy = nq.log_normaliser - (label_q - nq.top);
+  out->entropy = nq.log_normaliser - nq.mean;
+  if (z_p) out->teacher_cross_entropy = np.log_normaliser - (label_p - np.top);
+  switch (objective) {
+    case TAID: break;
+    case FORWARD_KL: out->objective = out->kl = to_teacher(z_q, z_p, V, nq, np, exps, 1, share, 1 - share).forward; break;
+    case REVERSE_KL: jacobian(REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
+    case JSD: jacobian(JSD, z_q, z_p, V, nq, np, a, share, out); break;
+    case TVD: jacobian(TVD, z_q, z_p, V, nq, np, a, share, out); break;
+    case SKEW_FORWARD_KL: jacobian(SKEW_FORWARD_KL, z_q, z_p, V, nq, np, a, share, out); break;
+    case SKEW_REVERSE_KL: jacobian(SKEW_REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
+    case ADAPTIVE_KL: jacobian(ADAPTIVE_KL, z_q, z_p, V, nq, np, a, share, out); break;
+    case CTKD: ctkd(z_q, z_p, V, nq, np, a, share, exps, out); break;
+    case DKD: dkd(z_q, z_p, V, y, nq, np, a, task->alpha, task->beta, share, exps, out); break;
+    default:  // the gradient is q
+      if (z_p)
+        out->kl = to_teacher(z_q, z_p, V, nq, np, exps, 1, 0, 1).forward;
+      else if (gradient)
+        for (long v = 0; v < V; v++) z_q[v] = exps[v] * nq.per_sum;
+  }
+  if (given == TAID && a == 1) out->target_cross_entropy = out->kl + (np.log_normaliser - np.mean);
+  if (!gradient || direct) return;
   z_q[y] -= 1 - share;
   if (task->student.softcap != 0.0f)
     for (long v = 0; v < V; v++) z_q[v] *= slope[v];
   else if (task->student.scale != 1.0f)
     for (long v = 0; v < V; v++) z_q[v] *= task->student.scale;
+  if (task->half)
+    narrow(z_q, student, V);
 }
 
 // Returns 0, or 1 where memory for a thread's scratch rows is missing.
 int taid_rows(
-    float *student, float *teacher, const int64_t *labels, long M, long V, long student_stride, long teacher_stride,
+    char *student, char *teacher, const int64_t *labels, long M, long V, long student_stride, long teacher_stride,
     const Task *task, Columns *columns, int gradient
 ) {
+  const long bytes = task->half ? 2 : 4, scratch_size = SCRATCH(V) + (task->half ? 2 * V : 0);
   int failed = 0;
 #pragma omp parallel
   {
-    float *scratch = malloc(5 * V * sizeof(float));
+    float *scratch = malloc(scratch_size * sizeof(float));
     if (!scratch) failed = 1;
 #pragma omp for schedule(dynamic, 1)
     for (long m = 0; m < M; m++)
       if (scratch)
-        row(student + m * student_stride, teacher ? teacher + m * teacher_stride : NULL, V, labels[m], task, scratch, columns + m,
-            gradient);
+        row(student + m * student_stride * bytes, teacher ? teacher + m * teacher_stride * bytes : NULL, V, labels[m], task, scratch,
+            columns + m, gradient);
     free(scratch);
   }
   return failed;

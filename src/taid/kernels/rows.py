@@ -173,13 +173,12 @@ def rows(
         g, scale_q = _OBJECTIVES[task.objective](row, **task.parameters) if task.kd_ratio > 0 else (row.q, 0.0)
         if gradient is None:
             continue
-        # kd_ratio (g + scale_q q) + (1 - kd_ratio) (q - 1_y)
-        scale_q = task.kd_ratio * scale_q + (1 - task.kd_ratio)
-        torch.mul(row.q, scale_q, out=z_q)
-        if task.kd_ratio > 0:
-            z_q.add_(g, alpha=task.kd_ratio)
-        z_q.scatter_add_(-1, row.label, torch.full_like(row.label, task.kd_ratio - 1, dtype=dtype))
-        product.copy_(z_q if slope is None else z_q.mul_(slope))
+        if task.kd_ratio < 1 or isinstance(scale_q, Tensor):
+            # kd_ratio (g + scale_q q) + (1 - kd_ratio) (q - 1_y)
+            torch.mul(row.q, task.kd_ratio * scale_q + (1 - task.kd_ratio), out=z_q)
+            g = z_q.add_(g, alpha=task.kd_ratio) if task.kd_ratio > 0 else z_q
+            g.scatter_add_(-1, row.label, torch.full_like(row.label, task.kd_ratio - 1, dtype=dtype))
+        product.copy_(g if slope is None else g.mul_(slope))
     return student_MV
 
 
@@ -210,11 +209,11 @@ class _Row:
     def compare(self, p: Tensor, d: Tensor, q: Tensor | None = None) -> Tensor:
         """Fill ``difference = q - p`` of ``d = log q - log p`` to the last digit; return ``KL(p || q)``.
 
-        The larger of both times expm1 of -abs(d): nothing cancels where they are close, nothing overflows where they
-        are not. ``sum (q - p - p d)`` is ``-sum p d`` but for rounding, to which it is less sensitive.
+        ``(q + p) tanh(d / 2)``: nothing cancels where they are close, nothing overflows where they are not.
+        ``sum (q - p - p d)`` is ``-sum p d`` but for rounding, to which it is less sensitive.
         """
-        larger = torch.maximum(self.q if q is None else q, p, out=self.spare)
-        torch.abs(d, out=self.difference).neg_().expm1_().mul_(larger).copysign_(d)
+        both = torch.add(self.q if q is None else q, p, out=self.spare)
+        torch.div(d, 2, out=self.difference).tanh_().mul_(both)
         return self.difference.sum(-1) - _dot(p, d)
 
     def jacobian(self, x: Tensor) -> _Gradient:
@@ -275,7 +274,7 @@ def _skew_forward_kl(row: _Row, skew: float) -> _Gradient:
         return _forward_kl(row)
     row.compare(row.p, row.d)
     p_to_m, _ = _log_shares(row, skew)
-    row.columns["objective"].copy_((1 - skew) * row.difference.sum(-1) + _dot(row.p, p_to_m))
+    row.columns["objective"].copy_(torch.mul(row.p, p_to_m, out=row.spare).add_(row.difference, alpha=1 - skew).sum(-1))
     return row.jacobian(p_to_m.expm1_().mul_(skew - 1))
 
 
@@ -284,7 +283,7 @@ def _skew_reverse_kl(row: _Row, skew: float) -> _Gradient:
         return _reverse_kl(row)
     row.compare(row.p, row.d)
     _, q_to_m = _log_shares(row, 1 - skew)
-    row.columns["objective"].copy_((skew - 1) * row.difference.sum(-1) + _dot(row.q, q_to_m))
+    row.columns["objective"].copy_(torch.mul(row.q, q_to_m, out=row.spare).sub_(row.difference, alpha=1 - skew).sum(-1))
     return row.jacobian(q_to_m.sub_(torch.expm1(q_to_m, out=row.spare), alpha=skew))
 
 
