@@ -83,7 +83,7 @@ INLINE float exp_(float x) {
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
 #ifdef FMA
-  const float r = __builtin_fmaf(n, -0.693147181f, x);  // 126 log 2 is known to 3e-7: 1e-7 of what counts
+  const float r = __builtin_fmaf(n, -0.693147181f, x);  // the product is not rounded, and log 2 by 2e-9
 #else
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
 #endif
@@ -116,10 +116,10 @@ INLINE uint16_t narrowed(float x) {
 // Of an id that is no token, whose logit is -inf: exp() of LOG_ZERO is 0 too, and it survives 0 * x and x - x.
 INLINE float at(const float *z, long v) { return max_(LOG_ZERO, z[v]); }
 
-// The logits of a block in float: their own memory, or copies.
+// The logits of a block as floats: their own memory, or copies.
 INLINE float *floats(void *z, long start, long end, int half, float *copies) {
   if (!half) return (float *)z + start;
-  for (long v = start; v < end; v++) copies[v - start] = widened(((uint16_t *)z)[v]);
+  for (long v = start; v < end; v++) copies[v - start] = max_(LOG_ZERO, widened(((uint16_t *)z)[v]));
   return copies;
 }
 
@@ -131,9 +131,9 @@ INLINE void narrow(const float *x, uint16_t *half, long n) {
   for (long v = 0; v < n; v++) half[v] = narrowed(x[v]);
 }
 
-// From products to logits; the slope d logits / d product goes to `slope` where there is a softcap.
 INLINE int is_finished(const Finish *f) { return !f->bias && f->scale == 1.0f && f->softcap == 0.0f; }
 
+// From products to logits; the slope d logits / d product goes to `slope` where there is a softcap.
 INLINE void finish(float *z, long V, const Finish *f, float *slope) {
   if (is_finished(f)) return;
   if (f->bias)
