@@ -289,7 +289,8 @@ def _forward(
     by_name = dict(zip(COLUMNS, sums.unbind(), strict=True))
     share = job.task.kd_ratio
     loss = share * by_name["objective"] + (1 - share) * by_name["cross_entropy"] if share else by_name["cross_entropy"]
-    del tiles
+    for tile in tiles:  # the memory of both is needed now for the rounded copy of a half-precision gradient
+        tile.untyped_storage().resize_(0)
     return (
         loss.to(exact),
         sums,
