@@ -305,6 +305,30 @@ def test_whatever_the_number_of_tokens_there_are_two_tiles_and_nothing_as_large(
         assert large == [tile, tile]
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_tiles_are_gone_when_a_half_precision_gradient_is_rounded(monkeypatch, bfloat16):
+    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: bfloat16)
+    many_chunks(monkeypatch, 32)
+    tiles, sizes = [], []
+    tile, outer_sum = fused._Products.tile, fused._Products.outer_sum
+
+    def seen(products, rows):
+        tiles.append(tile(products, rows))
+        return tiles[-1]
+
+    def looked_at(products):
+        sizes.extend(tile.untyped_storage().nbytes() for tile in tiles)
+        return outer_sum(products)
+
+    monkeypatch.setattr(fused._Products, "tile", seen)
+    monkeypatch.setattr(fused._Products, "outer_sum", looked_at)
+    _, given_ = leaves(inputs(64, 1_000, 4, 4, dtype=torch.bfloat16), {})
+
+    fused_distillation_loss(*given_, "taid", t=0.4).loss.backward()
+
+    assert sizes == [0, 0]
+
+
 @pytest.mark.parametrize("bfloat16", [None, False, True])
 @only("taid(0.4)", "jsd(0.1)", "adaptive_kl(0.5)", "dkd(1.0, 8.0, 4.0)", "ctkd(0.7)", "sft")
 def test_what_memory_holds_before_it_is_written_does_not_matter(monkeypatch, case, bfloat16):
