@@ -871,6 +871,30 @@ def refused(message, objective="taid", changes=None, **parameters):
             changes=lambda given_: {"teacher_hidden": given_.teacher_hidden[1:]},
             t=0.5,
         ),
+        *(
+            refused(
+                f"the {role}'s bias must be [252] as its head, got {shape}",
+                changes=lambda given_, role=role, shape=shape: {
+                    f"{role}_head": replace(getattr(given_, f"{role}_head"), bias=torch.zeros(shape))},
+                t=0.5,
+            )
+            for role, shape in (("student", [7]), ("teacher", [252, 1]), ("teacher", [253]))
+        ),
+        refused(
+            "labels must be integers, got torch.float32",
+            changes=lambda given_: {"labels": given_.labels.float()},
+            t=0.5,
+        ),
+        refused(
+            "the teacher's hidden states must be floating-point numbers, got torch.int64",
+            changes=lambda given_: {"teacher_hidden": given_.teacher_hidden.long()},
+            t=0.5,
+        ),
+        refused(
+            "the student's softcap must be positive or None, got nan",
+            changes=lambda given_: {"student_head": replace(given_.student_head, softcap=math.nan)},
+            t=0.5,
+        ),
         refused(
             "the student's softcap must be positive or None, got 0.0",
             changes=lambda given_: {"student_head": replace(given_.student_head, softcap=0.0)},

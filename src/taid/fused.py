@@ -431,6 +431,8 @@ def _check(
     labels: Tensor, vocabulary_size: int | None,
 ) -> int:  # fmt: skip
     """Raise a ValueError for what does not fit; return the number of shared ids."""
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("the teacher's hidden states and head go together: pass both or neither")
     sizes = []
@@ -447,7 +449,11 @@ def _check(
                 f"the {role}'s hidden states are {list(hidden.shape[:-1])} tokens and the labels {list(labels.shape)}: "
                 "each position needs one label, already shifted to the token that it predicts"
             )
-        if head.softcap is not None and head.softcap <= 0:
+        if not hidden.is_floating_point():
+            raise ValueError(f"the {role}'s hidden states must be floating-point numbers, got {hidden.dtype}")
+        if head.bias is not None and head.bias.shape != head.weight.shape[:1]:  # rows.c reads V numbers whatever it is
+            raise ValueError(f"the {role}'s bias must be [{len(head.weight)}] as its head, got {list(head.bias.shape)}")
+        if head.softcap is not None and not head.softcap > 0:
             raise ValueError(f"the {role}'s softcap must be positive or None, got {head.softcap}")
         sizes.append(head.weight.shape[0])
     if vocabulary_size is None and len(set(sizes)) > 1:
