@@ -250,7 +250,7 @@ def test_the_result_does_not_depend_on_the_chunks(monkeypatch, case, rows):
 
 @pytest.mark.parametrize(
     ("device", "itemsize", "most", "budget", "unit"),
-    [("cpu", 4, 512, 400 * 2**20, 1), ("cpu", 2, 768, 240 * 2**20, 128), ("cuda", 4, 2**14, 2**31, 1)],
+    [("cpu", 4, 512, 400 * 2**20, 1), ("cpu", 2, 704, 240 * 2**20, 64), ("cuda", 4, 2**14, 2**31, 1)],
 )
 @pytest.mark.parametrize("V", [2, 32_000, 151_936, 10**9])
 def test_chunks_are_of_equal_size_within_a_budget_and_no_more_than_the_tokens(V, device, itemsize, most, budget, unit):
@@ -288,7 +288,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("N", [64, 512])
 def test_whatever_the_number_of_tokens_there_are_two_tiles_and_nothing_as_large(monkeypatch, N, bfloat16):
     rows, V = 32, 1_000
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: bool(bfloat16))
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bool(bfloat16))
     many_chunks(monkeypatch, rows)
     given_ = inputs(N, V, 4, 4, trained=1.0, dtype=torch.float32 if bfloat16 is None else torch.bfloat16)
     _, given_ = leaves(given_, {})
@@ -307,7 +307,7 @@ def test_whatever_the_number_of_tokens_there_are_two_tiles_and_nothing_as_large(
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_the_tiles_are_gone_when_a_half_precision_gradient_is_rounded(monkeypatch, bfloat16):
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bfloat16)
     many_chunks(monkeypatch, 32)
     tiles, sizes = [], []
     tile, outer_sum = fused._Products.tile, fused._Products.outer_sum
@@ -332,7 +332,7 @@ def test_the_tiles_are_gone_when_a_half_precision_gradient_is_rounded(monkeypatc
 @pytest.mark.parametrize("bfloat16", [None, False, True])
 @only("taid(0.4)", "jsd(0.1)", "adaptive_kl(0.5)", "dkd(1.0, 8.0, 4.0)", "ctkd(0.7)", "sft")
 def test_what_memory_holds_before_it_is_written_does_not_matter(monkeypatch, case, bfloat16):
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: bool(bfloat16))
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bool(bfloat16))
     monkeypatch.setattr(fused, "_SLAB", 100)
     many_chunks(monkeypatch)
     dtype = torch.float32 if bfloat16 is None else torch.bfloat16
@@ -493,7 +493,7 @@ def cut(head):
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
 )
 def test_student_and_teacher_may_differ_in_width_and_dtype(monkeypatch, dtype, teacher_dtype, bfloat16):
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bfloat16)
     given_ = inputs(23, 252, 48, 72, dtype=dtype, teacher_dtype=teacher_dtype, bias=True)
 
     result = run(given_, TAID, 0.7)
@@ -602,7 +602,7 @@ def plain_in_its_own_dtype(given_, case):
 def test_bfloat16_is_no_less_exact_than_the_plain_formula_in_bfloat16(monkeypatch, case, bfloat16):
     # In rounded logits, which of two near probabilities is the larger is chance, and all of tvd's error.
     chance = 10 if case.objective == "tvd" else 1.1
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bfloat16)
     many_chunks(monkeypatch, 64)
     squares = {}
     for seed in range(3):
@@ -625,7 +625,7 @@ def test_bfloat16_is_no_less_exact_than_the_plain_formula_in_bfloat16(monkeypatc
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_weight_gradient_adds_up_in_float32_over_many_chunks(monkeypatch, dtype, bfloat16):
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bfloat16)
     given_ = inputs(512, 252, 16, 16, dtype=dtype, trained=1.0)
     at_once = run(given_, TAID).gradients["weight"]
     many_chunks(monkeypatch, 2)
@@ -637,7 +637,7 @@ def test_a_half_precision_weight_gradient_adds_up_in_float32_over_many_chunks(mo
 
 
 def test_slabs_of_a_half_precision_head_are_its_whole(monkeypatch):
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: False)
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: False)
     given_ = inputs(23, 507, dtype=torch.bfloat16, bias=True, padding=(5, 5))
     expected = run(given_, TAID, 0.7, vocabulary_size=507)
     monkeypatch.setattr(fused, "_SLAB", 100)
@@ -650,7 +650,7 @@ def test_slabs_of_a_half_precision_head_are_its_whole(monkeypatch):
 
 @pytest.mark.parametrize("case", [TAID, CASES["jsd(0.1)"]], ids=["taid", "jsd"])
 def test_autocast_changes_nothing_on_a_cpu_without_bfloat16(monkeypatch, case):
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: False)
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: False)
     given_ = inputs(23, 252, bias=True)
     expected = run(given_, case, 0.7)
 
@@ -663,7 +663,7 @@ def test_autocast_changes_nothing_on_a_cpu_without_bfloat16(monkeypatch, case):
 
 
 def test_autocast_rounds_what_products_are_given_on_a_cpu_with_bfloat16_and_leaves_gradients_in_float32(monkeypatch):
-    monkeypatch.setattr("taid.kernels.bfloat16.has_bfloat16", lambda: True)
+    monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: True)
     many_chunks(monkeypatch, 8)
     given_ = inputs(23, 252, bias=True)
 

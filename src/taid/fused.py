@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from taid import objectives
-from taid.kernels import bfloat16, row_stage
+from taid.kernels import products, row_stage
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
 # Rows of a head that are multiplied at a time on a CPU: more run slower, and where a half-precision head has to be
@@ -315,17 +315,17 @@ class _Products:
     half, other CPU         float32, by slabs  float32         added up in float32 by the products
     ======================  =================  ==============  =======================================
 
-    A slab is a few thousand rows of the weight. The last row of the table is no loss of speed: such a CPU multiplies
+    A slab is a few thousand rows of the weight. Logits in float32 on a CPU are a batch of slabs (kernels.products). The last row of the table is no loss of speed: such a CPU multiplies
     in float32 in any case, and PyTorch's own bfloat16 products there are up to 300 times slower (docs/performance.md).
     """
 
     def __init__(self, weight: Tensor, size: int, autocast: torch.dtype | None, wants_gradient: bool) -> None:
         self.size, self.gradient_dtype, self.on_cuda = size, weight.dtype, weight.device.type == "cuda"
-        if autocast is not None and (self.on_cuda or (autocast == torch.bfloat16 and bfloat16.has_bfloat16())):
+        if autocast is not None and (self.on_cuda or (autocast == torch.bfloat16 and products.has_bfloat16())):
             weight = weight.to(autocast)
         self.weight = weight
         half = weight.dtype.itemsize < 4
-        self.native = not half or self.on_cuda or (weight.dtype == torch.bfloat16 and bfloat16.has_bfloat16())
+        self.native = not half or self.on_cuda or (weight.dtype == torch.bfloat16 and products.has_bfloat16())
         self.operand_dtype = weight.dtype if self.native else torch.float32
         self.tile_dtype = torch.float32 if half and self.on_cuda else self.operand_dtype
         # On its way, the gradient of a half-precision head lies in slabs, which go as their rounded copies come.
@@ -349,6 +349,8 @@ class _Products:
         return tile[:, : self.size]
 
     def project(self, hidden_MD: Tensor, out_MV: Tensor) -> Tensor:
+        if not self.on_cuda and products.project(hidden_MD, self.weight[: self.size], out_MV):
+            return out_MV
         mixed = {"out_dtype": torch.float32} if self.native and out_MV.dtype != self.operand_dtype else {}
         for slab in self.slabs:
             weight = self.weight[slab] if self.native else self.weight[slab].float()
@@ -358,8 +360,8 @@ class _Products:
     def project_back(self, gradient_MV: Tensor) -> Tensor:
         weight = self.weight[: self.size]
         if self.native and weight.dtype == torch.bfloat16 and weight.shape[1] <= 512 and not self.on_cuda:
-            # oneDNN takes twice as long for more rows than these.
-            return torch.cat([rows_MV @ weight for rows_MV in torch.split(gradient_MV, 352)])
+            # oneDNN takes half as long again for all columns at once.
+            return torch.cat([gradient_MV @ w for w in torch.split(weight, 256, 1)], 1)
         if self.native:
             return gradient_MV.to(self.operand_dtype) @ weight
         out_MD = gradient_MV.new_zeros(len(gradient_MV), self.weight.shape[1])
@@ -375,7 +377,7 @@ class _Products:
                 total.addmm_(columns.t(), hidden_MD, beta=beta)
             elif self.on_cuda:
                 torch.addmm(total, columns.t(), hidden_MD, beta=beta, out_dtype=total.dtype, out=total)
-            elif not bfloat16.add_product(total, columns, hidden_MD, beta):
+            elif not products.add_product(total, columns, hidden_MD, beta):
                 product = columns.t() @ hidden_MD
                 total.add_(product) if beta else total.copy_(product)
 
@@ -400,7 +402,7 @@ def _chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
     elif itemsize >= 4:
         most, budget, unit = 512, 400 * 2**20, 1
     else:  # bfloat16: its instructions multiply blocks
-        most, budget, unit = 768, 240 * 2**20, 128
+        most, budget, unit = 704, 240 * 2**20, 64
     most = min(most, budget // (2 * V * itemsize))
     most = max(1, most - most % unit if most > unit else most)
     rows = -(-N // max(1, -(-N // most)))
