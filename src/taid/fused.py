@@ -315,8 +315,9 @@ class _Products:
     half, other CPU         float32, by slabs  float32         added up in float32 by the products
     ======================  =================  ==============  =======================================
 
-    A slab is a few thousand rows of the weight. Logits in float32 on a CPU are a batch of slabs (kernels.products). The last row of the table is no loss of speed: such a CPU multiplies
-    in float32 in any case, and PyTorch's own bfloat16 products there are up to 300 times slower (docs/performance.md).
+    A slab is a few thousand rows of the weight; float32 logits on a CPU are one batch of slabs where PyTorch brings MKL
+    (kernels.products). The last row of the table is no loss of speed: such a CPU multiplies in float32 anyway, and
+    PyTorch's own bfloat16 products there are up to 300 times slower (docs/performance.md).
     """
 
     def __init__(self, weight: Tensor, size: int, autocast: torch.dtype | None, wants_gradient: bool) -> None:
