@@ -4,7 +4,8 @@
     python benchmarks/loss.py --allocator raised    # the same where glibc keeps the pages that are freed
     python benchmarks/loss.py --accuracy            # errors against float64 instead
 
-A run adds its tables to benchmarks/results/loss.json (loss_gpu.json on CUDA) and writes the Markdown beside it anew.
+A run adds its tables to benchmarks/results/loss.json (loss_gpu.json on CUDA), in the place of older ones of the same
+processor, and writes the Markdown beside it anew.
 Each method has a process of its own, which is told to run once a round and holds its tensors only while it does.
 
 For Linux. N tokens, V ids, D and E widths of student and teacher.
@@ -33,8 +34,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from taid.fused import _SLAB, _chunk_rows, _Products, fused_distillation_loss
-from taid.kernels import row_stage
+from taid.fused import _chunk_rows, _Products, fused_distillation_loss
+from taid.kernels import products, row_stage
 from taid.kernels.native import _library
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
@@ -133,7 +134,8 @@ def trl_jsd(x: Inputs) -> Tensor:
 
 
 METHODS: dict[str, tuple[str, Any]] = {
-    "floor": ("floor: the products alone", None),
+    "floor": ("floor: the products alone, PyTorch's", None),
+    "floor-own": ("the same, those of `kernels/products.py`", None),
     "fused": ("**fused**", fused_taid),
     "fused-plain-torch": ("fused, plain torch (`TAID_NATIVE=0`)", fused_taid),
     "fused-half": ("fused, half of the tokens trained", fused_taid),
@@ -173,8 +175,8 @@ class Method:
 class Floor:
     """The products into memory that is there: logits of both, gradients of the hidden states and of the head."""
 
-    def __init__(self) -> None:
-        self.rows, self.ids, self.words = 0, 0, ""
+    def __init__(self, own: bool) -> None:
+        self.own, self.rows, self.words = own and not ON_CUDA, 0, ""
 
     def load(self, x: Inputs) -> None:
         if SLOW_BFLOAT16 and x.student_weight.dtype == torch.bfloat16:
@@ -184,8 +186,9 @@ class Floor:
         wide = torch.float32 if ON_CUDA else dtype  # as a loss wants logits and the sum of the head's gradients
         self.mixed = {"out_dtype": wide} if wide != dtype else {}
         logits_NV = torch.zeros(len(x.labels), len(x.student_weight), dtype=wide, device=DEVICE)
+        d_weight = torch.zeros_like(x.student_weight, dtype=torch.float32 if self.own else wide)
         # Where the dtypes agree, the gradient is the same memory.
-        self.tensors = x, logits_NV, logits_NV.to(dtype), torch.zeros_like(x[0]), torch.zeros_like(x[1], dtype=wide)
+        self.tensors = x, logits_NV, logits_NV.to(dtype), torch.zeros_like(x.student_hidden), d_weight
 
     def warm_up(self) -> None:
         if not self.rows:
@@ -195,12 +198,6 @@ class Floor:
             self.rows = min(seconds, key=seconds.__getitem__)
             tried = ", ".join(f"{rows:,} in {s:.4g} s" for rows, s in seconds.items())
             self.words += f"{self.rows:,} tokens at a time, the fastest of {tried}. "
-            self.ids = _SLAB
-            slabs = min(timed(self.both)[0] for _ in range(2))
-            self.ids = 0
-            self.words += (
-                f"With the logits of {_SLAB:,} ids at a time, as the fused loss computes them: {slabs:.4g} s. "
-            )
         self.both()
 
     def forward(self, *, backward: bool = False) -> None:
@@ -209,10 +206,14 @@ class Floor:
             chunk = slice(start, start + self.rows)
             hidden, g = x.student_hidden[chunk], gradient_NV[chunk]
             for weight, states in ((x.student_weight, hidden), (x.teacher_weight, x.teacher_hidden[chunk])):
-                for first in range(0, len(weight), self.ids or len(weight)):
-                    ids = slice(first, first + (self.ids or len(weight)))
-                    torch.mm(states, weight[ids].t(), out=logits_NV[chunk, ids], **self.mixed)
-            if backward:
+                if self.own:
+                    products.project(states, weight, logits_NV[chunk])
+                else:
+                    torch.mm(states, weight.t(), out=logits_NV[chunk], **self.mixed)
+            if backward and self.own:
+                d_hidden[chunk] = products.project_back(g, x.student_weight)
+                products.add_outer(d_weight, g, hidden, int(start > 0))
+            elif backward:
                 torch.mm(g, x.student_weight, out=d_hidden[chunk])
                 if start == 0:
                     torch.mm(g.t(), hidden, out=d_weight, **self.mixed)
@@ -245,9 +246,9 @@ def serve(name: str, shape: Shape, dtype: torch.dtype, allocator: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     sampled = SLOW_BFLOAT16 and dtype == torch.bfloat16 and name in IN_BFLOAT16
-    measured = name != "floor" and not sampled and allocator == "default"
+    measured = not name.startswith("floor") and not sampled and allocator == "default"
     N = SAMPLE if sampled else shape.N
-    method = Floor() if name == "floor" else Method(name)
+    method = Floor(name == "floor-own") if name.startswith("floor") else Method(name)
     for number, _ in enumerate(sys.stdin):
         try:
             x = make_inputs(shape, N, "far", dtype)
@@ -333,7 +334,14 @@ def run_rounds(shape: str, dtype: str, allocator: str, methods: list[str], round
                 print(f"{shape} {dtype}, round {number + 1}: {name} {raw[name][-1]}", file=sys.stderr)
     for process in processes.values():
         process.communicate()  # closes its input, which ends it
-    return {"shape": shape, "dtype": dtype, "where": where(allocator), "raw": raw}
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "processor": processor(),
+        "allocator": allocator,
+        "where": where(allocator),
+        "raw": raw,
+    }
 
 
 def ask(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -345,17 +353,22 @@ def ask(process: subprocess.Popen[str]) -> dict[str, Any]:
         return {"failed": f"the process ended with status {process.wait()}"}
 
 
+def processor() -> str:
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in cpu if line.startswith("model name")), platform.machine())
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def where(allocator: str) -> str:
     """Command line, date, machine and versions."""
-    cpu, memory = (Path(path).read_text().splitlines() for path in ("/proc/cpuinfo", "/proc/meminfo"))
-    model = next((line.split(": ")[1] for line in cpu if line.startswith("model name")), platform.machine())
+    memory = Path("/proc/meminfo").read_text().splitlines()
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     packages = [p for p in metadata.distributions() if p.name in ("torch", "triton", "trl", "liger_kernel")]
     parts = [
         f"`{' '.join(['python benchmarks/loss.py', *sys.argv[1:]])}`; {datetime.date.today()}",
         *([f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"] if ON_CUDA else []),
-        f"{model}, {os.cpu_count()} cores, {int(memory[0].split()[1]) * 1024 / 1e9:.0f} GB",
+        f"{processor()}, {os.cpu_count()} cores, {int(memory[0].split()[1]) * 1024 / 1e9:.0f} GB",
         f"{torch.get_num_threads()} threads",
         f"allocator: {'PyTorch on CUDA' if ON_CUDA else ALLOCATORS[allocator]}",
         f"huge pages: {huge_pages.read_text().split('[')[1].split(']')[0] if huge_pages.exists() else 'unknown'}",
@@ -392,10 +405,10 @@ def fused_values(x: Inputs, t: float) -> tuple[Tensor, ...]:
     gradients = torch.autograd.grad(result.loss, x[:2])
     tiles = []
     for hidden, weight in (x[2:4], x[:2]):
-        products = _Products(weight.detach(), len(weight), None, False)
-        tiles.insert(0, products.project(products.operand(hidden.detach()), products.tile(len(hidden))))
+        head = _Products(weight.detach(), len(weight), None, False)
+        tiles.insert(0, head.project(head.operand(hidden.detach()), head.tile(len(hidden))))
     task, columns = RowTask.of("taid", 1.0, {"t": t}, Finish(), Finish()), torch.empty(len(hidden), len(COLUMNS))
-    g = row_stage(*tiles, x.labels, task, columns.to(DEVICE), gradient=products.operand_dtype)
+    g = row_stage(*tiles, x.labels, task, columns.to(DEVICE), gradient=head.operand_dtype)
     return result.loss, result.sums["target_cross_entropy"], g, *gradients
 
 
@@ -422,8 +435,9 @@ INTRODUCTION = f"""# The TAID loss: time, peak memory, accuracy
 `benchmarks/loss.py` writes this page; the seconds of every round are in the JSON file beside it. TAID at t = {T} from
 hidden states and heads, with the gradients of the student's hidden states and head.
 
-- Floor: the four products alone, into memory that is there. Every method has a process of its own and its turn in
-  every round; seconds are medians, ratios medians of those within a round.
+- Floor: the four products alone, into memory that is there, by `torch.mm` and `torch.addmm`; below it by what the fused
+  loss calls, without its chunks. Every method has a process of its own and its turn in every round; seconds are
+  medians, ratios medians of those within a round.
 - Forward is without gradients, where the floor is the logits of both. Liger forms its gradients there too.
 - Peak memory is above the inputs and with the gradients. A tile is what the fused loss holds of one model's logits; the
   head's gradient adds up in float32, so in bfloat16 it takes twice the bytes that are returned.
@@ -469,11 +483,13 @@ def timing_table(run: dict[str, Any]) -> list[str]:
             note += (
                 f"{last['gradients']:,.1f} MB of gradients, tiles of {last['tile']:,.1f} MB, rows by {last['rows']}. "
             )
-        if name == "floor":
+        if name.startswith("floor"):
             cells = [cell if cell != "not measured" else "" for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
         notes += [f"- {words.split(':')[0]}: {note.strip()}"] if note else []
-    title = f"## {run['shape']}, {run['dtype']}: {SHAPES[run['shape']]}"
+    title = (
+        f"## {run['shape']}, {run['dtype']}, {run['processor']}, allocator {run['allocator']}: {SHAPES[run['shape']]}"
+    )
     rounds = max(len(answers) for answers in run["raw"].values())
     return [title, "", f"{run['where']}; {rounds} rounds", "", *lines, "", *notes, ""]
 
@@ -523,7 +539,7 @@ def main() -> None:
             write(given.output, stored)
         for dtype in [] if given.accuracy else given.dtypes:
             run = run_rounds(shape, dtype, given.allocator, given.methods, given.rounds)
-            stored["timing"][f"{shape} {dtype} {given.allocator}"] = run
+            stored["timing"][f"{shape} {dtype} {given.allocator} {processor()}"] = run
             write(given.output, stored)  # what is done is kept, whatever comes
     print(given.output.read_text())
 

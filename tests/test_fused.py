@@ -289,6 +289,7 @@ class Allocations(TorchDispatchMode):
 def test_whatever_the_number_of_tokens_there_are_two_tiles_and_nothing_as_large(monkeypatch, N, bfloat16):
     rows, V = 32, 1_000
     monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bool(bfloat16))
+    monkeypatch.setattr("taid.kernels.products._SLAB", 100)
     many_chunks(monkeypatch, rows)
     given_ = inputs(N, V, 4, 4, trained=1.0, dtype=torch.float32 if bfloat16 is None else torch.bfloat16)
     _, given_ = leaves(given_, {})

@@ -1,62 +1,92 @@
-"""Products of MKL, against float64."""
+"""Products on a CPU against float64, in every way that some processor takes."""
 
 import pytest
 import torch
 
 from taid.kernels import products
 
-M, V, D = 37, 130, 48
+has_one_dnn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch brings no oneDNN"
+)
+WAYS = ["here", "intel", "plain", pytest.param("one_dnn", marks=has_one_dnn)]
+SHAPES = [(1, 1, 1), (7, 2047, 48), (5, 2049, 33), (123, 5000, 64), (64, 4096, 520)]
+DTYPES = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 8e-3}
 
 
-@pytest.fixture
-def factors():
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """The processor's own way, or that of another one as far as it can be gone here."""
+    if request.param != "here":
+        monkeypatch.setattr(products, "_is_another_avx512", lambda: request.param == "one_dnn")
+        if request.param != "intel":  # its bfloat16 product of MKL runs on every processor, only slower
+            monkeypatch.setattr(products, "_mkl", lambda name: None)
+        monkeypatch.setattr(products, "_is_intel", lambda: request.param == "intel")
+    return request.param
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    if request.param == "bfloat16" and not products.has_bfloat16():
+        pytest.skip("this processor has no bfloat16: fused.py converts to float32 beforehand")
+    return getattr(torch, request.param)
+
+
+def factors(M, V, D, dtype):
+    """A tile, hidden states and a head whose rows are farther apart than they are long."""
     torch.manual_seed(0)
-    tile = torch.randn(M, V + 6).bfloat16()  # rows farther apart than they are long, as in a padded tile
-    return tile[:, :V], torch.randn(M, D).bfloat16()
+    tile, hidden, weight = torch.randn(M, V + 6), torch.randn(M, D + 3), torch.randn(V + 2, D + 5)
+    tile[:, V:] = 0  # as fused.py leaves it: oneDNN multiplies it by zero
+    return tile.to(dtype)[:, :V], hidden.to(dtype)[:, :D], weight.to(dtype)[:V, :D].contiguous()
+
+
+def error(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize(("M", "V", "D"), SHAPES)
+def test_logits(way, dtype, M, V, D):
+    _, hidden, weight = factors(M, V, D, dtype)
+    tile = torch.full((M, V + 6), float("nan"), dtype=dtype)
+
+    products.project(hidden, weight, tile[:, :V])
+
+    assert error(tile[:, :V], hidden.double() @ weight.double().t()) <= DTYPES[str(dtype).split(".")[1]]
+    assert tile[:, V:].isnan().all()
+
+
+@pytest.mark.parametrize(("M", "V", "D"), SHAPES)
+def test_gradient_of_hidden_states(way, dtype, M, V, D):
+    gradient, _, weight = factors(M, V, D, dtype)
+
+    found = products.project_back(gradient, weight)
+
+    assert error(found, gradient.double() @ weight.double()) <= DTYPES[str(dtype).split(".")[1]]
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+@pytest.mark.parametrize(("M", "V", "D"), SHAPES)
+def test_gradient_of_the_head_adds_up(way, dtype, M, V, D, beta):
+    gradient, hidden, _ = factors(M, V, D, dtype)
+    hidden = hidden.contiguous()
+    total_dtype = torch.promote_types(dtype, torch.float32)
+    total = torch.full((V, D), 1000.0 if beta else float("nan"), dtype=total_dtype)  # beta 0: whatever lay there
+
+    products.add_outer(total, gradient, hidden, beta)
+
+    expected = gradient.double().t() @ hidden.double()
+    # A sum in bfloat16 would lose all of the product beside 1,000.
+    bound = DTYPES[str(dtype).split(".")[1]]
+    assert error(total - 1000.0 * beta, expected) <= max(bound, 1e-4 * beta * (dtype != torch.float64), 1e-12 * beta)
 
 
 @pytest.mark.skipif(
     products._mkl("cblas_gemm_bf16bf16f32") is None or not products._is_intel(),
     reason="this PyTorch or processor has no bfloat16 product in float32",
 )
-@pytest.mark.parametrize("beta", [0, 1])
-def test_the_product_adds_up_in_float32_what_it_is_given_in_bfloat16(factors, beta):
-    a_MV, b_MD = factors
-    total_VD = torch.full((V, D), 0.5 if beta else float("nan"))  # with beta 0, what lay there does not matter
+def test_on_intel_the_head_gradient_is_not_rounded_on_its_way():
+    gradient, hidden, _ = factors(37, 130, 48, torch.bfloat16)
+    total = torch.empty(130, 48)
 
-    assert products.add_product(total_VD, a_MV, b_MD, beta)
+    products.add_outer(total, gradient, hidden.contiguous(), 0)
 
-    expected = a_MV.double().t() @ b_MD.double() + 0.5 * beta
-    assert (total_VD - expected).abs().max() <= 1e-6 * expected.abs().max()
-
-
-def test_without_such_a_product_nothing_is_touched(factors, monkeypatch):
-    monkeypatch.setattr(products, "_mkl", lambda name: None)
-    total_VD = torch.full((V, D), 0.5)
-
-    assert not products.add_product(total_VD, *factors, 1)
-
-    assert (total_VD == 0.5).all()
-
-
-@pytest.mark.skipif(products._mkl("cblas_sgemm_batch") is None, reason="this PyTorch has no batch of products")
-@pytest.mark.parametrize(("M", "V", "D"), [(1, 1, 1), (7, 2047, 48), (5, 2049, 33), (123, 5000, 64)])
-def test_the_logits_by_slabs_are_the_product(M, V, D):
-    torch.manual_seed(0)
-    hidden_MD, weight_VD = torch.randn(M, D + 3)[:, :D], torch.randn(V + 2, D + 5)[:V, :D]
-    tile = torch.full((M, V + 6), float("nan"))
-
-    assert products.project(hidden_MD, weight_VD, tile[:, :V])
-
-    expected = hidden_MD.double() @ weight_VD.double().t()
-    assert (tile[:, :V] - expected).abs().max() <= 1e-6 * expected.abs().max()
-    assert tile[:, V:].isnan().all()
-
-
-def test_without_a_batch_of_products_nothing_is_touched(monkeypatch):
-    monkeypatch.setattr(products, "_mkl", lambda name: None)
-    out_MV = torch.full((3, 5), 0.5)
-
-    assert not products.project(torch.randn(3, 4), torch.randn(5, 4), out_MV)
-
-    assert (out_MV == 0.5).all()
+    assert error(total, gradient.double().t() @ hidden.double()) <= 1e-6

@@ -15,6 +15,7 @@ the backward pass multiplies what is there by one number.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,8 +28,7 @@ from taid import objectives
 from taid.kernels import products, row_stage
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
-# Rows of a head that are multiplied at a time on a CPU: more run slower, and where a half-precision head has to be
-# converted, the copy of so many stays small.
+# Rows of a half-precision head whose copy in float32, or sum in it, is small.
 _SLAB = 4096
 
 
@@ -311,32 +311,35 @@ class _Products:
     ======================  =================  ==============  =======================================
     float32, float64        as they are        same            added up in the products
     half, CUDA              as they are        float32         added up in float32 by the products
-    bfloat16, CPU with it   as they are        bfloat16        added up in float32, by the products with MKL
-    half, other CPU         float32, by slabs  float32         added up in float32 by the products
+    bfloat16, CPU with it   as they are        bfloat16        added up in float32
+    half, elsewhere         float32, by slabs  float32         added up in float32 by the products
     ======================  =================  ==============  =======================================
 
-    A slab is a few thousand rows of the weight; float32 logits on a CPU are one batch of slabs where PyTorch brings MKL
-    (kernels.products). The last row of the table is no loss of speed: such a CPU multiplies in float32 anyway, and
-    PyTorch's own bfloat16 products there are up to 300 times slower (docs/performance.md).
+    A slab is a few thousand rows of the weight. How a CPU multiplies is in kernels.products. The last row of the table
+    is no loss of speed: such a CPU multiplies in float32 anyway, and PyTorch's own bfloat16 products there are up to
+    300 times slower (docs/performance.md).
     """
 
     def __init__(self, weight: Tensor, size: int, autocast: torch.dtype | None, wants_gradient: bool) -> None:
-        self.size, self.gradient_dtype, self.on_cuda = size, weight.dtype, weight.device.type == "cuda"
-        if autocast is not None and (self.on_cuda or (autocast == torch.bfloat16 and products.has_bfloat16())):
+        self.size, self.gradient_dtype, self.on_cpu = size, weight.dtype, weight.device.type == "cpu"
+        on_cuda, has_bfloat16 = weight.device.type == "cuda", self.on_cpu and products.has_bfloat16()
+        if autocast is not None and (on_cuda or (autocast == torch.bfloat16 and has_bfloat16)):
             weight = weight.to(autocast)
         self.weight = weight
         half = weight.dtype.itemsize < 4
-        self.native = not half or self.on_cuda or (weight.dtype == torch.bfloat16 and products.has_bfloat16())
-        self.operand_dtype = weight.dtype if self.native else torch.float32
-        self.tile_dtype = torch.float32 if half and self.on_cuda else self.operand_dtype
-        # On its way, the gradient of a half-precision head lies in slabs, which go as their rounded copies come.
-        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        native = not half or on_cuda or (weight.dtype == torch.bfloat16 and has_bfloat16)
+        self.operand_dtype = weight.dtype if native else torch.float32
+        self.tile_dtype = torch.float32 if half and on_cuda else self.operand_dtype
         whole = [slice(0, size)]
-        self.slabs = [slice(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
-        self.slabs = whole if self.on_cuda else self.slabs
-        self.sum_slabs = self.slabs if half else whole
-        slabs = self.sum_slabs if wants_gradient else []
-        self.sums = [weight.new_empty(s.stop - s.start, weight.shape[1], dtype=sum_dtype) for s in slabs]
+        slabs = [slice(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
+        self.slabs = whole if native else slabs
+        # On its way, the gradient of a half-precision head lies in slabs, which go as their rounded copies come.
+        self.sum_slabs = slabs if half and not on_cuda else whole
+        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.sums = [
+            weight.new_empty(s.stop - s.start, weight.shape[1], dtype=sum_dtype)
+            for s in (self.sum_slabs if wants_gradient else [])
+        ]
         self.is_first = True
 
     def operand(self, hidden: Tensor) -> Tensor:
@@ -350,37 +353,32 @@ class _Products:
         return tile[:, : self.size]
 
     def project(self, hidden_MD: Tensor, out_MV: Tensor) -> Tensor:
-        if not self.on_cuda and products.project(hidden_MD, self.weight[: self.size], out_MV):
-            return out_MV
-        mixed = {"out_dtype": torch.float32} if self.native and out_MV.dtype != self.operand_dtype else {}
+        mixed = {"out_dtype": out_MV.dtype} if out_MV.dtype != self.operand_dtype else {}
         for slab in self.slabs:
-            weight = self.weight[slab] if self.native else self.weight[slab].float()
-            torch.mm(hidden_MD, weight.t(), out=out_MV[:, slab], **mixed)
+            weight = self.weight[slab].to(self.operand_dtype)
+            if self.on_cpu:
+                products.project(hidden_MD, weight, out_MV[:, slab])
+            else:
+                torch.mm(hidden_MD, weight.t(), out=out_MV[:, slab], **mixed)
         return out_MV
 
     def project_back(self, gradient_MV: Tensor) -> Tensor:
-        weight = self.weight[: self.size]
-        if self.native and weight.dtype == torch.bfloat16 and weight.shape[1] <= 512 and not self.on_cuda:
-            # oneDNN takes half as long again for all columns at once.
-            return torch.cat([gradient_MV @ w for w in torch.split(weight, 256, 1)], 1)
-        if self.native:
-            return gradient_MV.to(self.operand_dtype) @ weight
-        out_MD = gradient_MV.new_zeros(len(gradient_MV), self.weight.shape[1])
-        for slab in self.slabs:
-            out_MD.addmm_(gradient_MV[:, slab], self.weight[slab].float())
-        return out_MD
+        multiply = products.project_back if self.on_cpu else torch.mm
+        parts = (
+            multiply(gradient_MV[:, slab].to(self.operand_dtype), self.weight[slab].to(self.operand_dtype))
+            for slab in self.slabs
+        )
+        return functools.reduce(Tensor.add_, parts)
 
     def add_outer(self, gradient_MV: Tensor, hidden_MD: Tensor) -> None:
         beta, self.is_first = 0 if self.is_first else 1, False
         for slab, total in zip(self.sum_slabs, self.sums, strict=True):
             columns = gradient_MV[:, slab].to(self.operand_dtype)
-            if total.dtype == self.operand_dtype:
-                total.addmm_(columns.t(), hidden_MD, beta=beta)
-            elif self.on_cuda:
-                torch.addmm(total, columns.t(), hidden_MD, beta=beta, out_dtype=total.dtype, out=total)
-            elif not products.add_product(total, columns, hidden_MD, beta):
-                product = columns.t() @ hidden_MD
-                total.add_(product) if beta else total.copy_(product)
+            if self.on_cpu:
+                products.add_outer(total, columns, hidden_MD, beta)
+            else:
+                mixed: dict[str, Any] = {"out_dtype": total.dtype} if total.dtype != self.operand_dtype else {}
+                torch.addmm(total, columns.t(), hidden_MD, beta=beta, out=total, **mixed)
 
     def outer_sum(self) -> Tensor:
         """The weight's gradient, in its dtype and with zeros for rows beyond the vocabulary."""
