@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from taid import objectives
 from taid.kernels import products, row_stage
 from taid.kernels.rows import COLUMNS, Finish, RowTask
+from taid.top_k import TopK, check_objective, top_k_rows
 
 # Rows of a half-precision head whose copy in float32, or sum in it, is small.
 _SLAB = 4096
@@ -79,7 +80,7 @@ class DistillationLoss(NamedTuple):
 
 def distillation_loss(
     student_NV: Tensor,
-    teacher_NV: Tensor | None,
+    teacher_NV: Tensor | TopK | None,
     labels_N: Tensor,
     objective: str = "taid",
     *,
@@ -92,7 +93,7 @@ def distillation_loss(
 
     Args:
         student_NV: the student's logits.
-        teacher_NV: the teacher's; None for the label's cross-entropy alone.
+        teacher_NV: the teacher's, or its :class:`TopK`; None for the label's cross-entropy alone.
         labels_N: the tokens to predict, int64.
         objective: the name of a function of :mod:`taid.objectives`, or "sft".
         kd_ratio: share of the objective; the rest is cross-entropy to the labels.
@@ -107,6 +108,16 @@ def distillation_loss(
         cross_entropy = F.cross_entropy(student_NV, labels_N, reduction="none")
     zero = torch.zeros_like(cross_entropy)
     columns = dict.fromkeys(COLUMNS, zero) | {"cross_entropy": cross_entropy}
+    with torch.no_grad():
+        columns["entropy"] = torch.special.entr(student_NV.softmax(-1)).sum(-1)
+        columns["correct"] = student_NV.gather(-1, labels_N[:, None])[:, 0] >= student_NV.amax(-1)
+        if isinstance(teacher_NV, TopK):
+            columns["teacher_cross_entropy"] = -teacher_NV.label_log_probs
+        elif teacher_NV is not None:
+            columns["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
+    if isinstance(teacher_NV, TopK):  # from here on, of k + 1 outcomes
+        check_objective(objective)
+        student_NV, teacher_NV = teacher_NV.outcomes(student_NV)
     if teacher_NV is not None and share > 0:
         given = task.parameters | ({"labels": labels_N} if objective == "dkd" else {})
         if objective == "ctkd" and torch.is_grad_enabled():
@@ -117,12 +128,9 @@ def distillation_loss(
             gradient = torch.autograd.grad(total, given["temperature"], retain_graph=True)[0]
             columns["temperature_gradient"] = torch.cat([gradient[None], zero])
     with torch.no_grad():
-        columns["entropy"] = torch.special.entr(student_NV.softmax(-1)).sum(-1)
-        columns["correct"] = student_NV.gather(-1, labels_N[:, None])[:, 0] >= student_NV.amax(-1)
         if teacher_NV is not None:
             same = objective == "forward_kl" and share > 0
             columns["kl"] = columns["objective"] if same else objectives.forward_kl(student_NV, teacher_NV)
-            columns["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
             if objective == "taid" and share > 0:
                 target_NV = objectives.interpolated_log_probs(student_NV, teacher_NV, **task.parameters).exp()
                 columns["target_cross_entropy"] = F.cross_entropy(student_NV, target_NV, reduction="none")
@@ -135,7 +143,7 @@ def distillation_loss(
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
     teacher_head: Head | Tensor | None,
     labels: Tensor,
     objective: str = "taid",
@@ -163,7 +171,8 @@ def fused_distillation_loss(
     Args:
         student_hidden: ``[..., D]``, what the student's output head is given, at the positions that predict `labels`.
         student_head: a :class:`Head`, or its weight ``[V, D]``.
-        teacher_hidden: ``[..., E]``; None for the label's cross-entropy alone.
+        teacher_hidden: ``[..., E]``; or, without a `teacher_head`, the :class:`TopK` of the trained tokens in their
+            order; None for the label's cross-entropy alone.
         teacher_head: a :class:`Head` or its weight ``[V', E]``; any dtype, independent of the student's.
         labels: ``[...]``, int64: the token that each position has to predict, -100 where it is not trained.
         objective: the name of a function of :mod:`taid.objectives`, or "sft".
@@ -179,21 +188,25 @@ def fused_distillation_loss(
     Reference: TAID, arXiv 2501.16937; gradients in the forward pass as in Liger Kernel, arXiv 2410.10989.
     """
     student_head, teacher_head = _as_head(student_head), None if teacher_head is None else _as_head(teacher_head)
+    top_k, teacher_hidden = (teacher_hidden, None) if isinstance(teacher_hidden, TopK) else (None, teacher_hidden)
     size = _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, vocabulary_size)
     finish = [
         Finish(None if h.bias is None else h.bias.detach()[:size], h.scale, h.softcap) if h else Finish()
         for h in (student_head, teacher_head)
     ]
     task = RowTask.of(objective, kd_ratio, _detached(parameters), *finish)
-    if task.kd_ratio > 0 and teacher_hidden is None:
+    if task.kd_ratio > 0 and teacher_hidden is None and top_k is None:
         raise ValueError(f"objective {objective!r} needs the teacher's hidden states and head")
     student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     kept = _kept(labels.reshape(-1), num_trained)
+    if top_k is not None:
+        _check_top_k(top_k, len(kept), size, objective)
     job = _Job(
         teacher_hidden=None
         if teacher_hidden is None
         else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight=None if teacher_head is None else teacher_head.weight.detach(),
+        top_k=top_k,
         labels=labels.reshape(-1).index_select(0, kept),
         kept=kept,
         size=size,
@@ -214,6 +227,7 @@ class _Job:
 
     teacher_hidden: Tensor | None  # [N', E], untrained tokens included
     teacher_weight: Tensor | None  # [V, E]
+    top_k: TopK | None  # of the N trained tokens
     labels: Tensor  # [N]
     kept: Tensor  # [N], places of the trained tokens
     size: int  # V
@@ -274,10 +288,12 @@ def _forward(
         if teacher is not None and job.teacher_hidden is not None:
             hidden_ME = teacher.operand(job.teacher_hidden.index_select(0, places))
             teacher_MV = teacher.project(hidden_ME, tiles[1][:M])
-        gradient_MV = row_stage(
-            student_MV, teacher_MV, job.labels[chunk], job.task, columns[chunk],
-            gradient=student.operand_dtype if any(wanted[:3]) else None,
-        )  # fmt: skip
+        of_rows = job.labels[chunk], job.task, columns[chunk]
+        gradient_dtype = student.operand_dtype if any(wanted[:3]) else None
+        if job.top_k is None:
+            gradient_MV = row_stage(student_MV, teacher_MV, *of_rows, gradient=gradient_dtype)
+        else:
+            gradient_MV = top_k_rows(student_MV, job.top_k[chunk], *of_rows, gradient=gradient_dtype)
         if d_hidden is not None:
             d_hidden.index_copy_(0, places, student.project_back(gradient_MV).to(d_hidden.dtype))
         if wants_weight:
@@ -469,6 +485,14 @@ def _check(
         for wrong in labels[(labels >= size) | ((labels < 0) & (labels != -100))].tolist()[:1]:
             raise ValueError(f"label {wrong} is no id of the {size} that student and teacher share, and not -100")
     return size
+
+
+def _check_top_k(top_k: TopK, trained: int, size: int, objective: str) -> None:
+    check_objective(objective)
+    if len(top_k) != trained:
+        raise ValueError(f"the teacher's top k are of {len(top_k)} tokens, but {trained} are trained")
+    if top_k.ids.device.type == "cpu" and top_k.ids.numel() and not 0 <= int(top_k.ids.min()) <= top_k.ids.max() < size:
+        raise ValueError(f"the teacher's top k name id {int(top_k.ids.max())}, but there are {size}")
 
 
 def _detached(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def rows(
     """
     M, V = student_MV.shape
     dtype = columns_MK.dtype
-    step = min(M, max(1, _BLOCK // V))
+    step = min(M, block_rows(V))
     # Memory is asked for once: fresh pages for every intermediate result would take longer than the arithmetic.
     scratch = student_MV.new_empty(8, step, V, dtype=dtype)
     for start in range(0, M, step):
@@ -182,6 +182,21 @@ def rows(
     return student_MV
 
 
+def block_rows(V: int) -> int:
+    """How many rows of V ids at a time stay in a core's cache."""
+    return max(1, _BLOCK // V)
+
+
+def row_of(z_q: Tensor, q: Tensor, label: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    """Centre the student's logits in place, fill `q` and the columns that are the student's alone; return the log of the
+    normaliser of the centred logits."""
+    columns["correct"].copy_((z_q.gather(-1, label) >= z_q.amax(-1, keepdim=True))[:, 0])
+    log_normaliser = _softmax(z_q, q)
+    columns["cross_entropy"].copy_((log_normaliser - z_q.gather(-1, label))[:, 0])
+    columns["entropy"].copy_(log_normaliser[:, 0] - _dot(q, z_q))
+    return log_normaliser
+
+
 # An objective fills its columns and returns (g, s) with dL/dz_q = g + s q. It may use up what it is given, but for q.
 _Gradient = tuple[Tensor, Tensor | float]
 
@@ -194,10 +209,7 @@ class _Row:
     ) -> None:
         self.q, self.p, self.d, self.difference, self.spare, self.other = buffers
         self.z_q, self.label, self.columns = z_q, label, columns
-        columns["correct"].copy_((z_q.gather(-1, label) >= z_q.amax(-1, keepdim=True))[:, 0])
-        self.log_normaliser_q = _softmax(z_q, self.q)
-        columns["cross_entropy"].copy_((self.log_normaliser_q - z_q.gather(-1, label))[:, 0])
-        columns["entropy"].copy_(self.log_normaliser_q[:, 0] - _dot(self.q, z_q))
+        self.log_normaliser_q = row_of(z_q, self.q, label, columns)
         if z_p is None:
             return
         self.z_p = z_p
