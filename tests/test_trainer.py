@@ -269,7 +269,7 @@ def test_held_out_figures_are_means_over_all_held_out_tokens(tmp_path, student_f
         tmp_path, student_folder, teacher_folder, held_out=HELD_OUT, per_device_eval_batch_size=3, max_steps=1
     )
     metrics = trainer.evaluate()
-    student, teacher = trainer.model.eval(), trainer.teacher
+    student, teacher = trainer.model.eval(), trainer.teacher.model
     sums = torch.zeros(4, dtype=torch.float64)
     with torch.no_grad():
         for row in trainer.eval_dataset:

@@ -1,4 +1,4 @@
-"""The command line: ``taid train``, ``taid report``, ``taid demo``.
+"""The command line: ``taid train``, ``taid cache``, ``taid report``, ``taid demo``.
 
 Heavy imports wait until a command needs them, so that ``taid --help`` answers at once.
 """
@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait, which costs a shared machine most of its speed (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        if arguments[:1] == ["train"]:  # its options come from TRL and transformers, which take seconds to import
-            train(arguments[1:])
+        # Their options come from TRL and transformers, which take seconds to import.
+        if arguments[:1] in (["train"], ["cache"]):
+            {"train": train, "cache": cache}[arguments[0]](arguments[1:])
             return 0
         options = _parser().parse_args(arguments)
         if options.command is None:
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"taid {metadata.version('taid')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("train", help="distil a teacher into a student (taid train --help)")
+    commands.add_parser("cache", help="keep what the teacher says of a run's rows on disk (taid cache --help)")
     report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.set_defaults(run=_report)
@@ -68,15 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(argv: Sequence[str]) -> None:
-    """``taid train``: from the configuration to the trained student and its report."""
+def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, TAIDConfig]:
+    """The configuration, with what every run needs set, and logs as a terminal or a file wants them."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    from taid import config, run_folder
-    from taid.report import write_report
+    from taid import config
 
-    model_arguments, data_arguments, args = config.parse(argv)
+    model_arguments, data_arguments, args = config.parse(argv, command)
     args.disable_tqdm = not sys.stderr.isatty()  # bars are for eyes; a log file gets a line a logged step
     if args.disable_tqdm:
         datasets.disable_progress_bars()
@@ -85,10 +86,34 @@ def train(argv: Sequence[str]) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("taid").setLevel(logging.INFO)
     required = {"model_name_or_path": model_arguments.model_name_or_path, "dataset_name": data_arguments.dataset_name}
+    required |= {"teacher_cache": args.teacher_cache} if command == "cache" else {}
     for name, value in required.items():
         if value is None:
             raise ValueError(f"{name} is not set: give it in the configuration or as --{name}")
+    return model_arguments, data_arguments, args
 
+
+def cache(argv: Sequence[str]) -> None:
+    """``taid cache``: what the teacher says of every row of a recipe, kept on disk."""
+    from taid import run_folder
+    from taid.capture import capture
+
+    repair = "--repair" in argv
+    model_arguments, data_arguments, args = _configured([a for a in argv if a != "--repair"], "cache")
+    folder, args.teacher_cache = Path(str(args.teacher_cache)).expanduser(), None
+    with run_folder.claimed(folder, "teacher_cache") if args.process_index == 0 else contextlib.nullcontext():
+        trainer = _build_trainer(model_arguments, data_arguments, args, resuming=False)
+        capture(trainer, folder, repair=repair)
+        if args.process_index == 0:
+            print(f"teacher cache: {folder}; train from it with --teacher_cache {folder}")
+
+
+def train(argv: Sequence[str]) -> None:
+    """``taid train``: from the configuration to the trained student and its report."""
+    from taid import run_folder
+    from taid.report import write_report
+
+    model_arguments, data_arguments, args = _configured(argv, "train")
     output_dir, is_main = Path(args.output_dir), args.process_index == 0
     with run_folder.claimed(output_dir) if is_main else contextlib.nullcontext():
         checkpoint = _checkpoint_to_resume(output_dir, args)

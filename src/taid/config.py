@@ -35,11 +35,13 @@ Objective = Literal[
 ]
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
+CacheFormat = Literal["hidden", "hidden_int8", "top_k"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": get_args(Objective),
     "taid_signal": get_args(Signal),
     "tokenizer_from": get_args(Side),
+    "teacher_cache_format": (None, *get_args(CacheFormat)),
     "taid_adaptive": (True, False),
     "fused": (True, False),
 }
@@ -126,6 +128,22 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             "that of the checkpoint in bf16 and fp16 runs and float32 otherwise, unless given here."
         },
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder that `taid cache` wrote: what the teacher says is read from it, and no teacher is loaded."
+        },
+    )
+    teacher_cache_format: CacheFormat | None = field(
+        default=None,
+        metadata={
+            "help": "taid cache: 'hidden' (default) keeps the teacher's final hidden states and its head, exact; "
+            "'hidden_int8' the states in 8 bits; 'top_k' the likeliest tokens and the mass of the rest."
+        },
+    )
+    teacher_cache_top_k: int | None = field(
+        default=None, metadata={"help": "taid cache: how many tokens format top_k keeps a position, 64 by default."}
+    )
     tokenizer_from: Side = field(
         default="student",
         metadata={
@@ -163,6 +181,8 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         check_range(
             t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
         )
+        if self.teacher_cache_top_k is not None and self.teacher_cache_top_k < 1:
+            raise ValueError(f"teacher_cache_top_k must be positive, got {self.teacher_cache_top_k}")
         if not 0.0 < self.jsd_beta < 1.0:
             raise ValueError(f"jsd_beta must lie strictly between 0 and 1, got {self.jsd_beta}")
         if not 0.0 <= self.skew < 1.0:
@@ -239,7 +259,7 @@ _COMMON = frozenset(
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
+def parse(argv: Sequence[str], command: str = "train") -> tuple[ModelConfig, DataArguments, TAIDConfig]:
     """Read ``--config FILE`` and ``--field value`` pairs; the command line wins.
 
     Raises:
@@ -248,7 +268,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
         ImportError: an option needs a package that is not installed.
         FileNotFoundError: no such YAML file.
     """
-    parser = _parser(show_all="--help_all" in argv)
+    parser = _parser(command, show_all="--help_all" in argv)
     values = ["--help" if value == "--help_all" else value for value in argv]
     config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=Path)
@@ -294,12 +314,23 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
         raise ValueError(message)
 
 
-def _parser(*, show_all: bool) -> _Parser:
+_COMMANDS = {
+    "train": ("[--field value ...]", "Distil a teacher into a student."),
+    "cache": (
+        "--teacher_cache DIR [--repair] [--field value ...]",
+        "Ask the teacher once for every row that `taid train` with the same recipe sees, and keep what it says in DIR. "
+        "Continues what is there; --repair reads all of it first and captures damaged shards anew.",
+    ),
+}
+
+
+def _parser(command: str, *, show_all: bool) -> _Parser:
+    usage, description = _COMMANDS[command]
     parser = _Parser(
         [TAIDConfig, ModelConfig, DataArguments],
-        prog="taid train",
-        usage="taid train --config recipe.yaml [--field value ...]",
-        description="Distil a teacher into a student.",
+        prog=f"taid {command}",
+        usage=f"taid {command} --config recipe.yaml {usage}",
+        description=description,
         allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.HelpFormatter,

@@ -56,6 +56,14 @@ class Head:
             self.weight.to(device), None if self.bias is None else self.bias.to(device), self.scale, self.softcap
         )
 
+    def at(self, ids: Tensor | None) -> Head:
+        """The same for some ids only, ``[V']``; None for all."""
+        if ids is None:
+            return self
+        ids = ids.to(self.weight.device)
+        bias = None if self.bias is None else self.bias.index_select(0, ids)
+        return Head(self.weight.index_select(0, ids), bias, self.scale, self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The plain formula: logits ``[..., V]`` of hidden states ``[..., D]``."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale

@@ -96,10 +96,7 @@ class OutputHead:
 
     def head(self, ids: Tensor | None = None) -> Head:
         """The head as the fused loss takes it, cut to `ids` where they are given."""
-        weight, bias = self.weights()
-        if ids is not None:
-            weight, bias = weight.index_select(0, ids), None if bias is None else bias.index_select(0, ids)
-        return Head(weight, bias, self.scale, self.softcap)
+        return Head(*self.weights(), self.scale, self.softcap).at(ids)
 
     @contextlib.contextmanager
     def replaced_by(self, function: Callable[[Tensor], DistillationLoss | None]) -> Iterator[None]:

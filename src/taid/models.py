@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from taid.vocabulary import Vocabulary, adopt_tokenizer
 
 if TYPE_CHECKING:
+    from taid.cache import Cache
     from taid.config import TAIDConfig
 
 # What from_pretrained raises for a folder, an argument or a package that is not as it should be.
@@ -34,7 +35,8 @@ class Pair:
     Attributes:
         student: the model that is trained.
         tokenizer: the student's; the teacher's where the student was given it.
-        teacher: None only where nothing is distilled.
+        teacher: a model; None where nothing is distilled or a cache answers.
+        teacher_tokenizer: None where there is no teacher at all.
         vocabulary: the token ids that both predict.
         names: where the two came from, under the names of the configuration.
     """
@@ -42,19 +44,24 @@ class Pair:
     student: Any
     tokenizer: Any
     teacher: Any
+    teacher_tokenizer: Any
     vocabulary: Vocabulary
     names: dict[str, str | None]
 
 
-def load_pair(student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teacher_tokenizer: Any) -> Pair:
-    """Load what is given by name, and match the vocabularies.
+def load_pair(
+    student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teacher_tokenizer: Any, cache: Cache | None = None
+) -> Pair:
+    """Load what is given by name, and match the vocabularies. Where there is a cache, no teacher is loaded.
 
     Raises:
         ValueError: a model cannot be loaded, a teacher is missing, or the tokenizers differ; says which and the remedy.
     """
-    if teacher is None and args.distillation_share > 0:
-        raise ValueError(f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path")
-    if teacher is None and args.tokenizer_from == "teacher":
+    if teacher is None and cache is None and args.distillation_share > 0:
+        raise ValueError(
+            f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path, or teacher_cache"
+        )
+    if teacher is None and cache is None and args.tokenizer_from == "teacher":
         raise ValueError("tokenizer_from: teacher needs a teacher: set teacher_model_name_or_path")
     if teacher is student and not isinstance(student, str):
         raise ValueError("student and teacher are one object: load the teacher a second time")
@@ -65,11 +72,13 @@ def load_pair(student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teac
         student = load_model(student, role="student", **init_kwargs)
     args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
     tokenizer = tokenizer or _tokenizer_of(names["model_name_or_path"], "student", "processing_class", **remote)
-    if teacher is None:
-        return Pair(student, tokenizer, None, Vocabulary.of(tokenizer, output_rows(student)), names)
+    if teacher is None and cache is None:
+        return Pair(student, tokenizer, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
 
     revision = {"revision": args.teacher_model_revision} if args.teacher_model_revision else {}
-    if isinstance(teacher, str):
+    if cache is not None:
+        teacher, teacher_tokenizer = None, _load_tokenizer(str(cache.folder / "tokenizer"), "teacher")
+    elif isinstance(teacher, str):
         dtype = {"dtype": "auto" if args.bf16 or args.fp16 else torch.float32}
         init_kwargs = remote | revision | dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]
         teacher = load_model(teacher, role="teacher", **init_kwargs)
@@ -79,8 +88,10 @@ def load_pair(student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teac
     if args.tokenizer_from == "teacher":
         adopt_tokenizer(student, tokenizer, teacher_tokenizer)
         tokenizer = teacher_tokenizer
-    rows = {"student_rows": output_rows(student), "teacher_rows": output_rows(teacher)}
-    return Pair(student, tokenizer, teacher, Vocabulary.shared(tokenizer, teacher_tokenizer, **rows), names)
+    teacher_rows = output_rows(teacher) if cache is None else int(cache.manifest["teacher_rows"])
+    rows = {"student_rows": output_rows(student), "teacher_rows": teacher_rows}
+    vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
+    return Pair(student, tokenizer, teacher, teacher_tokenizer, vocabulary, names)
 
 
 def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
@@ -123,6 +134,10 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
 def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     """Load the tokenizer that belongs to a model; raises a ValueError that names the model."""
     _check_folder(name_or_path, role)
+    return _load_tokenizer(name_or_path, role, **init_kwargs)
+
+
+def _load_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
     except _ERRORS as error:

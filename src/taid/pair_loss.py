@@ -1,9 +1,7 @@
-"""The loss of one micro-batch from two models: fused with their output heads, or by the plain formula from logits."""
+"""The loss of one micro-batch of a student and its teacher: fused with their output heads, or by the plain formula."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from taid.config import TAIDConfig
 from taid.fused import DistillationLoss, distillation_loss, fused_distillation_loss
 from taid.heads import OutputHead
+from taid.teacher import Hidden, Teacher
 from taid.vocabulary import Vocabulary
 
 
@@ -23,21 +22,15 @@ class PairLoss:
         teacher: None where nothing is distilled.
         vocabulary: the ids that both predict.
         args: objective, kd_ratio and whether it is fused.
-        autocast: the context that the teacher runs in.
 
     Raises:
-        ValueError: an output head cannot be fused; says why and the remedy.
+        ValueError: the student's output head cannot be fused; says why and the remedy.
     """
 
-    def __init__(
-        self, student: Any, teacher: Any, vocabulary: Vocabulary, args: TAIDConfig,
-        autocast: Callable[[], AbstractContextManager[Any]],
-    ) -> None:  # fmt: skip
-        self.teacher, self.vocabulary, self.args, self.autocast = teacher, vocabulary, args, autocast
+    def __init__(self, student: Any, teacher: Teacher | None, vocabulary: Vocabulary, args: TAIDConfig) -> None:
+        self.teacher, self.vocabulary, self.args = teacher, vocabulary, args
         if args.fused:
             self.student_head = OutputHead(student, "student")
-        if args.fused and teacher is not None:
-            self.teacher_head = OutputHead(teacher, "teacher")
 
     def __call__(
         self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, *,
@@ -61,19 +54,15 @@ class PairLoss:
         self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, parameters: dict[str, float],
         with_teacher: bool, num_trained: int | None, of_student: dict[str, Any],
     ) -> tuple[Any, DistillationLoss]:  # fmt: skip
-        ids = None if self.vocabulary.is_prefix else self.vocabulary.index.to(labels.device)
+        ids = None if self.vocabulary.holes is None else self.vocabulary.holes.to(labels.device)
+        signal = self.teacher(inputs, labels) if self.teacher is not None and with_teacher else None
+        of_teacher = signal if isinstance(signal, Hidden) else (signal, None)
         labels = torch.where(labels == -100, labels, self.vocabulary.position(labels))
-        hidden: list[Tensor] = []  # the teacher's
-        if with_teacher:
-            with torch.no_grad(), self.autocast(), self.teacher_head.replaced_by(hidden.append):
-                self.teacher(**inputs)
         results: list[DistillationLoss] = []
 
         def loss_of(student_hidden: Tensor) -> DistillationLoss:
-            device = student_hidden.device  # a teacher that device_map has spread may end on another one
-            teacher = (hidden[0].to(device), self.teacher_head.head(ids).to(device)) if hidden else (None, None)
             result: DistillationLoss = fused_distillation_loss(
-                student_hidden, self.student_head.head(ids), *teacher, labels, self.args.objective,
+                student_hidden, self.student_head.head(ids), *of_teacher, labels, self.args.objective,
                 kd_ratio=self.args.distillation_share, vocabulary_size=len(self.vocabulary.ids),
                 num_trained=num_trained, **parameters,
             )  # fmt: skip
@@ -91,10 +80,7 @@ class PairLoss:
         trained = labels != -100
         outputs = model(**inputs, **of_student)
         assert outputs.logits.shape[:2] == labels.shape
-        teacher_NV = None
-        if with_teacher:
-            with torch.no_grad(), self.autocast():
-                teacher_NV = self.vocabulary.select(self.teacher(**inputs).logits[trained])
+        teacher_NV = self.teacher.logits(inputs, labels) if self.teacher is not None and with_teacher else None
         return outputs, distillation_loss(
             self.vocabulary.select(outputs.logits[trained]), teacher_NV, self.vocabulary.position(labels[trained]),
             self.args.objective, kd_ratio=self.args.distillation_share, **parameters,

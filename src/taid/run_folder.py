@@ -70,7 +70,7 @@ def clear(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, name: str = "output_dir") -> Iterator[None]:
     """Hold the folder against a second process; the operating system lets go when this one ends, however it ends."""
     try:
         import fcntl
@@ -80,7 +80,7 @@ def claimed(folder: Path) -> Iterator[None]:
     paths = (folder, *folder.parents)
     made = list(itertools.takewhile(lambda path: not os.path.lexists(path), paths))
     if len(made) < len(paths) and not (there := paths[len(made)]).is_dir():
-        raise ValueError(f"output_dir {folder}: {there} is a file: choose another folder")
+        raise ValueError(f"{name} {folder}: {there} is a file: choose another folder")
     descriptor = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def claimed(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             made.clear()  # now the other's
             raise ValueError(
-                f"output_dir {folder} is in use by another taid process: wait for it, or choose another folder"
+                f"{name} {folder} is in use by another taid process: wait for it, or choose another folder"
             ) from None
         yield
     finally:

@@ -26,11 +26,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
-from taid import run_folder
+from taid import capture, run_folder
+from taid.cache import Cache
 from taid.config import TAIDConfig, resolved
 from taid.models import load_pair
 from taid.pair_loss import PairLoss
 from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
+from taid.teacher import CachedTeacher, LocalTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +105,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or TAIDConfig()
+        cache = None if args.teacher_cache is None else Cache(Path(args.teacher_cache).expanduser())
         pair = load_pair(model, teacher_model or args.teacher_model_name_or_path, args, processing_class,
-                         teacher_processing_class)  # fmt: skip
+                         teacher_processing_class, cache)  # fmt: skip
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
 
@@ -123,14 +126,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
 
-        self.vocabulary, self.teacher = pair.vocabulary, pair.teacher
-        self._check_rows(pair.tokenizer)
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False).eval()
-            if not hasattr(self.teacher, "hf_device_map"):
-                self.teacher.to(self.args.device)
-        self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args, self.accelerator.autocast)
+        self.vocabulary, self.teacher_tokenizer = pair.vocabulary, pair.teacher_tokenizer
         self.configuration = resolved(args) | pair.names
+        self._check_rows(pair.tokenizer)
+        self.teacher = self._teacher(pair.teacher, cache)
+        self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args)
         self._schedule: TAIDSchedule | CurriculumTemperature | None = None
         self._schedule_state: ScheduleState | TemperatureState | None = None
         self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
@@ -138,6 +138,18 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._train_start = self._window_start = self._seconds_before = 0.0
         self._total_train_tokens: int
         self.add_callback(_RunFolder(self))
+
+    def _teacher(self, model: Any, cache: Cache | None) -> Teacher | None:
+        """What answers for the teacher: the model, or a cache that fits this run."""
+        if cache is not None:
+            capture.require(self, cache)
+            return CachedTeacher(cache, self.vocabulary, self.args.device)
+        if model is None:
+            return None
+        model.requires_grad_(False).eval()
+        if not hasattr(model, "hf_device_map"):
+            model.to(self.args.device)
+        return LocalTeacher(model, self.vocabulary, self.accelerator.autocast, self.args.fused)
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
@@ -227,6 +239,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             batch["num_trained"] = int((batch["labels"][:, 1:] != -100).sum())
+        if self.teacher is not None and self.args.distillation_share > 0:
+            self.teacher.prefetch(batches)
         count = self.accelerator.reduce(torch.tensor(sum(b["num_trained"] for b in batches), device=device), "sum")
         return batches, (count // self.get_tp_size()).clamp(min=1)
 
@@ -365,7 +379,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         names += _RUN_DEFINING
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         identity = {name: self.configuration.get(name) for name in names}
-        return identity | {"total_steps": self.state.max_steps, "rows_per_step": rows}
+        signal = self.teacher.kind if self.teacher is not None and self.args.distillation_share > 0 else None
+        return identity | {"total_steps": self.state.max_steps, "rows_per_step": rows, "teacher_signal": signal}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.stateful_callbacks[type(self).__name__] = {

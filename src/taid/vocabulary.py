@@ -88,6 +88,11 @@ class Vocabulary:
         """The ids as a tensor on the CPU, made once: a step needs them several times."""
         return torch.tensor(self.ids)
 
+    @property
+    def holes(self) -> Tensor | None:
+        """The ids as a tensor where there are holes between them; None where a cut is enough."""
+        return None if self.is_prefix else self.index
+
     def select(self, logits: Tensor) -> Tensor:
         """Cut logits ``[..., rows]`` to the shared ids, ``[..., len(ids)]``."""
         if self.is_prefix:

@@ -188,8 +188,10 @@ def block_rows(V: int) -> int:
 
 
 def row_of(z_q: Tensor, q: Tensor, label: Tensor, columns: dict[str, Tensor]) -> Tensor:
-    """Centre the student's logits in place, fill `q` and the columns that are the student's alone; return the log of the
-    normaliser of the centred logits."""
+    """Centre the student's logits in place, fill `q` and the columns that are the student's alone.
+
+    Returns the log of the normaliser of the centred logits.
+    """
     columns["correct"].copy_((z_q.gather(-1, label) >= z_q.amax(-1, keepdim=True))[:, 0])
     log_normaliser = _softmax(z_q, q)
     columns["cross_entropy"].copy_((log_normaliser - z_q.gather(-1, label))[:, 0])

@@ -1,0 +1,86 @@
+"""Digests of what a cache of teacher signals depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 2**16
+_BLOCKS = 4096  # of a weight file that are read: all of a file up to 256 MB
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """Of all tokens with their ids, and of how text is split."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    # Padding and truncation are a tokenizer's state of the moment.
+    if backend is not None:
+        content = json.dumps({k: v for k, v in json.loads(content).items() if k not in ("padding", "truncation")})
+    return _digest(content)
+
+
+def of_text(text: str | None) -> str | None:
+    """Of a chat template, or None where there is none."""
+    return None if text is None else _digest(text)
+
+
+def of_ids(ids: tuple[int, ...]) -> str:
+    """Of the ids that two models share."""
+    return f"{len(ids)} ids, {_digest(','.join(map(str, ids)))}"
+
+
+def of_model(name_or_path: str | None, revision: str | None) -> dict[str, str | None]:
+    """Of a model's configuration and weights, as far as they are on this machine; None where they are not.
+
+    A file of more than 256 MB is read in 4,096 blocks of 64 KB that are spread evenly over it, beside its header and
+    size: another training run changes nearly every weight, and a 144 GB teacher is known in seconds.
+    """
+    folder = _folder(name_or_path, revision)
+    weights = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if folder is None or not weights:
+        return {"teacher_config": None, "teacher_weights": None}
+    digest = hashlib.sha256()
+    for path in weights:
+        _add_file(digest, path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # What transformers notes of itself and of where the folder lay.
+    config = {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
+    return {
+        "teacher_config": _digest(json.dumps(config, sort_keys=True)),
+        "teacher_weights": digest.hexdigest()[:32],
+    }
+
+
+def _folder(name_or_path: str | None, revision: str | None) -> Path | None:
+    if name_or_path is None:
+        return None
+    folder = Path(os.path.expanduser(name_or_path))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(8)
+        header += file.read(struct.unpack("<Q", header)[0])
+        digest.update(size.to_bytes(8, "little") + header)
+        blocks = -(-(size - len(header)) // _BLOCK)
+        for number in range(min(blocks, _BLOCKS)):
+            file.seek(len(header) + _BLOCK * (number * blocks // min(blocks, _BLOCKS)))
+            digest.update(file.read(_BLOCK))
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,0 +1,361 @@
+"""A cached teacher: the same loss, the same weights; a cache of another run or a damaged one is refused."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import taid.cache
+from taid import TAIDConfig, TAIDTrainer, run_folder
+from taid.cache import Cache, Writer, sequences
+from taid.capture import capture, shifted
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
+ROWS = [{"prompt": TEXT[: 4 + 3 * i], "completion": TEXT[4 + 3 * i : 20 + 9 * i]} for i in range(8)]
+DATA = Dataset.from_list(ROWS)
+HELD_OUT = Dataset.from_list([{"prompt": TEXT[i : i + 9], "completion": TEXT[i + 9 : i + 40]} for i in range(3)])
+
+
+def config(folder, **options):
+    options = {
+        "objective": "taid", "taid_alpha": 0.8, "taid_beta": 0.5, "max_steps": 4, "per_device_train_batch_size": 8,
+        "learning_rate": 0.3, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "max_length": 256,
+        "bf16": False, "activation_checkpointing": False, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    } | options  # fmt: skip
+    return TAIDConfig(output_dir=str(folder), **options)
+
+
+def trainer_of(folder, student, teacher, data=DATA, held_out=HELD_OUT, **options):
+    teacher = None if teacher is None else str(teacher)
+    return TAIDTrainer(str(student), teacher, config(folder, **options), train_dataset=data, eval_dataset=held_out)
+
+
+def train(folder, *models, **options):
+    trainer = trainer_of(folder, *models, **options)
+    trainer.train()
+    trainer.evaluate()
+    rows = run_folder.read_metrics(folder)
+    return trainer, [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def make_cache(tmp_path_factory, student_folder, teacher_folder):
+    """make_cache(**options): capture DATA and HELD_OUT, once for each set of options."""
+    made = {}
+
+    def make(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("cache") / "cache"
+            capture(trainer_of(folder.parent / "out", student_folder, teacher_folder, **options), folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def cache(make_cache, tmp_path):
+    """A copy of a cache of hidden states, to spoil."""
+    return Path(shutil.copytree(make_cache(), tmp_path / "cache"))
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+# --- the same loss ----------------------------------------------------------------------------------------------------
+
+SPLITS = {
+    "the batches of the capture": {},
+    "one row at a time": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "packed": {"packing": True},
+    "by the plain formula": {"fused": False},
+}
+
+
+@pytest.mark.parametrize("objective", ["taid", "dkd", "adaptive_kl"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_training_on_hidden_states_is_training_with_the_local_teacher(
+    split, objective, make_cache, tmp_path, student_folder, teacher_folder
+):
+    options = {"objective": objective, **SPLITS[split]}
+    local, expected = train(tmp_path / "local", student_folder, teacher_folder, **options)
+    cached, found = train(tmp_path / "cached", student_folder, None, teacher_cache=str(make_cache()), **options)
+    assert cached.teacher.kind == local.teacher.kind == "exact"
+    assert len(found) == len(expected) == 4 + 1
+    for row, reference in zip(found, expected, strict=True):
+        assert row.keys() == reference.keys()
+        for name, value in row.items():
+            assert abs(value - reference[name]) <= 1e-6 * abs(reference[name]), (name, row["step"])
+        if split == "the batches of the capture":  # then not a byte differs
+            assert row == reference
+    for name, tensor in weights(cached).items():
+        expected_tensor = weights(local)[name]
+        assert (tensor - expected_tensor).norm() <= 1e-6 * expected_tensor.norm(), name
+        assert split != "the batches of the capture" or torch.equal(tensor, expected_tensor)
+
+
+def test_any_subset_of_the_rows_in_any_order_needs_no_new_cache(make_cache, tmp_path, student_folder, teacher_folder):
+    data = DATA.select([6, 2, 5, 0, 5])
+    options = {"per_device_train_batch_size": 2, "data": data, "held_out": None}
+    _, expected = _losses(tmp_path / "local", student_folder, teacher_folder, **options)
+    _, found = _losses(tmp_path / "cached", student_folder, None, teacher_cache=str(make_cache()), **options)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def _losses(folder, *models, **options):
+    trainer = trainer_of(folder, *models, **options)
+    trainer.train()
+    return trainer, [row["loss"] for row in run_folder.read_metrics(folder) if "loss" in row]
+
+
+def test_eight_bits_are_close_and_say_so(make_cache, tmp_path, student_folder, teacher_folder):
+    _, expected = _losses(tmp_path / "local", student_folder, teacher_folder)
+    folder = make_cache(teacher_cache_format="hidden_int8")
+    trainer, found = _losses(tmp_path / "cached", student_folder, None, teacher_cache=str(folder))
+    assert trainer.teacher.kind == "hidden_int8"
+    assert found != expected
+    assert found == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("k", [8, 300])
+def test_top_k_is_below_the_full_loss_and_equal_to_it_where_all_are_listed(
+    k, make_cache, tmp_path, student_folder, teacher_folder
+):
+    _, expected = _losses(tmp_path / "local", student_folder, teacher_folder, max_steps=1)
+    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=k)
+    for fused in (True, False):
+        _, found = _losses(
+            tmp_path / f"cached {fused}", student_folder, None, teacher_cache=str(folder), max_steps=1, fused=fused
+        )
+        if k == 300:
+            assert found == pytest.approx(expected, rel=1e-3)  # log-probabilities are kept in half precision
+        else:
+            assert 0 < found[0] < expected[0]
+    assert not (folder / "head.safetensors").exists()
+
+
+def test_a_run_that_resumes_with_another_kind_of_teacher_is_refused(
+    make_cache, tmp_path, student_folder, teacher_folder
+):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    _losses(tmp_path / "run", student_folder, teacher_folder, **saving)
+    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    trainer = trainer_of(tmp_path / "run", student_folder, teacher_folder, teacher_cache=str(folder), **saving)
+    with pytest.raises(ValueError, match="teacher_signal was 'exact', is 'top_k 8'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    # hidden states are the teacher itself
+    trainer = trainer_of(tmp_path / "run", student_folder, teacher_folder, teacher_cache=str(make_cache()), **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+# --- rows are found by content ----------------------------------------------------------------------------------------
+
+
+def test_a_sequence_has_one_key_padded_packed_and_alone():
+    ids = [[5, 6, 7, 8], [9, 10, 11]]
+    labels = [[-100, 6, 7, 8], [-100, 10, 11]]
+    padded = {
+        "input_ids": torch.tensor([ids[0], [*ids[1], 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
+    of_padded = list(sequences(padded, shifted(torch.tensor([labels[0], [*labels[1], -100]]))))
+    flat = {"input_ids": torch.tensor([ids[0] + ids[1]]), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}
+    of_flat = list(sequences(flat, shifted(torch.tensor([labels[0] + labels[1]]))))
+    assert [s.key for s in of_padded] == [s.key for s in of_flat]
+    assert [(s.row, s.start, s.stop) for s in of_padded] == [(0, 0, 4), (1, 0, 3)]
+    assert [(s.row, s.start, s.stop) for s in of_flat] == [(0, 0, 4), (0, 4, 7)]
+    assert [s.trained for s in of_padded] == [3, 2]
+    other = list(sequences(padded, shifted(torch.tensor([[-100, -100, 7, 8], [-100, 10, 11, -100]]))))
+    assert other[0].key != of_padded[0].key
+    assert other[1].key == of_padded[1].key
+
+
+# --- a capture that is cut off ----------------------------------------------------------------------------------------
+
+
+def test_a_capture_continues_where_it_stopped_and_adds_rows(tmp_path, student_folder, teacher_folder, monkeypatch):
+    folder, asked = tmp_path / "cache", []
+    trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder, data=DATA.select(range(5)), held_out=None)
+    capture(trainer, folder)
+    assert len(Cache(folder)) == 5
+    before = set(Cache(folder).shard_paths())
+    trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder, per_device_train_batch_size=1)
+    hidden = trainer.teacher.hidden
+    monkeypatch.setattr(trainer.teacher, "hidden", lambda inputs: asked.append(1) or hidden(inputs))
+    capture(trainer, folder)
+    assert len(Cache(folder)) == 8 + 3
+    assert before < set(Cache(folder).shard_paths())
+    assert len(asked) == 1 + 3 + 1  # an example, the three new rows one by one, and the held-out ones at once
+    asked.clear()
+    capture(trainer, folder)
+    assert len(asked) == 1
+
+
+def test_rows_that_the_first_epoch_leaves_out_are_captured_too(tmp_path, student_folder, teacher_folder):
+    options = {"per_device_train_batch_size": 5, "dataloader_drop_last": True}
+    folder = tmp_path / "cache"
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, **options), folder)
+    assert len(Cache(folder)) == 8 + 3
+    trainer_of(tmp_path / "run", student_folder, None, teacher_cache=str(folder), max_steps=3, **options).train()
+
+
+def test_a_full_disk_stops_it_with_a_message_and_leaves_whole_shards(
+    tmp_path, student_folder, teacher_folder, monkeypatch
+):
+    folder, written = tmp_path / "cache", []
+    save_file = taid.cache.save_file
+
+    def save(tensors, path):
+        if len(written) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        save_file(tensors, path)
+
+    trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder)
+    monkeypatch.setattr(taid.cache, "save_file", save)
+    monkeypatch.setattr(Writer.__init__, "__defaults__", (1, 120.0))
+    with pytest.raises(OSError, match=r"no space left.*same command again"):
+        capture(trainer, folder)
+    assert not list(folder.rglob("*.partial"))
+    assert len(Cache(folder)) == 2  # one of the three was the head
+    monkeypatch.undo()
+    capture(trainer, folder)
+    assert len(Cache(folder)) == 8 + 3
+
+
+def test_a_cache_larger_than_the_disk_is_refused_before_it_begins(
+    tmp_path, student_folder, teacher_folder, monkeypatch
+):
+    trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"needs .* MB, but .* has 0 MB left"):
+        capture(trainer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("shards/*"))
+
+
+# --- spoiled caches ---------------------------------------------------------------------------------------------------
+
+
+def manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder):
+    return sorted((folder / "shards").glob("*.safetensors"))[0]
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def data_place(path):
+    """A byte of the hidden states: the only float32 tensor."""
+    header_length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + header_length])
+    return 8 + header_length + header["hidden"]["data_offsets"][0] + 1
+
+
+SPOILED = {
+    "no folder": (lambda c: shutil.rmtree(c), "no manifest.json; `taid cache` makes one"),
+    "no manifest": (lambda c: (c / "manifest.json").unlink(), "no manifest.json"),
+    "a manifest cut short": (lambda c: (c / "manifest.json").write_text('{"layout": 1'), "cannot be read"),
+    "a manifest of other content": (lambda c: (c / "manifest.json").write_text("[]"), "lacks fields"),
+    "another layout": (lambda c: manifest(c, layout=99), "layout of the files was 99 .* is 1 now"),
+    "another tokenizer": (lambda c: manifest(c, tokenizer="x"), "tokenizer of the student was 'x'"),
+    "another chat template": (lambda c: manifest(c, chat_template="x"), "chat template was 'x'"),
+    "another teacher": (lambda c: manifest(c, teacher_weights="x"), "weights of the teacher was 'x'"),
+    "another configuration": (lambda c: manifest(c, teacher_config="x"), "configuration of the teacher was 'x'"),
+    "a shard truncated": (lambda c: shard(c).write_bytes(shard(c).read_bytes()[:-7]), "truncated or damaged"),
+    "an empty shard": (lambda c: shard(c).write_bytes(b""), "truncated or damaged"),
+    "a shard missing": (lambda c: shard(c).unlink(), "1 of its 1 shards are missing"),
+    "a flipped bit in the header": (lambda c: flip(shard(c), 40), "damaged"),
+    "a flipped bit in the index": (lambda c: flip(shard(c), -1), "damaged"),
+    "the head damaged": (lambda c: flip(c / "head.safetensors", -1), "head.safetensors is damaged"),
+    "the head missing": (lambda c: (c / "head.safetensors").unlink(), "head.safetensors cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_cache_is_refused_before_training(kind, cache, tmp_path, student_folder, teacher_folder):
+    spoil, message = SPOILED[kind]
+    spoil(cache)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path / "out", student_folder, teacher_folder, teacher_cache=str(cache))
+
+
+def test_a_flipped_bit_in_the_data_is_found_when_it_is_read_and_repaired(
+    cache, tmp_path, student_folder, teacher_folder
+):
+    path = shard(cache)
+    flip(path, data_place(path))
+    trainer = trainer_of(tmp_path / "out", student_folder, None, teacher_cache=str(cache))
+    with pytest.raises(ValueError, match=f"row 0 of shard .*{path.name} is damaged; `taid cache --repair`"):
+        trainer.train()
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
+    assert taid.cache.is_whole(shard(cache))
+    trainer_of(tmp_path / "again", student_folder, None, teacher_cache=str(cache)).train()
+
+
+@pytest.mark.parametrize(
+    "kind", ["a shard truncated", "a shard missing", "a flipped bit in the header", "the head damaged"]
+)
+def test_repair_mends_it(kind, cache, tmp_path, student_folder, teacher_folder):
+    SPOILED[kind][0](cache)
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
+    trainer_of(tmp_path / "again", student_folder, None, teacher_cache=str(cache)).train()
+
+
+def test_missing_rows_are_counted_before_training(make_cache, tmp_path, student_folder):
+    data = Dataset.from_list(
+        [*ROWS, {"prompt": "New", "completion": " row."}, {"prompt": "New", "completion": " too."}]
+    )
+    with pytest.raises(ValueError, match="lacks 2 of the 10 different rows of the train data set"):
+        trainer_of(tmp_path / "out", student_folder, None, data=data, teacher_cache=str(make_cache()))
+
+
+def test_a_cache_of_another_format_or_pair_is_not_continued(cache, tmp_path, student_folder, teacher_folder):
+    other = trainer_of(tmp_path / "out", student_folder, teacher_folder, teacher_cache_format="top_k")
+    with pytest.raises(ValueError, match=r"format was 'hidden' .* 'top_k' now"):
+        capture(other, cache)
+    with pytest.raises(ValueError, match="configuration of the teacher was"):
+        capture(trainer_of(tmp_path / "out", teacher_folder, student_folder), cache)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="holds files that are no teacher cache"):
+        capture(other, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("objective", ["dkd", "ctkd", "adaptive_kl"])
+def test_objectives_that_top_k_does_not_determine_are_refused_by_name(objective, make_cache, tmp_path, student_folder):
+    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    with pytest.raises(ValueError, match=f"objective '{objective}' needs the teacher's whole distribution"):
+        trainer_of(tmp_path / "out", student_folder, None, teacher_cache=str(folder), objective=objective)
+    with pytest.raises(ValueError, match="taid_signal: cross_entropy needs"):
+        trainer_of(tmp_path / "out", student_folder, None, teacher_cache=str(folder), taid_signal="cross_entropy")
+
+
+def test_nothing_is_pickled_and_the_tensors_are_what_the_format_says(make_cache):
+    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    tensors = load_file(shard(folder))
+    assert {n: t.dtype for n, t in tensors.items()} == {
+        "keys": torch.uint8, "stops": torch.int64, "checksums": torch.int64,
+        "ids": torch.uint16, "log_probs": torch.float16, "of_token": torch.float32,
+    }  # fmt: skip
+    tokens = len(tensors["ids"])
+    stored = sum(t.nbytes for n, t in tensors.items() if n in ("ids", "log_probs", "of_token"))
+    each = taid.cache.bytes_per_token("top_k", hidden_size=48, dtype=torch.float32, k=8, vocabulary_size=300)
+    assert stored == each * tokens == 44 * tokens
