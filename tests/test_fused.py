@@ -882,7 +882,7 @@ def refused(message, objective="taid", changes=None, **parameters):
             for role, shape in (("student", [7]), ("teacher", [252, 1]), ("teacher", [253]))
         ),
         refused(
-            "labels must be integers, got torch.float32",
+            "labels must be int64, got torch.float32",
             changes=lambda given_: {"labels": given_.labels.float()},
             t=0.5,
         ),
@@ -950,3 +950,54 @@ def test_what_does_not_fit_is_refused_with_the_value_and_the_remedy(message, obj
 
     with pytest.raises(ValueError, match=re.escape(message)):
         fused_distillation_loss(*replace(given_, **changes(given_)), objective, **parameters)
+
+
+# --- found by attack --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("overlapping", ["expanded", "unfolded"])
+def test_a_weight_whose_rows_lie_over_each_other_is_what_its_copy_is(overlapping, side):
+    """MKL refuses it with a message and no result."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(5, 48), torch.zeros(5, dtype=torch.long)
+    odd = torch.randn(48).expand(64, 48) if overlapping == "expanded" else torch.randn(112).unfold(0, 48, 1)[:64]
+    other = torch.randn(64, 48)
+
+    def loss(weight):
+        pair = (weight, other) if side == "student" else (other, weight)
+        return fused_distillation_loss(hidden, pair[0], hidden, pair[1], labels, "forward_kl").loss
+
+    torch.testing.assert_close(loss(odd), loss(odd.contiguous()))
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("objective", ["sft", "forward_kl", "taid"])
+def test_a_broken_teacher_without_a_share_leaves_no_trace_in_the_gradient(objective, broken):
+    torch.manual_seed(0)
+    hidden, teacher_hidden = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    teacher_hidden[0, 0] = broken
+    given = {"t": 0.4} if objective == "taid" else {}
+    loss = fused_distillation_loss(
+        hidden, torch.randn(9, 4), teacher_hidden, torch.randn(9, 4), torch.tensor([1, 2, 3]), objective,
+        kd_ratio=0.0, **given,
+    ).loss  # fmt: skip
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
+
+
+def test_float16_gradients_are_rounded_after_the_upstream_factor():
+    N, V, D = 4096, 64, 16
+    torch.manual_seed(0)
+    hidden = (torch.randn(N, D).abs() * 80).half()
+    weight = (torch.randn(V, D) * 0.005).half().requires_grad_()
+    teacher, labels = (torch.randn(N, D).half(), torch.randn(V, D).half()), torch.zeros(N, dtype=torch.long)
+    loss = fused_distillation_loss(hidden, weight, *teacher, labels, "forward_kl", kd_ratio=0.1).loss
+    (mean,) = torch.autograd.grad(loss / N, weight)
+    assert mean.dtype == torch.float16
+    assert torch.isfinite(mean).all()
+    assert mean.float().abs().max() * N > torch.finfo(torch.float16).max  # the sum would have overflowed
+    exact = [x.detach().double() for x in (hidden, weight, *teacher)]
+    exact[1].requires_grad_()
+    true = fused_distillation_loss(*exact, labels, "forward_kl", kd_ratio=0.1).loss / N
+    torch.testing.assert_close(mean.double(), torch.autograd.grad(true, exact[1])[0], rtol=2e-3, atol=1e-3)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -980,3 +981,44 @@ def test_two_processes_that_build_at_once_both_get_a_whole_library(tmp_path):
     assert second_is_native
     assert torch.equal(first, second)
     assert all(path.suffix == ".so" for path in (tmp_path / "taid").iterdir())
+
+
+def compiler(folder, script):
+    """A compiler of our own."""
+    path = folder / "own-cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_may_speak_in_any_encoding(cache, tmp_path, monkeypatch):
+    script = '[ "$1" = --version ] && exec cc --version\nprintf "warnung: \\351\\n" >&2\nexec cc "$@"'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+    assert native._library.__wrapped__() is not None
+
+
+def test_a_library_without_the_kernel_is_none(cache, tmp_path, monkeypatch):
+    script = '[ "$1" = --version ] && exec cc --version\nfor last; do :; done\ncase "$*" in\n*-c*) eval "out=\\${$#}"; '
+    script += 'echo "int nothing;" | exec cc -fPIC -x c -c - -o "$out" ;;\n*) exec cc "$@" ;;\nesac'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+    assert native._library.__wrapped__() is None
+
+
+def test_a_link_that_leads_nowhere_is_replaced(cache):
+    library = native._built()
+    library.unlink()
+    library.symlink_to(cache / "gone")
+    assert native._built().is_file()
+
+
+def test_a_killed_build_leaves_nothing_in_the_cache(tmp_path):
+    if native._library() is None:
+        pytest.skip("there is no C compiler, or TAID_NATIVE=0 asks for the plain form")
+    slow = compiler(tmp_path, '[ "$1" = --version ] || sleep 5\nexec cc "$@"')
+    process = started(tmp_path, CC=slow, TMPDIR=str(tmp_path))
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("tmp*")) and time.time() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert list((tmp_path / "taid").iterdir()) == []

@@ -173,5 +173,42 @@ def test_top_k_of_another_number_of_tokens_or_an_id_too_large_is_refused():
     top = exact(teacher_NV, labels, 5)
     with pytest.raises(ValueError, match="of 3 tokens, but 7 are trained"):
         fused_distillation_loss(hidden, weight, top[:3], None, labels, "taid", t=0.4)
-    with pytest.raises(ValueError, match="there are 20"):
+    with pytest.raises(ValueError, match=r"name id \d+, but the ids are 0 \.\. 19"):
         fused_distillation_loss(hidden, weight, top, None, labels % 20, "taid", t=0.4, vocabulary_size=20)
+
+
+@pytest.mark.parametrize("gap", [80.0, 90.0, 100.0, 110.0, 1000.0])
+@pytest.mark.parametrize("objective", ["forward_kl", "taid", "tvd"])
+def test_a_rest_that_is_less_likely_than_a_float_can_say(objective, gap):
+    identity, label = torch.eye(2), torch.tensor([0])
+    top = TopK.of(torch.tensor([[1.0, 0.0]]), label, 1)
+    given = {"t": 0.99} if objective == "taid" else {}
+    hidden = torch.tensor([[gap, 0.0]], requires_grad=True)
+    fused = fused_distillation_loss(hidden, identity, top, None, label, objective, **given)
+    plain = distillation_loss(hidden @ identity, top, label, objective, **given)
+    for name in ("objective", "kl"):
+        assert fused.sums[name].item() == pytest.approx(plain.sums[name].item(), rel=1e-5), name
+    ours, theirs = (torch.autograd.grad(x.loss, hidden)[0] for x in (fused, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_top_k_of_wrong_shapes_are_refused():
+    hidden, weight, teacher_NV, labels = pair()
+    top = exact(teacher_NV, labels, 5)
+    for wrong in (
+        TopK(top.ids, top.log_probs[:1], top.log_rest, top.label_log_probs),
+        TopK(top.ids, top.log_probs, top.log_rest[:1], top.label_log_probs),
+    ):
+        with pytest.raises(ValueError, match=r"need ids and log_probs \[N, k\]"):
+            fused_distillation_loss(hidden, weight, wrong, None, labels, "taid", t=0.4)
+    negative = TopK(torch.full_like(top.ids, -1), top.log_probs, top.log_rest, top.label_log_probs)
+    with pytest.raises(ValueError, match=r"name id -1, but the ids are 0 \.\. 36"):
+        fused_distillation_loss(hidden, weight, negative, None, labels, "taid", t=0.4)
+
+
+def test_a_teacher_without_a_share_leaves_no_trace_in_the_gradient():
+    hidden, weight, teacher_NV, labels = pair()
+    top = exact(teacher_NV, labels, 5)
+    broken = TopK(top.ids, top.log_probs * torch.nan, top.log_rest, top.label_log_probs)
+    loss = fused_distillation_loss(hidden, weight, broken, None, labels, "taid", t=0.4, kd_ratio=0.0).loss
+    assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()

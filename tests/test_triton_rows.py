@@ -297,3 +297,22 @@ def test_loads_are_16_bytes_wide_for_any_vocabulary(tmp_path):
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2  # sweeps, models, halves of 8 ids a thread
     assert len(re.findall(r"ld\.global\.b", ptx)) == 4  # the label, t and two logits
     assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 1  # 8 gradients
+
+
+@pytest.mark.parametrize("bias", [torch.full((1,), 2.0).expand(300), torch.linspace(-1, 1, 600)[::2]])
+def test_a_bias_that_is_not_contiguous_is_read_as_what_it_is(bias):
+    torch.manual_seed(0)
+    tile, labels = torch.randn(4, 304)[:, :300], torch.tensor([0, 7, 150, 299])
+    found = []
+    for form in (triton_rows.rows, rows):
+        task = RowTask.of("sft", 1.0, {}, Finish(bias), Finish())
+        columns = torch.empty(4, len(COLUMNS))
+        form(_padded(tile), None, labels, task, columns, gradient=None)
+        found.append(columns)
+    torch.testing.assert_close(*found)
+
+
+def _padded(tile):
+    wide = torch.zeros(len(tile), 304)
+    wide[:, :300] = tile
+    return wide[:, :300]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -254,6 +255,7 @@ class _Fused(torch.autograd.Function):
             wanted = [wants and job.gradient for wants in ctx.needs_input_grad[:4]]
             loss, sums, gradients = _forward(hidden, weight, bias, job, wanted)
         ctx.gradients = gradients if any(wanted) else None
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, temperature)]
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
@@ -270,7 +272,8 @@ class _Fused(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(upstream)
-        return (*gradients, None)
+        scaled = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return (*scaled, None)
 
 
 def _forward(
@@ -283,7 +286,7 @@ def _forward(
     N, V = len(job.kept), job.size
     exact = torch.promote_types(weight.dtype, torch.float32)
     columns = hidden.new_empty(N, len(COLUMNS), dtype=exact)
-    d_hidden = torch.zeros_like(hidden) if wants_hidden else None
+    d_hidden = torch.zeros_like(hidden, dtype=_scalable(hidden.dtype)) if wants_hidden else None
     d_bias = torch.zeros(weight.shape[0], dtype=exact, device=weight.device) if wants_bias else None
 
     rows = _chunk_rows(N, V, student.tile_dtype.itemsize, hidden.device.type)
@@ -321,7 +324,7 @@ def _forward(
         [
             d_hidden,
             student.outer_sum() if wants_weight else None,
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            None if d_bias is None or bias is None else d_bias.to(_scalable(bias.dtype)),
             (share * by_name["temperature_gradient"]).to(exact) if wants_temperature else None,
         ],
     )
@@ -345,10 +348,12 @@ class _Products:
     """
 
     def __init__(self, weight: Tensor, size: int, autocast: torch.dtype | None, wants_gradient: bool) -> None:
-        self.size, self.gradient_dtype, self.on_cpu = size, weight.dtype, weight.device.type == "cpu"
+        self.size, self.gradient_dtype, self.on_cpu = size, _scalable(weight.dtype), weight.device.type == "cpu"
         on_cuda, has_bfloat16 = weight.device.type == "cuda", self.on_cpu and products.has_bfloat16()
         if autocast is not None and (on_cuda or (autocast == torch.bfloat16 and has_bfloat16)):
             weight = weight.to(autocast)
+        if weight.stride(0) < weight.shape[1]:  # rows that lie over each other, which no BLAS takes
+            weight = weight.contiguous()
         self.weight = weight
         half = weight.dtype.itemsize < 4
         native = not half or on_cuda or (weight.dtype == torch.bfloat16 and has_bfloat16)
@@ -456,8 +461,8 @@ def _check(
     labels: Tensor, vocabulary_size: int | None,
 ) -> int:  # fmt: skip
     """Raise a ValueError for what does not fit; return the number of shared ids."""
-    if labels.is_floating_point():
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("the teacher's hidden states and head go together: pass both or neither")
     sizes = []
@@ -478,8 +483,8 @@ def _check(
             raise ValueError(f"the {role}'s hidden states must be floating-point numbers, got {hidden.dtype}")
         if head.bias is not None and head.bias.shape != head.weight.shape[:1]:  # rows.c reads V numbers whatever it is
             raise ValueError(f"the {role}'s bias must be [{len(head.weight)}] as its head, got {list(head.bias.shape)}")
-        if head.softcap is not None and not head.softcap > 0:
-            raise ValueError(f"the {role}'s softcap must be positive or None, got {head.softcap}")
+        if head.softcap is not None and not 0 < head.softcap < math.inf:
+            raise ValueError(f"the {role}'s softcap must be a positive number or None, got {head.softcap}")
         sizes.append(head.weight.shape[0])
     if vocabulary_size is None and len(set(sizes)) > 1:
         raise ValueError(
@@ -499,12 +504,23 @@ def _check_top_k(top_k: TopK, trained: int, size: int, objective: str) -> None:
     check_objective(objective)
     if len(top_k) != trained:
         raise ValueError(f"the teacher's top k are of {len(top_k)} tokens, but {trained} are trained")
-    if top_k.ids.device.type == "cpu" and top_k.ids.numel() and not 0 <= int(top_k.ids.min()) <= top_k.ids.max() < size:
-        raise ValueError(f"the teacher's top k name id {int(top_k.ids.max())}, but there are {size}")
+    per_token = (top_k.log_rest, top_k.label_log_probs)
+    if top_k.log_probs.shape != top_k.ids.shape or any(x.shape != (trained,) for x in per_token):
+        raise ValueError("the teacher's top k need ids and log_probs [N, k], and log_rest and label_log_probs [N]")
+    if top_k.ids.device.type == "cpu" and top_k.ids.numel():  # on a GPU, looking would cost a synchronisation
+        for wrong in (int(top_k.ids.min()), int(top_k.ids.max())):
+            if not 0 <= wrong < size:
+                raise ValueError(f"the teacher's top k name id {wrong}, but the ids are 0 .. {size - 1}")
 
 
 def _detached(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in parameters.items()}
+
+
+def _scalable(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient waits in for its factor: in float16 a sum overflows that the mean would not, and a gradient
+    vanishes that a scaler would save."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _exact(tensor: Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid.kernels.rows import COLUMNS, LOG_ZERO, Finish, RowTask, block_rows, row_of, rows
+from taid.kernels.rows import COLUMNS, LOG_ZERO, Finish, RowTask, block_rows, row_of, rows, softmax
 
 OBJECTIVES = ("sft", "taid", "forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl")
 
@@ -96,22 +96,25 @@ def top_k_rows(
     Of g, the gradient with respect to the log-probabilities of the k + 1 outcomes, which sums to 0, follows
 
     .. math:: dL/dz_v = g_v \text{ if listed, else } g_{rest} \, q_v / Q
+
+    with q / Q as a softmax of its own: all that is not listed may be less likely than a float can say.
     """
     M, V = student_MV.shape
     share, dtype = task.kd_ratio, columns_MK.dtype
     objective = task.objective if share > 0 else "forward_kl"  # its KL is logged all the same
     of_outcomes = RowTask(objective, 1.0, task.parameters if share > 0 else {}, Finish(), Finish())
     step = M if student_MV.is_cuda else min(M, block_rows(V))
-    scratch = student_MV.new_empty(3, step, V, dtype=dtype)
+    scratch = student_MV.new_empty(4, step, V, dtype=dtype)
     for start in range(0, M, step):
         block = slice(start, min(start + step, M))
         product, listed, label = student_MV[block], teacher[block], labels_M[block, None]
-        z, q, spare = (buffer[: len(product)] for buffer in scratch)
+        z, q, rest, of_rest = (buffer[: len(product)] for buffer in scratch)
         slope = task.student.apply(z.copy_(product))
         columns = dict(zip(COLUMNS, columns_MK[block].zero_().unbind(-1), strict=True))
         log_normaliser = row_of(z, q, label, columns)
-        rest = spare.copy_(q).scatter_(-1, listed.ids, 0.0).sum(-1, keepdim=True)
-        log_q = torch.cat([z.gather(-1, listed.ids) - log_normaliser, rest.log().clamp_(min=LOG_ZERO)], -1)
+        top = rest.copy_(z).scatter_(-1, listed.ids, LOG_ZERO).amax(-1, keepdim=True)
+        log_rest = softmax(rest, of_rest) + top  # and all of it centred like z
+        log_q = torch.cat([z.gather(-1, listed.ids), log_rest], -1).sub_(log_normaliser).clamp_(min=LOG_ZERO)
         found: Any = log_q.new_empty(len(product), len(COLUMNS))
         g = rows(log_q, listed._log_probs(dtype), torch.zeros_like(label[:, 0]), of_outcomes, found, gradient=dtype)
         found = dict(zip(COLUMNS, found.unbind(-1), strict=True))
@@ -122,9 +125,10 @@ def top_k_rows(
                 columns[name].copy_(found[name])
         if gradient is None:
             continue
-        # share g + (1 - share) (q - 1_y)
-        on_listed = share * g[:, :-1] + (1 - share) * q.gather(-1, listed.ids)
-        q.mul_(share * g[:, -1:] / rest.clamp(min=torch.finfo(dtype).tiny) + (1 - share))
-        q.scatter_(-1, listed.ids, on_listed).scatter_add_(-1, label, torch.full_like(on_listed[:, :1], share - 1))
+        if share > 0:  # share g + (1 - share) q
+            q.mul_(1 - share)
+            on_listed = torch.add(q.gather(-1, listed.ids), g[:, :-1], alpha=share)
+            q.add_(of_rest.mul_(share * g[:, -1:])).scatter_(-1, listed.ids, on_listed)
+        q.scatter_add_(-1, label, torch.full_like(label, share - 1, dtype=dtype))
         product.copy_(q if slope is None else q.mul_(slope))
     return student_MV

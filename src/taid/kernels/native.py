@@ -108,8 +108,10 @@ def _library() -> Any:
     if os.environ.get("TAID_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_built()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        library = ctypes.CDLL(str(_built()))
+        library.taid_rows.restype = ctypes.c_int  # and it is there
+        return library
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
         detail = getattr(error, "stderr", None) or error
         logger.info(f"the row kernel could not be built, plain torch takes over: {detail}")
         return None
@@ -121,23 +123,29 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("no C compiler (cc, or what CC names) was found")
     source = Path(__file__).with_name("rows.c")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+    run = functools.partial(
+        subprocess.run, capture_output=True, text=True, errors="replace", check=True, timeout=300
+    )  # compilers speak all languages
+    version = run([compiler, "--version"]).stdout
     # -march=native: a home directory may be shared by machines whose processors differ.
     parts = [source.read_text(), version, " ".join(_FLAGS), platform.machine(), torch.__version__, _processor()]
     name = f"rows-{_digest(chr(0).join(parts).encode())}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taid"
     for library in folder.glob(f"{name}-*.so"):
-        if library.stem == f"{name}-{_digest(library.read_bytes())}":  # to load a damaged one can end the process
+        if (
+            library.is_file() and library.stem == f"{name}-{_digest(library.read_bytes())}"
+        ):  # to load a damaged one can end the process
             return library
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:  # not in `folder`: what a kill leaves there nobody clears away
         compiled, linked = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=300)
         run([compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)])
         # Linked without -fopenmp: the calls find the OpenMP runtime that torch has loaded, and so torch's own threads.
         run([compiler, "-shared", str(compiled), "-o", str(linked), "-lm"])
         library = folder / f"{name}-{_digest(linked.read_bytes())}.so"
-        os.replace(linked, library)  # whole or not at all, whoever else builds it
+        partial = folder / f"{os.getpid()}.partial"
+        shutil.copyfile(linked, partial)
+        os.replace(partial, library)  # whole or not at all, whoever else builds it
     return library
 
 

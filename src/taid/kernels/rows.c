@@ -584,10 +584,9 @@ static void row(void *student, void *teacher, long V, long y, const Task *task, 
     case ADAPTIVE_KL: jacobian(ADAPTIVE_KL, z_q, z_p, V, nq, np, a, share, out); break;
     case CTKD: ctkd(z_q, z_p, V, nq, np, a, share, exps, out); break;
     case DKD: dkd(z_q, z_p, V, y, nq, np, a, task->alpha, task->beta, share, exps, out); break;
-    default:  // the gradient is q
-      if (z_p)
-        out->kl = to_teacher(z_q, z_p, V, nq, np, exps, 1, 0, 1).forward;
-      else if (gradient)
+    default:  // the gradient is q, and nothing of the teacher may reach it: 0 times NaN is NaN
+      if (z_p) out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);
+      if (gradient)
         for (long v = 0; v < V; v++) z_q[v] = exps[v] * nq.per_sum;
   }
   if (given == TAID && a == 1) out->target_cross_entropy = out->kl + (np.log_normaliser - np.mean);

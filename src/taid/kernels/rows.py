@@ -193,7 +193,7 @@ def row_of(z_q: Tensor, q: Tensor, label: Tensor, columns: dict[str, Tensor]) ->
     Returns the log of the normaliser of the centred logits.
     """
     columns["correct"].copy_((z_q.gather(-1, label) >= z_q.amax(-1, keepdim=True))[:, 0])
-    log_normaliser = _softmax(z_q, q)
+    log_normaliser = softmax(z_q, q)
     columns["cross_entropy"].copy_((log_normaliser - z_q.gather(-1, label))[:, 0])
     columns["entropy"].copy_(log_normaliser[:, 0] - _dot(q, z_q))
     return log_normaliser
@@ -215,7 +215,7 @@ class _Row:
         if z_p is None:
             return
         self.z_p = z_p
-        self.log_normaliser_p = _softmax(z_p, self.p)
+        self.log_normaliser_p = softmax(z_p, self.p)
         columns["teacher_cross_entropy"].copy_((self.log_normaliser_p - z_p.gather(-1, label))[:, 0])
         torch.sub(z_q, z_p, out=self.d).sub_(self.log_normaliser_q - self.log_normaliser_p)
         columns["kl"].copy_(-_dot(self.p, self.d))
@@ -241,7 +241,7 @@ class _Row:
 def _taid(row: _Row, t: float | Tensor) -> _Gradient:
     z_t = torch.mul(row.z_q, 1 - t, out=row.p).add_(torch.mul(row.z_p, t, out=row.spare))
     top = z_t.amax(-1, keepdim=True)
-    log_normaliser_t = _softmax(z_t, row.other) + top
+    log_normaliser_t = softmax(z_t, row.other) + top
     d_t = torch.sub(row.z_q, row.z_p, out=row.d).mul_(t).add_(log_normaliser_t - row.log_normaliser_q)
     p_t = row.other
     row.columns["objective"].copy_(row.compare(p_t, d_t))
@@ -347,7 +347,7 @@ def _without_label(
     from here on, and 1 where there is another token at all, else 0."""
     y = z.gather(-1, label) / temperature
     top = z.scatter_(-1, label, LOG_ZERO).amax(-1, keepdim=True)
-    normaliser = _softmax(z.div_(temperature), probs)
+    normaliser = softmax(z.div_(temperature), probs)
     rest = normaliser + top / temperature
     log_all = torch.logaddexp(y, rest)
     return y - log_all, rest - log_all, normaliser, (top > LOG_ZERO / 2).to(z.dtype)
@@ -355,7 +355,7 @@ def _without_label(
 
 def _ctkd(row: _Row, temperature: float | Tensor) -> _Gradient:
     T = temperature
-    normalisers = [_softmax(z.div_(T), out) for z, out in ((row.z_q, row.other), (row.z_p, row.p))]
+    normalisers = [softmax(z.div_(T), out) for z, out in ((row.z_q, row.other), (row.z_p, row.p))]
     row.z_p.clamp_(min=-1e3)  # p is 0 there, and `both` and `moment` each contain what then adds up to nothing
     d = torch.sub(row.z_q, row.z_p, out=row.d).sub_(normalisers[0] - normalisers[1])
     kl = row.compare(row.p, d, row.other)
@@ -381,7 +381,7 @@ _OBJECTIVES: dict[str, Callable[..., _Gradient]] = {
 }
 
 
-def _softmax(z: Tensor, out: Tensor) -> Tensor:
+def softmax(z: Tensor, out: Tensor) -> Tensor:
     """Centre z in place; fill `out` with its softmax; return the log of the normaliser of the centred logits."""
     z.clamp_(min=LOG_ZERO)
     z.sub_(z.amax(-1, keepdim=True))

@@ -96,7 +96,8 @@ def _tile(tile_MV: Tensor | None, finish: Finish) -> _Tile:
     assert tile_MV.stride(1) == 1
     assert tile_MV.stride(0) % 16 == 0
     softcap = None if finish.softcap is None else float(finish.softcap)
-    return _Tile(tile_MV, tile_MV.stride(0), finish.bias, float(finish.scale), softcap)
+    bias = None if finish.bias is None else finish.bias.contiguous()
+    return _Tile(tile_MV, tile_MV.stride(0), bias, float(finish.scale), softcap)
 
 
 # Where a chunk of the labels begins in memory must not make another kernel.
