@@ -188,12 +188,14 @@ def test_a_capture_continues_where_it_stopped_and_adds_rows(tmp_path, student_fo
     capture(trainer, folder)
     assert len(Cache(folder)) == 5
     before = set(Cache(folder).shard_paths())
+    (folder / "shards" / "1234.partial").write_bytes(b"what a kill left")
     trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder, per_device_train_batch_size=1)
     hidden = trainer.teacher.hidden
     monkeypatch.setattr(trainer.teacher, "hidden", lambda inputs: asked.append(1) or hidden(inputs))
     capture(trainer, folder)
     assert len(Cache(folder)) == 8 + 3
     assert before < set(Cache(folder).shard_paths())
+    assert not list(folder.rglob("*.partial"))
     assert len(asked) == 1 + 3 + 1  # an example, the three new rows one by one, and the held-out ones at once
     asked.clear()
     capture(trainer, folder)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from taid import run_folder
+from taid.cache import Cache
 
 pytestmark = pytest.mark.cli
 
@@ -119,3 +120,67 @@ def test_a_run_leaves_its_report_and_a_configuration_that_repeats_it(recipe, tmp
     (first / "report.html").unlink()
     finish(command("report", first))
     assert (first / "report.html").read_text() == page
+
+
+# The command line with shards of one row, so that there is something on disk when it is killed.
+SMALL_SHARDS = (
+    "import sys, taid.cache; taid.cache.Writer.__init__.__defaults__ = (1, 120.0); from taid.cli import main; "
+    "sys.exit(main(sys.argv[1:]))"
+)
+
+
+def capturing(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL_SHARDS, "cache", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_killed_capture_continues_and_training_from_it_ends_like_with_the_teacher(recipe, tmp_path):
+    local, cached, folder = tmp_path / "local", tmp_path / "cached", tmp_path / "cache"
+    finish(command("train", "--config", recipe(local)))
+    path = recipe(cached, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+
+    process = capturing("--config", path, "--teacher_cache", folder)
+    deadline = time.time() + 120
+    while len(list(folder.glob("shards/*.safetensors"))) < 4 and time.time() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert "shards" not in json.loads((folder / "manifest.json").read_text()), "it was over before the kill"
+
+    out = finish(capturing("--config", path, "--teacher_cache", folder))
+    assert "trained tokens to capture" in out
+    assert not list(folder.rglob("*.partial"))
+    finish(command("train", "--config", recipe(cached), "--teacher_cache", folder))
+    for a, b in zip(metrics(cached), metrics(local), strict=True):
+        for name in a.keys() - {"epoch"}:
+            assert abs(a[name] - b[name]) <= 1e-6 * abs(a[name]) + 1e-12, (name, a["step"])
+    assert "teacher_cache" in (cached / "config.yaml").read_text()
+
+
+def test_two_processes_capture_what_one_does(recipe, tmp_path):
+    path = recipe(tmp_path / "run", per_device_train_batch_size=2)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for processes, folder in enumerate(folders, 1):
+        finish(command("cache", "--config", path, "--teacher_cache", folder, processes=processes))
+    one, two = map(Cache, folders)
+    assert one._places.keys() == two._places.keys()
+    assert len(one) == 8 + 7
+    for key in one._places:
+        difference = one.read(key)["hidden"] - two.read(key)["hidden"]
+        assert difference.norm() <= 1e-6 * one.read(key)["hidden"].norm()
+    finish(command("train", "--config", path, "--teacher_cache", folders[0], processes=2))
+
+
+def test_a_capture_needs_its_folder_and_no_other_at_work_in_it(recipe, tmp_path):
+    path = recipe(tmp_path / "run")
+    process = command("cache", "--config", path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert err.strip().splitlines()[-1].startswith("taid: error: teacher_cache is not set")
+    with run_folder.claimed(tmp_path / "cache"):
+        process = command("cache", "--config", path, "--teacher_cache", tmp_path / "cache")
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "is in use by another taid process" in err

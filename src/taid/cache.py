@@ -387,6 +387,8 @@ def start(folder: Path, manifest: dict[str, Any], head: Head | None) -> None:
     Raises:
         ValueError: the folder holds a cache of another run, or other files.
     """
+    for partial in folder.rglob("*.partial") if (folder / _MANIFEST).exists() else ():  # of a capture that was killed
+        partial.unlink()
     if (folder / _MANIFEST).exists():
         found = read_manifest(folder)
         expected = {name: manifest.get(name) for name in _FIELDS if name not in ("head", "layout")}

@@ -1,0 +1,220 @@
+"""What a cached teacher costs and what it loses, against the teacher itself.
+
+    python benchmarks/teacher.py quality --teacher DIR --student DIR [--out runs/teacher]
+    python benchmarks/teacher.py time [--rounds 3]
+
+quality: a story teacher and its student (benchmarks/stories.py writes the stories, here fewer). For every format: bytes
+a trained token, the difference of TAID's loss and gradient from the full teacher's on one batch of the untrained
+student, and the student's held-out loss and KL, both against the full teacher, after one epoch. One seed.
+
+time: seconds of a training step, the models and rows of benchmarks/step.py, every method in turn in a fresh process:
+TRL's SFT step of the student, TAIDTrainer with the local teacher, and from caches. Also how long the capture took.
+
+Each adds its table to benchmarks/results/teacher.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from step import SIZES, STEPS, WARM_UP, _machine, _model, _tokenizer, _trained, sft
+from stories import HELD_OUT, RECIPE, generate
+from taid import TAIDConfig, TAIDTrainer, data
+from taid.capture import capture
+
+RESULTS = Path(__file__).parent / "results" / "teacher.md"
+FORMATS: dict[str, dict[str, Any]] = {
+    "local teacher": {},
+    "hidden": {"teacher_cache_format": "hidden"},
+    "hidden_int8": {"teacher_cache_format": "hidden_int8"},
+    "top_k, k = 8": {"teacher_cache_format": "top_k", "teacher_cache_top_k": 8},
+    "top_k, k = 32": {"teacher_cache_format": "top_k", "teacher_cache_top_k": 32},
+    "top_k, k = 128": {"teacher_cache_format": "top_k", "teacher_cache_top_k": 128},
+}
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def quality(student: Path, teacher: Path, out: Path) -> str:
+    rows = out / "text"
+    if not (rows / "held_out.jsonl").exists():
+        generate(teacher, rows)
+    train_rows, held_out = (
+        data.load_rows(str(rows / f"{name}.jsonl"), config=None, split="train", text_field="text")
+        for name in ("train", "held_out")
+    )
+    recipe = RECIPE | {"eval_strategy": "no", "taid_alpha": "auto", "disable_tqdm": True}
+
+    def trainer_of(name: str, start: Path, **options: Any) -> TAIDTrainer:
+        args = TAIDConfig(output_dir=str(out / name.replace(" ", "_")), **recipe | options)
+        given = None if args.teacher_cache else str(teacher)
+        return TAIDTrainer(str(start), given, args, train_dataset=train_rows, eval_dataset=held_out)
+
+    lines = [
+        "| teacher | bytes a token | loss, difference | gradient, difference | held-out cross-entropy | held-out KL |",
+        "|---|---|---|---|---|---|",
+    ]
+    reference: tuple[float, torch.Tensor] | None = None
+    for name, options in FORMATS.items():
+        given, each = {}, None
+        if options:
+            folder = out / f"cache_{name.replace(' ', '_').replace(',', '')}"
+            capture(trainer_of(name, student, **options), folder)
+            tokens = sum(_tokens(path) for path in (folder / "shards").iterdir())
+            each = sum(path.stat().st_size for path in (folder / "shards").iterdir()) / tokens
+            given = {"teacher_cache": str(folder)}
+        trainer = trainer_of(name, student, **given)
+        loss, gradient = _one_batch(trainer)
+        reference = reference or (loss, gradient)
+        trainer.train()
+        trainer.save_model()
+        full = trainer_of(f"{name} judged", out / name.replace(" ", "_")).evaluate()
+        lines.append(
+            f"| {name} | {'' if each is None else f'{each:,.0f}'} | {abs(loss - reference[0]) / reference[0]:.1e} | "
+            f"{((gradient - reference[1]).norm() / reference[1].norm()).item():.1e} | "
+            f"{full['eval_cross_entropy']:.4f} | {full['eval_kl']:.4f} |"
+        )
+        print(lines[-1], file=sys.stderr)
+    about = (
+        f"{len(train_rows):,} stories, {HELD_OUT} held out, V 512, hidden states of 64 numbers, one epoch, one seed."
+    )
+    command = f"`python benchmarks/teacher.py quality --teacher {teacher.name} --student {student.name}`"
+    return "\n".join(["## What a cache loses", "", f"{about} {_where()}", "", *lines, "", command, ""])
+
+
+def _tokens(shard: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(shard, framework="pt") as file:
+        return int(file.get_tensor("stops")[-1])
+
+
+def _one_batch(trainer: TAIDTrainer) -> tuple[float, torch.Tensor]:
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    count = (batch["labels"][:, 1:] != -100).sum()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    trainer._micro_batches.clear()
+    return loss.item(), torch.cat([g.flatten() for g in gradients])
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+METHODS = ("sft", "local teacher", "hidden", "top_k, k = 32")
+
+
+def timed(method: str, folder: str) -> dict[str, Any]:
+    size = SIZES["cpu"]
+    torch.manual_seed(0)
+    student, tokenizer = _model(size["V"], *size["student"], "float32"), _tokenizer(size["V"])
+    teacher = _model(size["V"], *size["teacher"], "float32").eval()
+    ids = torch.randint(1, size["V"], (size["rows"] * (STEPS + WARM_UP), size["length"])).tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    options = {
+        "output_dir": f"{folder}/run", "max_steps": STEPS + WARM_UP, "per_device_train_batch_size": size["rows"],
+        "bf16": False, "learning_rate": 1e-5, "logging_steps": STEPS, "save_strategy": "no", "report_to": "none",
+        "use_cpu": True, "disable_tqdm": True, "max_length": None, "optim": "adamw_torch",
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }  # fmt: skip
+    if method == "sft":
+        seconds = sft(student, None, rows, tokenizer, options | {"gradient_checkpointing": False})
+        return {"seconds": statistics.median(seconds[WARM_UP:])}
+
+    def trainer(**more: Any) -> TAIDTrainer:
+        args = TAIDConfig(**options | {"activation_checkpointing": False} | more)
+        given = None if args.teacher_cache else teacher
+        return TAIDTrainer(student, given, args, train_dataset=rows, processing_class=tokenizer,
+                           teacher_processing_class=tokenizer)  # fmt: skip
+
+    if method == "local teacher":
+        return {"seconds": statistics.median(_trained(trainer())[WARM_UP:])}
+    start = time.perf_counter()
+    capture(trainer(**FORMATS[method]), Path(folder) / "cache")
+    captured = time.perf_counter() - start
+    student = _model(size["V"], *size["student"], "float32")  # the other's head is watched by the capture's trainer
+    del teacher
+    teacher = None
+    seconds = _trained(trainer(teacher_cache=f"{folder}/cache"))
+    return {"seconds": statistics.median(seconds[WARM_UP:]), "capture": captured / (STEPS + WARM_UP)}
+
+
+def time_table(rounds: int) -> str:
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    for number in range(rounds):
+        for method in METHODS:
+            command = [sys.executable, __file__, "time", "--method", method]
+            done = subprocess.run(command, capture_output=True, text=True)
+            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not found:
+                sys.exit(f"{method} failed:\n{done.stderr[-3000:]}")
+            results[method].append(json.loads(found[0].removeprefix("RESULT ")))
+            print(f"round {number + 1}: {method}: {results[method][-1]}", file=sys.stderr)
+    lines = ["| a training step | s | x SFT | capture, s a step |", "|---|---|---|---|"]
+    for method, runs in results.items():
+        ratio = statistics.median(
+            run["seconds"] / base["seconds"] for run, base in zip(runs, results["sft"], strict=True)
+        )
+        captured = f"{statistics.median(run['capture'] for run in runs):.2f}" if "capture" in runs[0] else ""
+        words = "TRL's SFTTrainer" if method == "sft" else f"TAIDTrainer, {method}"
+        lines.append(f"| {words} | {statistics.median(r['seconds'] for r in runs):.2f} | {ratio:.3f} | {captured} |")
+    size = SIZES["cpu"]
+    about = (
+        f"{size['rows']} rows of {size['length']} tokens, V {size['V']:,}, student (width, layers) {size['student']}, "
+        f"teacher {size['teacher']}, float32; medians of {rounds} rounds in turn, {STEPS} steps each. {_where()}"
+    )
+    command = f"`python benchmarks/teacher.py time --rounds {rounds}`"
+    raw = f"<!-- {json.dumps(results)} -->"
+    return "\n".join(["## What a step takes", "", about, "", *lines, "", command, "", raw, ""])
+
+
+def _where() -> str:
+    return f"{_machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}."
+
+
+def _write(section: str) -> None:
+    """Put a section in the place of the old one of its title."""
+    title = section.splitlines()[0]
+    text = RESULTS.read_text() if RESULTS.exists() else "# A cached teacher\n\n"
+    parts = text.split("\n## ")
+    kept = [part for part in parts[1:] if not part.startswith(title.removeprefix("## "))]
+    RESULTS.write_text("\n## ".join([parts[0].rstrip() + "\n", *kept, section.removeprefix("## ")]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_quality = commands.add_parser("quality")
+    of_quality.add_argument("--teacher", type=Path, required=True)
+    of_quality.add_argument("--student", type=Path, required=True)
+    of_quality.add_argument("--out", type=Path, default=Path("runs/teacher"))
+    of_time = commands.add_parser("time")
+    of_time.add_argument("--rounds", type=int, default=3)
+    of_time.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.command == "time" and arguments.method:
+        with tempfile.TemporaryDirectory() as folder:
+            print("RESULT " + json.dumps(timed(arguments.method, folder)))
+        return
+    if arguments.command == "time":
+        section = time_table(arguments.rounds)
+    else:
+        section = quality(arguments.student, arguments.teacher, arguments.out)
+    _write(section)
+    print(section)
+
+
+if __name__ == "__main__":
+    main()
