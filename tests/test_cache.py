@@ -94,7 +94,9 @@ def test_training_on_hidden_states_is_training_with_the_local_teacher(
     for row, reference in zip(found, expected, strict=True):
         assert row.keys() == reference.keys()
         for name, value in row.items():
-            assert abs(value - reference[name]) <= 1e-6 * abs(reference[name]), (name, row["step"])
+            # Momentum is a difference of losses by one of them: what they are off relatively, it is off absolutely.
+            allowed = 1e-6 if name == "momentum" else 1e-6 * abs(reference[name])
+            assert abs(value - reference[name]) <= allowed, (name, row["step"])
         if split == "the batches of the capture":  # then not a byte differs
             assert row == reference
     for name, tensor in weights(cached).items():

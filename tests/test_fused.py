@@ -892,17 +892,17 @@ def refused(message, objective="taid", changes=None, **parameters):
             t=0.5,
         ),
         refused(
-            "the student's softcap must be positive or None, got nan",
+            "the student's softcap must be a positive number or None, got nan",
             changes=lambda given_: {"student_head": replace(given_.student_head, softcap=math.nan)},
             t=0.5,
         ),
         refused(
-            "the student's softcap must be positive or None, got 0.0",
+            "the student's softcap must be a positive number or None, got 0.0",
             changes=lambda given_: {"student_head": replace(given_.student_head, softcap=0.0)},
             t=0.5,
         ),
         refused(
-            "the teacher's softcap must be positive or None, got -30.0",
+            "the teacher's softcap must be a positive number or None, got -30.0",
             changes=lambda given_: {"teacher_head": replace(given_.teacher_head, softcap=-30.0)},
             t=0.5,
         ),
@@ -1001,3 +1001,8 @@ def test_float16_gradients_are_rounded_after_the_upstream_factor():
     exact[1].requires_grad_()
     true = fused_distillation_loss(*exact, labels, "forward_kl", kd_ratio=0.1).loss / N
     torch.testing.assert_close(mean.double(), torch.autograd.grad(true, exact[1])[0], rtol=2e-3, atol=1e-3)
+
+
+def test_the_plain_formula_says_that_it_wants_trained_tokens_only():
+    with pytest.raises(ValueError, match=r"ids 0 \.\. 8 of trained tokens.*-100"):
+        distillation_loss(torch.randn(2, 9), torch.randn(2, 9), torch.tensor([-100, 3]), "forward_kl")

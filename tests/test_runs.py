@@ -155,7 +155,8 @@ def test_a_killed_capture_continues_and_training_from_it_ends_like_with_the_teac
     finish(command("train", "--config", recipe(cached), "--teacher_cache", folder))
     for a, b in zip(metrics(cached), metrics(local), strict=True):
         for name in a.keys() - {"epoch"}:
-            assert abs(a[name] - b[name]) <= 1e-6 * abs(a[name]) + 1e-12, (name, a["step"])
+            allowed = 1e-6 if name == "momentum" else 1e-6 * abs(a[name]) + 1e-12
+            assert abs(a[name] - b[name]) <= allowed, (name, a["step"])
     assert "teacher_cache" in (cached / "config.yaml").read_text()
 
 

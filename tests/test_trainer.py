@@ -210,7 +210,9 @@ def test_the_fused_loss_trains_like_the_plain_formula(objective, kd_ratio, tmp_p
         for row, reference in zip(runs[0][kind], runs[1][kind], strict=True):
             assert row.keys() == reference.keys()
             for name in row.keys() - {"seconds", "tokens_per_second"}:
-                assert abs(row[name] - reference[name]) <= 1e-5 * abs(reference[name]), (name, row["step"])
+                # Momentum is a difference of losses by one of them: what they are off relatively, it is off absolutely.
+                allowed = 1e-6 if name == "momentum" else 1e-5 * abs(reference[name])
+                assert abs(row[name] - reference[name]) <= allowed, (name, row["step"])
 
 
 def test_ctkd_learns_its_temperature_and_keeps_it(tmp_path, student_folder, teacher_folder):

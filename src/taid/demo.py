@@ -119,7 +119,9 @@ def verdict(results: list[Result]) -> str:
     shares = ", ".join(f"{result.name} {result.gap_closed:.0%}" for result in trained)
     sentence = f"Of the gap between student and teacher on held-out text, {shares} was closed."
     if trained[0].name != "TAID":
-        sentence += f" TAID did not win this one: {trained[0].name} did."
+        behind = next(r.cross_entropy for r in trained if r.name == "TAID") - trained[0].cross_entropy
+        close = " by less than one seed can tell" if behind < 0.02 else ""
+        sentence += f" TAID did not win this one: {trained[0].name} is ahead{close}, {behind:.3f} nats."
     return sentence
 
 

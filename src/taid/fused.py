@@ -112,6 +112,11 @@ def distillation_loss(
         ValueError: as :func:`fused_distillation_loss`.
     """
     task = RowTask.of(objective, kd_ratio, parameters, Finish(), Finish())
+    V = student_NV.shape[-1]
+    if labels_N.device.type == "cpu" and labels_N.numel() and not 0 <= labels_N.min() <= labels_N.max() < V:
+        raise ValueError(
+            f"labels must be ids 0 .. {V - 1} of trained tokens: leave tokens that are not trained (-100) out"
+        )
     share, student_NV = task.kd_ratio, student_NV.float()
     with contextlib.nullcontext() if share < 1 else torch.no_grad():
         cross_entropy = F.cross_entropy(student_NV, labels_N, reduction="none")

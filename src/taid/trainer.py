@@ -409,7 +409,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             f"# {model_name or Path(self.args.output_dir).name}\n\n"
             f"Distilled with taid (objective `{self.args.objective}`): student `{names['model_name_or_path']}`, "
             f"teacher `{names['teacher_model_name_or_path']}`. `config.yaml` beside this file holds every setting, "
-            f"`report.html` what happened.\n\nTAID: {self._paper['title']}, arXiv {self._paper['id']}.\n"
+            f"`report.html` what happened.\n\n{self._paper['title']}, arXiv {self._paper['id']}.\n"
         )
         run_folder.write_atomically(Path(self.args.output_dir) / "README.md", card)
 
