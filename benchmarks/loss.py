@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from taid.fused import _chunk_rows, _Products, fused_distillation_loss
+from taid.fused import fused_distillation_loss
 from taid.kernels import products, row_stage
+from taid.kernels.head_products import HeadProducts, chunk_rows
 from taid.kernels.native import _library
 from taid.kernels.rows import COLUMNS, Finish, RowTask
 
@@ -308,8 +309,8 @@ def give_back() -> None:
 def fused_sizes(x: Inputs) -> dict[str, Any]:
     """What the fused loss returns of gradients and holds of one model's logits, in MB, and what computes its rows."""
     V, trained = len(x.student_weight), int((x.labels != -100).sum())
-    dtype = _Products(x.student_weight, V, None, False).tile_dtype
-    tile = _chunk_rows(trained, V, dtype.itemsize, DEVICE) * V * dtype.itemsize
+    dtype = HeadProducts(x.student_weight, V, None, False).tile_dtype
+    tile = chunk_rows(trained, V, dtype.itemsize, DEVICE) * V * dtype.itemsize
     rows = "a GPU's kernel" if ON_CUDA else "rows.c" if _library() else "plain torch"
     gradients = x.student_hidden.nbytes + x.student_weight.nbytes
     return {"gradients": gradients / 1e6, "tile": tile / 1e6, "rows": rows}
@@ -405,7 +406,7 @@ def fused_values(x: Inputs, t: float) -> tuple[Tensor, ...]:
     gradients = torch.autograd.grad(result.loss, x[:2])
     tiles = []
     for hidden, weight in (x[2:4], x[:2]):
-        head = _Products(weight.detach(), len(weight), None, False)
+        head = HeadProducts(weight.detach(), len(weight), None, False)
         tiles.insert(0, head.project(head.operand(hidden.detach()), head.tile(len(hidden))))
     task, columns = RowTask.of("taid", 1.0, {"t": t}, Finish(), Finish()), torch.empty(len(hidden), len(COLUMNS))
     g = row_stage(*tiles, x.labels, task, columns.to(DEVICE), gradient=head.operand_dtype)

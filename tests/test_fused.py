@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from taid import fused, objectives
 from taid.fused import Head, distillation_loss, fused_distillation_loss
-from taid.kernels import native
+from taid.kernels import head_products, native
 from test_kernels import CASES, INF, REFERENCES, Case, every_case, only, without
 
 
@@ -131,7 +131,7 @@ def assert_near(result, expected, bound):
 
 
 def many_chunks(monkeypatch, rows=5):
-    monkeypatch.setattr(fused, "_chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(fused, "chunk_rows", lambda *_: rows)
 
 
 TAID = CASES["taid(0.4)"]
@@ -255,7 +255,7 @@ def test_the_result_does_not_depend_on_the_chunks(monkeypatch, case, rows):
 @pytest.mark.parametrize("V", [2, 32_000, 151_936, 10**9])
 def test_chunks_are_of_equal_size_within_a_budget_and_no_more_than_the_tokens(V, device, itemsize, most, budget, unit):
     for N in (0, 1, 2, 511, 512, 513, 8_192, 100_000):
-        rows = fused._chunk_rows(N, V, itemsize, device)
+        rows = fused.chunk_rows(N, V, itemsize, device)
 
         assert 1 <= rows <= max(1, N)
         assert rows <= most
@@ -311,7 +311,7 @@ def test_the_tiles_are_gone_when_a_half_precision_gradient_is_rounded(monkeypatc
     monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bfloat16)
     many_chunks(monkeypatch, 32)
     tiles, sizes = [], []
-    tile, outer_sum = fused._Products.tile, fused._Products.outer_sum
+    tile, outer_sum = head_products.HeadProducts.tile, head_products.HeadProducts.outer_sum
 
     def seen(products, rows):
         tiles.append(tile(products, rows))
@@ -321,8 +321,8 @@ def test_the_tiles_are_gone_when_a_half_precision_gradient_is_rounded(monkeypatc
         sizes.extend(tile.untyped_storage().nbytes() for tile in tiles)
         return outer_sum(products)
 
-    monkeypatch.setattr(fused._Products, "tile", seen)
-    monkeypatch.setattr(fused._Products, "outer_sum", looked_at)
+    monkeypatch.setattr(head_products.HeadProducts, "tile", seen)
+    monkeypatch.setattr(head_products.HeadProducts, "outer_sum", looked_at)
     _, given_ = leaves(inputs(64, 1_000, 4, 4, dtype=torch.bfloat16), {})
 
     fused_distillation_loss(*given_, "taid", t=0.4).loss.backward()
@@ -334,7 +334,7 @@ def test_the_tiles_are_gone_when_a_half_precision_gradient_is_rounded(monkeypatc
 @only("taid(0.4)", "jsd(0.1)", "adaptive_kl(0.5)", "dkd(1.0, 8.0, 4.0)", "ctkd(0.7)", "sft")
 def test_what_memory_holds_before_it_is_written_does_not_matter(monkeypatch, case, bfloat16):
     monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: bool(bfloat16))
-    monkeypatch.setattr(fused, "_SLAB", 100)
+    monkeypatch.setattr(head_products, "_SLAB", 100)
     many_chunks(monkeypatch)
     dtype = torch.float32 if bfloat16 is None else torch.bfloat16
     given_ = inputs(23, 507, dtype=dtype, bias=True, padding=(5, 5))
@@ -641,7 +641,7 @@ def test_slabs_of_a_half_precision_head_are_its_whole(monkeypatch):
     monkeypatch.setattr("taid.kernels.products.has_bfloat16", lambda: False)
     given_ = inputs(23, 507, dtype=torch.bfloat16, bias=True, padding=(5, 5))
     expected = run(given_, TAID, 0.7, vocabulary_size=507)
-    monkeypatch.setattr(fused, "_SLAB", 100)
+    monkeypatch.setattr(head_products, "_SLAB", 100)
 
     result = run(given_, TAID, 0.7, vocabulary_size=507)
 
