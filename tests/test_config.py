@@ -592,3 +592,21 @@ def test_a_recipe_may_lie_anywhere(tmp_path: Path):
     folder.mkdir()
     (folder / "r.yaml").write_text("seed: 7\nuse_cpu: true\noutput_dir: out\n")
     assert parse(["--config", str(folder / "r.yaml")])[2].seed == 7
+
+
+def test_help_shows_defaults(capsys):
+    text = " ".join(help_text(capsys, "--help").split())
+    for words in ("(default: taid)", "larger gap between student and teacher. (default: 0.4)", "(default: student)"):
+        assert words in text
+
+
+def test_a_wrong_type_in_a_recipe_names_the_recipe_and_one_on_the_command_line_does_not(read, tmp_path):
+    with pytest.raises(ValueError, match=r"recipe\.yaml: learning_rate: invalid float value: 'fast'$"):
+        read("learning_rate: fast\n")
+    with pytest.raises(ValueError, match=r"^argument --max_steps: invalid int value: '5\.5'$"):
+        read("learning_rate: 0.1\n", "--max_steps", "5.5")
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--config .*gone\.yaml: there is no such file"):
+        parse(["--config", str(tmp_path / "gone.yaml")])

@@ -273,9 +273,15 @@ def parse(argv: Sequence[str], command: str = "train") -> tuple[ModelConfig, Dat
     config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=Path)
     config, values = config_parser.parse_known_args(values)
-    if config.config is not None:
-        values = _yaml_as_arguments(parser, config.config) + values
-    namespace, unknown = parser.parse_known_args(values)
+    in_file = [] if config.config is None else _yaml_as_arguments(parser, config.config)
+    try:
+        namespace, unknown = parser.parse_known_args(in_file + values)
+    except ValueError as error:
+        name = re.match(r"argument --(\w+): (.*)", str(error), re.DOTALL)
+        is_from_file = name is not None and not any(v.split("=")[0] == f"--{name[1]}" for v in values)
+        if name is None or not is_from_file:
+            raise
+        raise ValueError(f"{config.config}: {name[1]}: {name[2]}") from None
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         raise ValueError(f"unknown option {unknown[0]!r}{_nearest(name, _names(parser))}")
@@ -360,6 +366,8 @@ def _parser(command: str, *, show_all: bool) -> _Parser:
                 action.help = "Continue the last complete checkpoint of output_dir, or the given one."
             if get_origin(action.type) is dict:
                 action.type = json.loads
+            if action.help and "(default" not in action.help and action.default not in (None, "", argparse.SUPPRESS):
+                action.help += f" (default: {_in_yaml(action.default).strip(chr(39))})".replace("%", "%%")
             hidden = title.startswith("All other") and not show_all
             if hidden or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
@@ -385,6 +393,8 @@ def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]
     """Turn a YAML mapping into command-line arguments, so that both are checked by the same rules."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config {path}: there is no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
     except yaml.YAMLError as error:
