@@ -151,7 +151,7 @@ def bad_rows(tmp_path: Path) -> str:
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"taid_betta": 1}, "recipe.yaml: unknown key 'taid_betta'; did you mean 'taid_beta'?"),
     "value out of range": ({"kd_ratio": 2}, "kd_ratio must lie in [0, 1], got 2.0"),
-    "wrong type": ({"max_steps": "many"}, "--max_steps"),
+    "wrong type": ({"max_steps": "many"}, "recipe.yaml: max_steps: invalid int value: 'many'"),
     "missing data": ({"dataset_name": "absent.jsonl"}, "data file absent.jsonl does not exist"),
     "missing held-out data": ({"eval_dataset_name": "absent.jsonl"}, "data file absent.jsonl does not exist"),
     "bad row": ({"dataset_name": bad_rows}, "bad.jsonl, line 2: completion is empty"),
