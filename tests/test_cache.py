@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import taid.cache
+import taid.capture
 from taid import TAIDConfig, TAIDTrainer, run_folder
 from taid.cache import Cache, Writer, sequences
 from taid.capture import capture, shifted
@@ -218,12 +220,12 @@ def test_a_full_disk_stops_it_with_a_message_and_leaves_whole_shards(
     folder, written = tmp_path / "cache", []
     save_file = taid.cache.save_file
 
-    def save(tensors, path):
+    def save(tensors, path, metadata=None):
         if len(written) == 3:
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(path)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder)
     monkeypatch.setattr(taid.cache, "save_file", save)
@@ -252,8 +254,13 @@ def test_a_cache_larger_than_the_disk_is_refused_before_it_begins(
 
 
 def manifest(folder, **changes):
+    taid.cache.write_manifest(folder, taid.cache.read_manifest(folder) | changes)
+
+
+def edit(folder, old, new):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
 
 
 def shard(folder):
@@ -275,14 +282,13 @@ def data_place(path):
 
 SPOILED = {
     "no folder": (lambda c: shutil.rmtree(c), "no manifest.json; `taid cache` makes one"),
+    "a flipped bit in the manifest": (lambda c: flip(c / "manifest.json", 60), "manifest.json (is not what|cannot be)"),
+    "another scale of the head": (lambda c: edit(c, '"scale": 1.0', '"scale": 3.0'), "is not what was written"),
+    "no tokenizer": (lambda c: shutil.rmtree(c / "tokenizer"), "tokenizer is missing: `taid cache`"),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "no manifest.json"),
     "a manifest cut short": (lambda c: (c / "manifest.json").write_text('{"layout": 1'), "cannot be read"),
-    "a manifest of other content": (lambda c: (c / "manifest.json").write_text("[]"), "lacks fields"),
+    "a manifest of other content": (lambda c: (c / "manifest.json").write_text("[]"), "is not what was written"),
     "another layout": (lambda c: manifest(c, layout=99), "layout of the files was 99 .* is 1 now"),
-    "another tokenizer": (lambda c: manifest(c, tokenizer="x"), "tokenizer of the student was 'x'"),
-    "another chat template": (lambda c: manifest(c, chat_template="x"), "chat template was 'x'"),
-    "another teacher": (lambda c: manifest(c, teacher_weights="x"), "weights of the teacher was 'x'"),
-    "another configuration": (lambda c: manifest(c, teacher_config="x"), "configuration of the teacher was 'x'"),
     "a shard truncated": (lambda c: shard(c).write_bytes(shard(c).read_bytes()[:-7]), "truncated or damaged"),
     "an empty shard": (lambda c: shard(c).write_bytes(b""), "truncated or damaged"),
     "a shard missing": (lambda c: shard(c).unlink(), "1 of its 1 shards are missing"),
@@ -301,6 +307,37 @@ def test_a_spoiled_cache_is_refused_before_training(kind, cache, tmp_path, stude
         trainer_of(tmp_path / "out", student_folder, teacher_folder, teacher_cache=str(cache))
 
 
+FIELDS = {
+    "teacher_options": "way in which the teacher was run",
+    "teacher_tokenizer": "tokenizer of the teacher",
+    "tokenizer": "tokenizer of the student",
+    "chat_template": "chat template",
+    "teacher_weights": "weights of the teacher",
+    "teacher_config": "configuration of the teacher",
+    "teacher_revision": "revision of the teacher",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_cache_of_another_run_is_refused_with_the_field_and_both_values(
+    field, cache, tmp_path, student_folder, teacher_folder, monkeypatch
+):
+    manifest_of = taid.capture.manifest_of
+    monkeypatch.setattr(taid.capture, "manifest_of", lambda *a, **k: manifest_of(*a, **k) | {field: "another"})
+    before = Cache(cache).manifest[field]
+    message = re.escape(f"{FIELDS[field]} was {before!r} at its capture and is 'another' now. Remedy: ")
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path / "out", student_folder, teacher_folder, teacher_cache=str(cache))
+
+
+def test_another_precision_is_another_cache(cache, tmp_path, student_folder, teacher_folder):
+    with pytest.raises(ValueError, match=r"way in which the teacher was run was .*float32.* is .*bfloat16"):
+        trainer_of(
+            tmp_path / "out", student_folder, teacher_folder, teacher_cache=str(cache),
+            teacher_model_init_kwargs={"dtype": "bfloat16"},
+        )  # fmt: skip
+
+
 def test_a_flipped_bit_in_the_data_is_found_when_it_is_read_and_repaired(
     cache, tmp_path, student_folder, teacher_folder
 ):
@@ -310,12 +347,23 @@ def test_a_flipped_bit_in_the_data_is_found_when_it_is_read_and_repaired(
     with pytest.raises(ValueError, match=f"row 0 of shard .*{path.name} is damaged; `taid cache --repair`"):
         trainer.train()
     capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
-    assert taid.cache.is_whole(shard(cache))
+    assert taid.cache.is_whole(shard(cache), taid.cache.identity(Cache(cache).manifest))
     trainer_of(tmp_path / "again", student_folder, None, teacher_cache=str(cache)).train()
 
 
 @pytest.mark.parametrize(
-    "kind", ["a shard truncated", "a shard missing", "a flipped bit in the header", "the head damaged"]
+    "kind",
+    [
+        "a shard truncated",
+        "a shard missing",
+        "a flipped bit in the header",
+        "the head damaged",
+        "the head missing",
+        "no manifest",
+        "a manifest cut short",
+        "another scale of the head",
+        "no tokenizer",
+    ],
 )
 def test_repair_mends_it(kind, cache, tmp_path, student_folder, teacher_folder):
     SPOILED[kind][0](cache)
@@ -363,3 +411,55 @@ def test_nothing_is_pickled_and_the_tensors_are_what_the_format_says(make_cache)
     stored = sum(t.nbytes for n, t in tensors.items() if n in ("ids", "log_probs", "of_token"))
     each = taid.cache.bytes_per_token("top_k", hidden_size=48, dtype=torch.float32, k=8, vocabulary_size=300)
     assert stored == each * tokens == 44 * tokens
+
+
+def test_a_shard_of_another_teacher_is_refused_and_dropped_by_repair(
+    cache, tmp_path, student_folder, teacher_folder, make_model, tokenizer
+):
+    other = tmp_path / "other"
+    make_model(308, hidden_size=48, tied=False, seed=9).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    capture(trainer_of(tmp_path / "out", student_folder, other), tmp_path / "foreign")
+    foreign = shutil.copy(shard(tmp_path / "foreign"), cache / "shards")
+    with pytest.raises(ValueError, match="belongs to another cache: remove it"):
+        trainer_of(tmp_path / "run", student_folder, None, teacher_cache=str(cache))
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
+    assert not Path(foreign).exists()
+    trainer_of(tmp_path / "run", student_folder, None, teacher_cache=str(cache)).train()
+
+
+@pytest.mark.parametrize("left", ["head.safetensors.partial", "manifest.json.partial", "head.safetensors"])
+def test_a_capture_killed_before_its_manifest_is_there_continues(left, tmp_path, student_folder, teacher_folder):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / left).write_bytes(b"half")
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), folder)
+    assert not list(folder.rglob("*.partial"))
+    trainer_of(tmp_path / "run", student_folder, None, teacher_cache=str(folder)).train()
+
+
+def test_a_wrong_recipe_repairs_nothing(cache, tmp_path, student_folder, teacher_folder):
+    path = shard(cache)
+    flip(path, data_place(path))
+    with pytest.raises(ValueError, match="configuration of the teacher was"):
+        capture(trainer_of(tmp_path / "out", teacher_folder, student_folder), cache, repair=True)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher_cache_format": "top_k", "teacher_cache_top_k": 100_000}])
+def test_the_recipe_that_captured_a_cache_trains_from_it_and_continues_it(
+    options, tmp_path, student_folder, teacher_folder
+):
+    options = {"teacher_cache_top_k": 64} | options
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, **options), tmp_path / "cache")
+    given = {"teacher_cache": str(tmp_path / "cache"), "max_steps": 1}
+    trainer_of(tmp_path / "run", student_folder, teacher_folder, **options, **given).train()
+    # the format is the cache's where it is not given
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), tmp_path / "cache", repair=True)
+
+
+def test_top_k_without_a_share_takes_any_objective(make_cache, tmp_path, student_folder):
+    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    for fused in (True, False):
+        options = {"teacher_cache": str(folder), "objective": "dkd", "kd_ratio": 0.0, "max_steps": 1, "fused": fused}
+        assert trainer_of(tmp_path / str(fused), student_folder, None, **options).evaluate()["eval_kl"] > 0

@@ -14,6 +14,7 @@ reading the rest. A shard appears under its name when all of it is on disk, or n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -125,12 +126,14 @@ class Writer:
 
     Args:
         folder: of the cache.
+        identity: of its manifest; each shard carries it, so that it is refused in another cache.
         shard_bytes: how large a shard grows before it is written.
         seconds: how much work a kill may cost at the most: a shard is written after so long, whatever its size.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = 2**28, seconds: float = 120.0) -> None:
-        self.folder, self.shard_bytes, self.seconds = folder / _SHARDS, shard_bytes, seconds
+    def __init__(self, folder: Path, identity: str, shard_bytes: int = 2**28, seconds: float = 120.0) -> None:
+        self.folder, self.identity = folder / _SHARDS, identity
+        self.shard_bytes, self.seconds = shard_bytes, seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[bytes, dict[str, Tensor]]] = []
         self._bytes, self._since = 0, time.monotonic()
@@ -159,20 +162,26 @@ class Writer:
         }
         data = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         partial = self.folder / f"{os.getpid()}.partial"
-        try:
-            save_file(index | data, partial)
+        with _disk_errors(self.folder.parent, partial):
+            save_file(index | data, partial, {"cache": self.identity})
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, self.folder / f"{_shard_name(partial, index)}.safetensors")
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            raise OSError(
-                f"{'no space left for' if full else 'cannot write'} the teacher cache in {self.folder.parent}"
-                f"{'' if full else f' ({error})'}. Whole shards are kept: make room and run the same command again; "
-                "it continues there"
-            ) from error
         self._rows, self._bytes, self._since = [], 0, time.monotonic()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise OSError(
+            f"{'no space left for' if full else 'cannot write'} the teacher cache in {folder}"
+            f"{'' if full else f' ({error})'}. Whole shards are kept: make room and run the same command again; it "
+            "continues there"
+        ) from error
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:
@@ -210,6 +219,10 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
+        if not (folder / "tokenizer").is_dir():
+            raise ValueError(
+                f"teacher cache: {folder / 'tokenizer'} is missing: `taid cache` with its recipe restores it"
+            )
         self._shards: list[tuple[Path, Any, Tensor, Tensor]] = []  # path, open file, starts and stops, checksums
         self._places: dict[bytes, tuple[int, int]] = {}
         for path in self.shard_paths():
@@ -229,11 +242,13 @@ class Cache:
         try:
             file: Any = safe_open(path, framework="pt")
             index = {name: file.get_tensor(name) for name in _INDEX}
-            whole = _shard_name(path, index) == path.stem
+            whole, cache = _shard_name(path, index) == path.stem, (file.metadata() or {}).get("cache")
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(f"teacher cache: shard {path} is truncated or damaged ({error}); {_REPAIR}") from error
         if not whole:
             raise ValueError(f"teacher cache: the index of shard {path} is damaged; {_REPAIR}")
+        if cache != identity(self.manifest):
+            raise ValueError(f"teacher cache: shard {path} belongs to another cache: remove it; {_REPAIR}")
         stops = index["stops"]
         bounds = torch.stack([torch.cat([stops.new_zeros(1), stops[:-1]]), stops], -1)
         keys = index["keys"].numpy().tobytes()
@@ -268,7 +283,7 @@ class Cache:
             return None
         path, given = self.folder / _HEAD, self.manifest["head"]
         try:
-            damaged = file_digest(path) != given["digest"]
+            damaged = file_digest(path) != self.manifest["head_digest"]
             tensors = {} if damaged else load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"teacher cache: {path} cannot be read ({error}); {_REPAIR}") from error
@@ -313,10 +328,12 @@ class Cache:
         return tensors["hidden"]
 
 
-def is_whole(path: Path) -> bool:
-    """Read all of a shard; whether each byte is what was written."""
+def is_whole(path: Path, of_cache: str) -> bool:
+    """Read all of a shard; whether each byte is what was written, for this cache."""
     try:
         with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("cache") != of_cache:
+                return False
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         index = {name: tensors.pop(name) for name in _INDEX}
         if _shard_name(path, index) != path.stem:
@@ -342,6 +359,11 @@ _FIELDS = {
         "restore its config.json, or capture this one in another folder",
     ),
     "teacher_weights": ("weights of the teacher", "restore them, or capture this teacher in another folder"),
+    "teacher_options": (
+        "way in which the teacher was run",
+        "set bf16, fp16 and teacher_model_init_kwargs as at the capture, or capture it this way in another folder",
+    ),
+    "teacher_tokenizer": ("tokenizer of the teacher", _REPAIR),
     "dtype": ("dtype of the hidden states", "set teacher_model_init_kwargs' dtype as it was, or capture elsewhere"),
     "hidden_size": ("width of the hidden states", "name the teacher that was captured"),
     "tokenizer": ("tokenizer of the student", "use the student's tokenizer of the capture, or capture again elsewhere"),
@@ -356,15 +378,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        complete = isinstance(manifest, dict) and {"layout", "format", "k", "dtype", "hidden_size"} <= manifest.keys()
-    except FileNotFoundError:
+        whole = isinstance(manifest, dict) and manifest.pop("digest", None) == _digest(manifest)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is no teacher cache: it has no {_MANIFEST}; `taid cache` makes one") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"teacher cache: {path} cannot be read ({error}): capture again in another folder") from error
-    if not complete:
-        raise ValueError(f"teacher cache: {path} lacks fields of a manifest: capture again in another folder")
+        raise ValueError(f"teacher cache: {path} cannot be read ({error}); {_REPAIR}") from error
+    if not whole:
+        raise ValueError(f"teacher cache: {path} is not what was written; {_REPAIR}")
     check_manifest(manifest, {"layout": _LAYOUT}, folder)
     return dict(manifest)
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """Of whom and what a cache is: the same whenever it is captured, so that shards outlive a lost manifest."""
+    return _digest({name: manifest.get(name) for name in _FIELDS if name != "teacher"})
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def check_manifest(manifest: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
@@ -381,59 +412,64 @@ def check_manifest(manifest: dict[str, Any], expected: dict[str, Any], folder: P
             )
 
 
-def start(folder: Path, manifest: dict[str, Any], head: Head | None) -> None:
-    """Begin a cache, or go on with one that was begun with the same manifest.
+def start(folder: Path, manifest: dict[str, Any], head: Head | None, *, repair: bool = False) -> list[Path]:
+    """Begin a cache, or go on with one that was begun with the same manifest; returns what was damaged and is gone.
+
+    Args:
+        folder: of the cache.
+        manifest: what was asked of whom.
+        head: the teacher's output head, where the format needs one.
+        repair: read all that is there, delete shards that are not what was written, and make a lost manifest anew.
 
     Raises:
         ValueError: the folder holds a cache of another run, or other files.
     """
-    for partial in folder.rglob("*.partial") if (folder / _MANIFEST).exists() else ():  # of a capture that was killed
-        partial.unlink()
-    if (folder / _MANIFEST).exists():
+    head_file, shards = folder / _HEAD, folder / _SHARDS
+    of_head = None if head is None else {"scale": head.scale, "softcap": head.softcap, "rows": len(head.weight)}
+    manifest = manifest | {"layout": _LAYOUT, "head": of_head}
+    try:
         found = read_manifest(folder)
-        expected = {name: manifest.get(name) for name in _FIELDS if name not in ("head", "layout")}
+    except ValueError:
+        others = [p for p in (folder.iterdir() if folder.is_dir() else ()) if not _is_ours(p)]
+        if others:
+            raise ValueError(f"teacher_cache {folder} holds files that are no teacher cache: choose another") from None
+        if (folder / _MANIFEST).exists() and not repair:
+            raise
+        found = {}
+    else:
+        expected = {name: manifest.get(name) for name in _FIELDS}
         if expected["teacher_weights"] is not None:
             del expected["teacher"]  # the same teacher in another place
         check_manifest(found, expected, folder)
-        if head is None or (folder / _HEAD).exists():
-            return
-    elif folder.exists() and any(path.name not in (_HEAD, "tokenizer") for path in folder.iterdir()):
-        raise ValueError(f"teacher_cache {folder} holds files that are no teacher cache: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    of_head = None
-    if head is not None:
+    shards.mkdir(exist_ok=True)
+    for partial in [*folder.glob("*.partial"), *shards.glob("*.partial")]:  # of a capture that was killed
+        partial.unlink()
+    damaged = []
+    if repair:
+        damaged = [path for path in sorted(shards.glob("*.safetensors")) if not is_whole(path, identity(manifest))]
+        found["shards"] = None
+        for path in damaged:
+            path.unlink()
+    digest = found.get("head_digest")
+    if head is not None and (digest is None or not head_file.exists() or file_digest(head_file) != digest):
         partial = folder / f"{_HEAD}.partial"
         tensors = {"weight": head.weight, "bias": head.bias}
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items() if t is not None}, partial)
-        of_head = {
-            "scale": head.scale,
-            "softcap": head.softcap,
-            "rows": len(head.weight),
-            "digest": file_digest(partial),
-        }
-        os.replace(partial, folder / _HEAD)
-    write_manifest(folder, manifest | {"layout": _LAYOUT, "head": of_head})
-
-
-def drop_damaged(folder: Path) -> list[Path]:
-    """Read all of a cache and delete the files that are not what was written; returns them.
-
-    The manifest's list of shards goes too: what is missing from then on is captured anew.
-    """
-    manifest = read_manifest(folder)
-    damaged = [path for path in sorted((folder / _SHARDS).glob("*.safetensors")) if not is_whole(path)]
-    head = folder / _HEAD
-    if manifest["head"] is not None and head.exists() and file_digest(head) != manifest["head"]["digest"]:
-        damaged.append(head)
-    write_manifest(folder, manifest | {"shards": None})
-    for path in damaged:
-        path.unlink()
+        with _disk_errors(folder, partial):
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items() if t is not None}, partial)
+            digest = file_digest(partial)
+            os.replace(partial, head_file)
+    write_manifest(folder, {"shards": found.get("shards"), **manifest, "head_digest": digest})
     return damaged
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in (_HEAD, _MANIFEST, _SHARDS, "tokenizer") or path.suffix == ".partial"
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Replace the manifest, whole or not at all."""
-    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomically(folder / _MANIFEST, json.dumps(manifest | {"digest": _digest(manifest)}, indent=1) + "\n")
 
 
 def file_digest(path: Path) -> str:

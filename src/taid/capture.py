@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from taid import cache, fingerprint
 from taid.cache import Cache, Writer, encoded, sequences
 from taid.fused import Head
+from taid.models import teacher_init_kwargs
 from taid.teacher import LocalTeacher
 from taid.top_k import TopK, check_objective
 
@@ -67,8 +69,10 @@ def manifest_of(trainer: TAIDTrainer, *, format_: str | None, k: int | None) -> 
     teacher = names.get("teacher_model_name_or_path")
     return {
         "format": format_,
-        "k": k if format_ in ("top_k", None) else None,
-        "teacher_revision": args.teacher_model_revision,
+        "k": k,
+        "teacher_revision": None if teacher and Path(teacher).expanduser().is_dir() else args.teacher_model_revision,
+        "teacher_options": _options(args),
+        "teacher_tokenizer": fingerprint.of_tokenizer(trainer.teacher_tokenizer),
         **fingerprint.of_model(teacher, args.teacher_model_revision),
         "tokenizer": fingerprint.of_tokenizer(tokenizer),
         "chat_template": fingerprint.of_text(tokenizer.chat_template),
@@ -76,14 +80,21 @@ def manifest_of(trainer: TAIDTrainer, *, format_: str | None, k: int | None) -> 
     }
 
 
+def _options(args: Any) -> dict[str, str]:
+    """How the teacher is loaded and run, as far as it changes its numbers."""
+    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
+    return {"autocast": autocast, **{name: str(value) for name, value in teacher_init_kwargs(args).items()}}
+
+
 def require(trainer: TAIDTrainer, found: Cache) -> None:
     """Raise a ValueError where a cache does not fit a run, or lacks rows of it."""
     args = trainer.args
     if found.format == "top_k" and args.distillation_share > 0:
         check_objective(args.objective)
-        if args.taid_signal == "cross_entropy":
+        if args.taid_signal == "cross_entropy" and args.objective == "taid":
             raise ValueError("taid_signal: cross_entropy needs the teacher's whole distribution, not its top k: use kl")
-    expected = manifest_of(trainer, format_=args.teacher_cache_format, k=args.teacher_cache_top_k)
+    k = args.teacher_cache_top_k if found.format == "top_k" else None
+    expected = manifest_of(trainer, format_=args.teacher_cache_format, k=k and min(k, len(trainer.vocabulary.ids)))
     if found.format != "top_k":
         del expected["vocabulary"]  # hidden states and a head know nothing of ids
     given = trainer.configuration.get("teacher_model_name_or_path")
@@ -116,8 +127,12 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
     args, accelerator, teacher = trainer.args, trainer.accelerator, trainer.teacher
     if not isinstance(teacher, LocalTeacher) or teacher.head is None:
         raise ValueError("a cache needs the teacher itself and fused: true: set teacher_model_name_or_path")
-    format_ = args.teacher_cache_format or "hidden"
-    k = min(args.teacher_cache_top_k or 64, len(trainer.vocabulary.ids)) if format_ == "top_k" else None
+    there: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # no cache yet, or none that can be read
+        there = cache.read_manifest(folder)
+    format_ = args.teacher_cache_format or there.get("format", "hidden")
+    k = args.teacher_cache_top_k or there.get("k") or 64
+    k = min(k, len(trainer.vocabulary.ids)) if format_ == "top_k" else None
     head = teacher.head.head()
     with torch.no_grad():
         example = teacher.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=args.device)})
@@ -129,9 +144,8 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
         "versions": {"torch": str(torch.__version__)},
     }
     if accelerator.is_main_process:
-        for path in cache.drop_damaged(folder) if repair else ():
+        for path in cache.start(folder, manifest, None if format_ == "top_k" else head, repair=repair):
             print(f"{path} is damaged and captured anew", flush=True)
-        cache.start(folder, manifest, None if format_ == "top_k" else head)
         trainer.teacher_tokenizer.save_pretrained(folder / "tokenizer")
     accelerator.wait_for_everyone()
     known = Cache(folder)
@@ -160,7 +174,16 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
     ) as bar:
         # First the batches of training, then what they leave out: dataloader_drop_last, a row that two processes share.
         for batches in (_seen_batches(trainer), (batch for _, batch in _own_rows(trainer, args.eval_batch_size))):
-            _write_missing(trainer, teacher, batches, Cache(folder), Writer(folder), format_, k, bar)
+            _write_missing(
+                trainer,
+                teacher,
+                batches,
+                Cache(folder),
+                Writer(folder, cache.identity(known.manifest)),
+                format_,
+                k,
+                bar,
+            )
             accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         manifest = cache.read_manifest(folder)

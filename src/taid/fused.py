@@ -127,7 +127,8 @@ def distillation_loss(
         elif teacher_NV is not None:
             columns["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
     if isinstance(teacher_NV, TopK):  # from here on, of k + 1 outcomes
-        check_objective(objective)
+        if share > 0:
+            check_objective(objective)
         student_NV, teacher_NV = teacher_NV.outcomes(student_NV)
     if teacher_NV is not None and share > 0:
         given = task.parameters | ({"labels": labels_N} if objective == "dkd" else {})
@@ -211,7 +212,9 @@ def fused_distillation_loss(
     student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     kept = _kept(labels.reshape(-1), num_trained)
     if top_k is not None:
-        _check_top_k(top_k, len(kept), size, objective)
+        if task.kd_ratio > 0:
+            check_objective(objective)
+        _check_top_k(top_k, len(kept), size)
     job = _Job(
         teacher_hidden=None
         if teacher_hidden is None
@@ -395,8 +398,7 @@ def _check(
     return size
 
 
-def _check_top_k(top_k: TopK, trained: int, size: int, objective: str) -> None:
-    check_objective(objective)
+def _check_top_k(top_k: TopK, trained: int, size: int) -> None:
     if len(top_k) != trained:
         raise ValueError(f"the teacher's top k are of {len(top_k)} tokens, but {trained} are trained")
     per_token = (top_k.log_rest, top_k.label_log_probs)

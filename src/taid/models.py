@@ -79,9 +79,7 @@ def load_pair(
     if cache is not None:
         teacher, teacher_tokenizer = None, _load_tokenizer(str(cache.folder / "tokenizer"), "teacher")
     elif isinstance(teacher, str):
-        dtype = {"dtype": "auto" if args.bf16 or args.fp16 else torch.float32}
-        init_kwargs = remote | revision | dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]
-        teacher = load_model(teacher, role="teacher", **init_kwargs)
+        teacher = load_model(teacher, role="teacher", **(remote | revision | teacher_init_kwargs(args)))
     teacher_tokenizer = teacher_tokenizer or _tokenizer_of(
         names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", **remote, **revision
     )
@@ -92,6 +90,12 @@ def load_pair(
     rows = {"student_rows": output_rows(student), "teacher_rows": teacher_rows}
     vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
     return Pair(student, tokenizer, teacher, teacher_tokenizer, vocabulary, names)
+
+
+def teacher_init_kwargs(args: TAIDConfig) -> dict[str, Any]:
+    """What the teacher's from_pretrained is told beside where to look."""
+    dtype = {"dtype": "auto" if args.bf16 or args.fp16 else torch.float32}
+    return dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]
 
 
 def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
