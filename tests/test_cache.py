@@ -92,6 +92,7 @@ def test_training_on_hidden_states_is_training_with_the_local_teacher(
     local, expected = train(tmp_path / "local", student_folder, teacher_folder, **options)
     cached, found = train(tmp_path / "cached", student_folder, None, teacher_cache=str(make_cache()), **options)
     assert cached.teacher.kind == local.teacher.kind == "exact"
+    assert cached.configuration["teacher_model_name_or_path"] == str(teacher_folder)  # for the report
     assert len(found) == len(expected) == 4 + 1
     for row, reference in zip(found, expected, strict=True):
         assert row.keys() == reference.keys()

@@ -180,6 +180,11 @@ def test_a_capture_needs_its_folder_and_no_other_at_work_in_it(recipe, tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.strip().splitlines()[-1].startswith("taid: error: teacher_cache is not set")
+    process = command("cache", "--config", recipe(tmp_path / "other", teacher_model_name_or_path=None),
+                      "--teacher_cache", tmp_path / "cache")  # fmt: skip
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert err.strip().splitlines()[-1].startswith("taid: error: teacher_model_name_or_path is not set")
     with run_folder.claimed(tmp_path / "cache"):
         process = command("cache", "--config", path, "--teacher_cache", tmp_path / "cache")
         _, err = process.communicate(timeout=300)

@@ -86,7 +86,8 @@ def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("taid").setLevel(logging.INFO)
     required = {"model_name_or_path": model_arguments.model_name_or_path, "dataset_name": data_arguments.dataset_name}
-    required |= {"teacher_cache": args.teacher_cache} if command == "cache" else {}
+    if command == "cache":
+        required |= {name: getattr(args, name) for name in ("teacher_model_name_or_path", "teacher_cache")}
     for name, value in required.items():
         if value is None:
             raise ValueError(f"{name} is not set: give it in the configuration or as --{name}")

@@ -143,6 +143,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         """What answers for the teacher: the model, or a cache that fits this run."""
         if cache is not None:
             capture.require(self, cache)
+            if self.configuration["teacher_model_name_or_path"] is None:  # the report and the model card name it
+                self.args.teacher_model_name_or_path = cache.manifest["teacher"]
+                self.configuration["teacher_model_name_or_path"] = cache.manifest["teacher"]
             return CachedTeacher(cache, self.vocabulary, self.args.device)
         if model is None:
             return None
