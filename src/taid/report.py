@@ -234,8 +234,15 @@ def _plot_t(run: _Run) -> Plot:
         floor = [(step, schedule.linear(max(step - 2, 0))) for step in (0, 2, schedule.total_steps)]
         lines.append(Line(floor, MUTED, "", dashed=True))
         # t is never below its floor, so there is room for the name.
-        middle = schedule.total_steps // 2, schedule.linear(schedule.total_steps // 2)
-        axes.annotate("linear floor", middle, xytext=(8, -14), textcoords="offset points", color=MUTED, **BOLD)
+        late = 3 * schedule.total_steps // 4
+        axes.annotate(
+            "linear floor",
+            (late, schedule.linear(max(late - 2, 0))),
+            xytext=(8, -14),
+            textcoords="offset points",
+            color=MUTED,
+            **BOLD,
+        )
         under = [schedule.linear(max(step - 2, 0)) for step, _ in t]
         ahead = [max(value, low) for (_, value), low in zip(t, under, strict=True)]
         axes.fill_between([step for step, _ in t], under, ahead, color=BLUE, alpha=0.14, linewidth=0)
