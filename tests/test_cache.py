@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import taid.cache
 import taid.capture
 from taid import TAIDConfig, TAIDTrainer, run_folder
-from taid.cache import Cache, Writer, sequences
-from taid.capture import capture, shifted
+from taid.cache import Cache, Writer, sequences, shifted
+from taid.capture import capture
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 ROWS = [{"prompt": TEXT[: 4 + 3 * i], "completion": TEXT[4 + 3 * i : 20 + 9 * i]} for i in range(8)]

@@ -30,13 +30,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from taid.fused import Head
 from taid.run_folder import write_atomically
 from taid.top_k import TopK
 
-FORMATS = ("hidden", "hidden_int8", "top_k")
 _LAYOUT = 1  # of files and keys
 _MANIFEST, _HEAD, _SHARDS = "manifest.json", "head.safetensors", "shards"
 _INDEX = ("keys", "stops", "checksums")
@@ -55,6 +54,11 @@ class Sequence(NamedTuple):
     stop: int
     key: bytes
     trained: int
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Of the labels of a batch, ``[B, T]``, what each position has to predict; the last predicts nothing."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def sequences(inputs: dict[str, Any], labels: Tensor) -> Iterator[Sequence]:
@@ -264,7 +268,7 @@ class Cache:
 
     @property
     def format(self) -> str:
-        """One of :data:`FORMATS`."""
+        """hidden, hidden_int8 or top_k."""
         return str(self.manifest["format"])
 
     @property
@@ -272,6 +276,10 @@ class Cache:
         """See :class:`taid.teacher.Teacher`."""
         of_format = {"hidden": "exact", "hidden_int8": "hidden_int8", "top_k": f"top_k {self.manifest['k']}"}
         return of_format[self.format]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.manifest["dtype"].removeprefix("torch."))  # type: ignore[no-any-return]
 
     def head(self) -> Head | None:
         """The teacher's output head, where hidden states need one.
@@ -316,15 +324,13 @@ class Cache:
             if self.format == "top_k":
                 return TopK(empty.view(0, self.manifest["k"]), empty.view(0, self.manifest["k"]).float(),
                             empty.float(), empty.float())  # fmt: skip
-            dtype = getattr(torch, self.manifest["dtype"].removeprefix("torch."))
-            return torch.empty(0, self.manifest["hidden_size"], dtype=dtype, device=device)
+            return torch.empty(0, self.manifest["hidden_size"], dtype=self._dtype, device=device)
         tensors = {name: torch.cat([r[name] for r in records]).to(device, non_blocking=True) for name in records[0]}
         if self.format == "top_k":
             top, rest, label = tensors["of_token"].unbind(-1)
             return TopK(tensors["ids"].long(), tensors["log_probs"].float() + top[:, None], rest, label)
         if self.format == "hidden_int8":
-            dtype = getattr(torch, self.manifest["dtype"].removeprefix("torch."))
-            return (tensors["hidden"].float() * tensors["scale"]).to(dtype)
+            return (tensors["hidden"].float() * tensors["scale"]).to(self._dtype)
         return tensors["hidden"]
 
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from taid import cache, fingerprint
-from taid.cache import Cache, Writer, encoded, sequences
+from taid.cache import Cache, Writer, encoded, sequences, shifted
 from taid.fused import Head
 from taid.models import teacher_init_kwargs
 from taid.teacher import LocalTeacher
@@ -56,11 +55,6 @@ def _own_rows(trainer: TAIDTrainer, size: int) -> Iterator[tuple[str, dict[str, 
 def _held_out(trainer: TAIDTrainer) -> dict[str, Any]:
     named = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
     return {name: dataset for name, dataset in named.items() if dataset is not None}
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """What each position has to predict; the last predicts nothing."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def manifest_of(trainer: TAIDTrainer, *, format_: str | None, k: int | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from taid.cache import Cache, sequences
+from taid.cache import Cache, sequences, shifted
 from taid.fused import Head
 from taid.heads import OutputHead
 from taid.top_k import TopK
@@ -120,8 +120,7 @@ class CachedTeacher(Teacher):
         """Read the rows of the coming batches from disk while others are computed."""
         self._coming.clear()
         for batch in batches:
-            labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-            for sequence in sequences(batch, labels):
+            for sequence in sequences(batch, shifted(batch["labels"])):
                 if sequence.trained and sequence.key not in self._coming:
                     self._coming[sequence.key] = self._reader.submit(self.cache.read, sequence.key)
 

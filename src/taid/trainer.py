@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
 from taid import capture, run_folder
-from taid.cache import Cache
+from taid.cache import Cache, shifted
 from taid.config import TAIDConfig, resolved
 from taid.models import load_pair
 from taid.pair_loss import PairLoss
@@ -165,8 +164,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Tensor:
         """The loss of one micro-batch: its sum over trained tokens, divided by the trained tokens of the whole step."""
         assert not return_outputs, "TAIDTrainer evaluates without compute_metrics"
-        # What each position has to predict. The last predicts nothing.
-        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+        labels = shifted(inputs.pop("labels"))
         num_trained = inputs.pop("num_trained", None)
         inputs["use_cache"] = False
         with_teacher = self.teacher is not None and (self.args.distillation_share > 0 or not model.training)
