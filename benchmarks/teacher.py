@@ -38,9 +38,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "local teacher": {},
     "hidden": {"teacher_cache_format": "hidden"},
     "hidden_int8": {"teacher_cache_format": "hidden_int8"},
-    "top_k, k = 8": {"teacher_cache_format": "top_k", "teacher_cache_top_k": 8},
-    "top_k, k = 32": {"teacher_cache_format": "top_k", "teacher_cache_top_k": 32},
-    "top_k, k = 128": {"teacher_cache_format": "top_k", "teacher_cache_top_k": 128},
+    "top_k, k = 8": {"teacher_cache_format": "top_k", "teacher_top_k": 8},
+    "top_k, k = 32": {"teacher_cache_format": "top_k", "teacher_top_k": 32},
+    "top_k, k = 128": {"teacher_cache_format": "top_k", "teacher_top_k": 128},
 }
 
 

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 import taid.cache
 import taid.capture
+import taid.manifest
 from taid import TAIDConfig, TAIDTrainer, run_folder
-from taid.cache import Cache, Writer, sequences, shifted
+from taid.cache import Cache, Writer
+from taid.cache_format import Format
 from taid.capture import capture
+from taid.sequences import sequences, shifted
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 ROWS = [{"prompt": TEXT[: 4 + 3 * i], "completion": TEXT[4 + 3 * i : 20 + 9 * i]} for i in range(8)]
@@ -136,7 +139,7 @@ def test_top_k_is_below_the_full_loss_and_equal_to_it_where_all_are_listed(
     k, make_cache, tmp_path, student_folder, teacher_folder
 ):
     _, expected = _losses(tmp_path / "local", student_folder, teacher_folder, max_steps=1)
-    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=k)
+    folder = make_cache(teacher_cache_format="top_k", teacher_top_k=k)
     for fused in (True, False):
         _, found = _losses(
             tmp_path / f"cached {fused}", student_folder, None, teacher_cache=str(folder), max_steps=1, fused=fused
@@ -153,7 +156,7 @@ def test_a_run_that_resumes_with_another_kind_of_teacher_is_refused(
 ):
     saving = {"save_strategy": "steps", "save_steps": 2}
     _losses(tmp_path / "run", student_folder, teacher_folder, **saving)
-    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    folder = make_cache(teacher_cache_format="top_k", teacher_top_k=8)
     trainer = trainer_of(tmp_path / "run", student_folder, teacher_folder, teacher_cache=str(folder), **saving)
     with pytest.raises(ValueError, match="teacher_signal was 'exact', is 'top_k 8'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
@@ -201,7 +204,8 @@ def test_a_capture_continues_where_it_stopped_and_adds_rows(tmp_path, student_fo
     assert len(Cache(folder)) == 8 + 3
     assert before < set(Cache(folder).shard_paths())
     assert not list(folder.rglob("*.partial"))
-    assert len(asked) == 1 + 3 + 1  # an example, the three new rows one by one, and the held-out ones at once
+    # an example, one row to know how long it takes, the three new rows one by one, and the held-out ones at once
+    assert len(asked) == 1 + 1 + 3 + 1
     asked.clear()
     capture(trainer, folder)
     assert len(asked) == 1
@@ -255,7 +259,7 @@ def test_a_cache_larger_than_the_disk_is_refused_before_it_begins(
 
 
 def manifest(folder, **changes):
-    taid.cache.write_manifest(folder, taid.cache.read_manifest(folder) | changes)
+    taid.manifest.write(folder, taid.manifest.read(folder) | changes)
 
 
 def edit(folder, old, new):
@@ -289,7 +293,7 @@ SPOILED = {
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "no manifest.json"),
     "a manifest cut short": (lambda c: (c / "manifest.json").write_text('{"layout": 1'), "cannot be read"),
     "a manifest of other content": (lambda c: (c / "manifest.json").write_text("[]"), "is not what was written"),
-    "another layout": (lambda c: manifest(c, layout=99), "layout of the files was 99 .* is 1 now"),
+    "another layout": (lambda c: manifest(c, layout=99), "layout of the files was 99 .* is 2 now"),
     "a shard truncated": (lambda c: shard(c).write_bytes(shard(c).read_bytes()[:-7]), "truncated or damaged"),
     "an empty shard": (lambda c: shard(c).write_bytes(b""), "truncated or damaged"),
     "a shard missing": (lambda c: shard(c).unlink(), "1 of its 1 shards are missing"),
@@ -348,7 +352,7 @@ def test_a_flipped_bit_in_the_data_is_found_when_it_is_read_and_repaired(
     with pytest.raises(ValueError, match=f"row 0 of shard .*{path.name} is damaged; `taid cache --repair`"):
         trainer.train()
     capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
-    assert taid.cache.is_whole(shard(cache), taid.cache.identity(Cache(cache).manifest))
+    assert taid.cache.is_whole(shard(cache), taid.manifest.identity(Cache(cache).manifest))
     trainer_of(tmp_path / "again", student_folder, None, teacher_cache=str(cache)).train()
 
 
@@ -394,7 +398,7 @@ def test_a_cache_of_another_format_or_pair_is_not_continued(cache, tmp_path, stu
 
 @pytest.mark.parametrize("objective", ["dkd", "ctkd", "adaptive_kl"])
 def test_objectives_that_top_k_does_not_determine_are_refused_by_name(objective, make_cache, tmp_path, student_folder):
-    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    folder = make_cache(teacher_cache_format="top_k", teacher_top_k=8)
     with pytest.raises(ValueError, match=f"objective '{objective}' needs the teacher's whole distribution"):
         trainer_of(tmp_path / "out", student_folder, None, teacher_cache=str(folder), objective=objective)
     with pytest.raises(ValueError, match="taid_signal: cross_entropy needs"):
@@ -402,7 +406,7 @@ def test_objectives_that_top_k_does_not_determine_are_refused_by_name(objective,
 
 
 def test_nothing_is_pickled_and_the_tensors_are_what_the_format_says(make_cache):
-    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    folder = make_cache(teacher_cache_format="top_k", teacher_top_k=8)
     tensors = load_file(shard(folder))
     assert {n: t.dtype for n, t in tensors.items()} == {
         "keys": torch.uint8, "stops": torch.int64, "checksums": torch.int64,
@@ -410,7 +414,7 @@ def test_nothing_is_pickled_and_the_tensors_are_what_the_format_says(make_cache)
     }  # fmt: skip
     tokens = len(tensors["ids"])
     stored = sum(t.nbytes for n, t in tensors.items() if n in ("ids", "log_probs", "of_token"))
-    each = taid.cache.bytes_per_token("top_k", hidden_size=48, dtype=torch.float32, k=8, vocabulary_size=300)
+    each = Format("top_k", hidden_size=48, dtype=torch.float32, vocabulary_size=300, k=8).bytes_per_token()
     assert stored == each * tokens == 44 * tokens
 
 
@@ -447,11 +451,11 @@ def test_a_wrong_recipe_repairs_nothing(cache, tmp_path, student_folder, teacher
     assert path.exists()
 
 
-@pytest.mark.parametrize("options", [{}, {"teacher_cache_format": "top_k", "teacher_cache_top_k": 100_000}])
+@pytest.mark.parametrize("options", [{}, {"teacher_cache_format": "top_k", "teacher_top_k": 100_000}])
 def test_the_recipe_that_captured_a_cache_trains_from_it_and_continues_it(
     options, tmp_path, student_folder, teacher_folder
 ):
-    options = {"teacher_cache_top_k": 64} | options
+    options = {"teacher_top_k": 64} | options
     capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, **options), tmp_path / "cache")
     given = {"teacher_cache": str(tmp_path / "cache"), "max_steps": 1}
     trainer_of(tmp_path / "run", student_folder, teacher_folder, **options, **given).train()
@@ -460,7 +464,7 @@ def test_the_recipe_that_captured_a_cache_trains_from_it_and_continues_it(
 
 
 def test_top_k_without_a_share_takes_any_objective(make_cache, tmp_path, student_folder):
-    folder = make_cache(teacher_cache_format="top_k", teacher_cache_top_k=8)
+    folder = make_cache(teacher_cache_format="top_k", teacher_top_k=8)
     for fused in (True, False):
         options = {"teacher_cache": str(folder), "objective": "dkd", "kd_ratio": 0.0, "max_steps": 1, "fused": fused}
         assert trainer_of(tmp_path / str(fused), student_folder, None, **options).evaluate()["eval_kl"] > 0

@@ -17,7 +17,7 @@ from taid.config import TAIDConfig, parse, resolved
 OWN_FIELDS = """
 objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal jsd_beta skew head_mass
 dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
-teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_cache_top_k tokenizer_from overwrite_output_dir
+teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_top_k tokenizer_from overwrite_output_dir
 """.split()
 
 
@@ -74,7 +74,7 @@ def test_the_defaults_are_the_papers():
         "teacher_model_init_kwargs": None,
         "teacher_cache": None,
         "teacher_cache_format": None,
-        "teacher_cache_top_k": None,
+        "teacher_top_k": None,
         "tokenizer_from": "student",
         "overwrite_output_dir": False,
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from taid import Head, distillation_loss, fused_distillation_loss, objectives
-from taid.top_k import OBJECTIVES, TopK
+from taid.sparse import TopK
 
 DIVERGENCES = {
     "taid": {"t": 0.4},
@@ -44,7 +44,7 @@ def dense(student_NV, top):
 
 
 def test_every_objective_is_a_divergence_here_or_is_refused():
-    assert set(DIVERGENCES) | {"sft"} == set(OBJECTIVES)
+    assert set(DIVERGENCES) | {"sft"} == set(TopK.OBJECTIVES)
     hidden, weight, teacher_NV, labels = pair()
     for objective in ("adaptive_kl", "dkd", "ctkd"):
         top, given = exact(teacher_NV, labels, 3), {"temperature": 2.0} if objective == "ctkd" else {}
@@ -199,7 +199,7 @@ def test_top_k_of_wrong_shapes_are_refused():
         TopK(top.ids, top.log_probs[:1], top.log_rest, top.label_log_probs),
         TopK(top.ids, top.log_probs, top.log_rest[:1], top.label_log_probs),
     ):
-        with pytest.raises(ValueError, match=r"need ids and log_probs \[N, k\]"):
+        with pytest.raises(ValueError, match=r"top k need two tensors \[N, ids of a token\]"):
             fused_distillation_loss(hidden, weight, wrong, None, labels, "taid", t=0.4)
     negative = TopK(torch.full_like(top.ids, -1), top.log_probs, top.log_rest, top.label_log_probs)
     with pytest.raises(ValueError, match=r"name id -1, but the ids are 0 \.\. 36"):

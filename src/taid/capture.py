@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +15,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from taid import cache, fingerprint
-from taid.cache import Cache, Writer, encoded, sequences, shifted
-from taid.fused import Head
+from taid import manifest as manifests
+from taid.cache import Cache, Writer
+from taid.cache_format import Format
+from taid.config import TAIDConfig
 from taid.models import teacher_init_kwargs
-from taid.teacher import LocalTeacher
-from taid.top_k import TopK, check_objective
+from taid.objectives import forward_kl
+from taid.sequences import Sequence, sequences, shifted
+from taid.sparse import Sampled, TopK
+from taid.teacher import LocalTeacher, ServedTeacher
 
 if TYPE_CHECKING:
     from taid.trainer import TAIDTrainer
 
 _ROWS = 64  # of a data set that are collated at a time, to know their keys
-_TOKENS = 1024  # that are projected at a time
+_JUDGED = 256  # tokens whose loss of precision is measured
 
 
 def rows_of(trainer: TAIDTrainer) -> dict[str, dict[bytes, int]]:
@@ -57,13 +63,35 @@ def _held_out(trainer: TAIDTrainer) -> dict[str, Any]:
     return {name: dataset for name, dataset in named.items() if dataset is not None}
 
 
-def manifest_of(trainer: TAIDTrainer, *, format_: str | None, k: int | None) -> dict[str, Any]:
+def first_row(trainer: TAIDTrainer) -> Sequence:
+    """A row of the training data."""
+    for _, batch in _own_rows(trainer, 1):
+        for row in sequences(batch, shifted(batch["labels"])):
+            return row
+    raise ValueError("the train data set has no row")
+
+
+def check_sparse(kind: type[TopK | Sampled], args: TAIDConfig) -> None:
+    """Raise a ValueError where a part of the teacher's distribution does not determine what a run asks for."""
+    if args.distillation_share > 0:
+        kind.check_objective(args.objective)
+        if args.taid_signal == "cross_entropy" and args.objective == "taid":
+            raise ValueError("taid_signal: cross_entropy needs the teacher's whole distribution, not its top k: use kl")
+
+
+_SPARSE: dict[str, type[TopK | Sampled]] = {"top_k": TopK, "sampled": Sampled}
+
+
+def manifest_of(trainer: TAIDTrainer, *, format_: str | None) -> dict[str, Any]:
     """What a cache for this run has to be; None where it is not known here."""
     args, names, tokenizer = trainer.args, trainer.configuration, trainer.processing_class
     teacher = names.get("teacher_model_name_or_path")
+    ids = len(trainer.vocabulary.ids)
     return {
         "format": format_,
-        "k": k,
+        "k": args.teacher_top_k and min(args.teacher_top_k, ids) if format_ == "top_k" else None,
+        "draws": args.teacher_cache_samples if format_ == "sampled" else None,
+        "server_model": args.teacher_server_model,
         "teacher_revision": None if teacher and Path(teacher).expanduser().is_dir() else args.teacher_model_revision,
         "teacher_options": _options(args),
         "teacher_tokenizer": fingerprint.of_tokenizer(trainer.teacher_tokenizer),
@@ -74,27 +102,32 @@ def manifest_of(trainer: TAIDTrainer, *, format_: str | None, k: int | None) -> 
     }
 
 
-def _options(args: Any) -> dict[str, str]:
+def _options(args: TAIDConfig) -> dict[str, str]:
     """How the teacher is loaded and run, as far as it changes its numbers."""
     autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
     return {"autocast": autocast, **{name: str(value) for name, value in teacher_init_kwargs(args).items()}}
 
 
+def _of_a_server(manifest: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """A manifest of what a server said, of whose weights and options nothing is known."""
+    unknown = dict.fromkeys(("teacher_options", "teacher_config", "teacher_weights", "teacher_revision"))
+    return manifest | unknown | {"server_model": model}
+
+
 def require(trainer: TAIDTrainer, found: Cache) -> None:
     """Raise a ValueError where a cache does not fit a run, or lacks rows of it."""
     args = trainer.args
-    if found.format == "top_k" and args.distillation_share > 0:
-        check_objective(args.objective)
-        if args.taid_signal == "cross_entropy" and args.objective == "taid":
-            raise ValueError("taid_signal: cross_entropy needs the teacher's whole distribution, not its top k: use kl")
-    k = args.teacher_cache_top_k if found.format == "top_k" else None
-    expected = manifest_of(trainer, format_=args.teacher_cache_format, k=k and min(k, len(trainer.vocabulary.ids)))
-    if found.format != "top_k":
+    if kind := _SPARSE.get(found.format.name):
+        check_sparse(kind, args)
+    expected = manifest_of(trainer, format_=args.teacher_cache_format or found.format.name)
+    if found.format.needs_head:
         del expected["vocabulary"]  # hidden states and a head know nothing of ids
     given = trainer.configuration.get("teacher_model_name_or_path")
+    if found.manifest["server_model"] is not None:
+        expected = _of_a_server(expected, args.teacher_server_model)
     if given is not None and expected["teacher_weights"] is None:
         expected["teacher"] = given  # not on this machine: its name is all there is
-    cache.check_manifest(found.manifest, expected, found.folder)
+    manifests.check(found.manifest, expected, found.folder)
     for name, keys in rows_of(trainer).items():
         counts = torch.tensor([sum(key not in found for key in keys), len(keys)], device=args.device)
         missing, rows = trainer.accelerator.reduce(counts, "sum").tolist()
@@ -110,105 +143,172 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
     """Write what the teacher says of every row of a run, continuing what is there.
 
     Args:
-        trainer: of the run, with its teacher loaded.
+        trainer: of the run, with its teacher loaded or on a server.
         folder: of the cache.
         repair: read all that is there first, and drop damaged shards.
 
     Raises:
-        ValueError: the folder holds a cache of another run or a damaged one.
+        ValueError: the folder holds a cache of another run or a damaged one, or the teacher cannot be asked.
         OSError: the disk is full; what is there is whole.
     """
-    args, accelerator, teacher = trainer.args, trainer.accelerator, trainer.teacher
-    if not isinstance(teacher, LocalTeacher) or teacher.head is None:
-        raise ValueError("a cache needs the teacher itself and fused: true: set teacher_model_name_or_path")
-    there: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):  # no cache yet, or none that can be read
-        there = cache.read_manifest(folder)
-    format_ = args.teacher_cache_format or there.get("format", "hidden")
-    k = args.teacher_cache_top_k or there.get("k") or 64
-    k = min(k, len(trainer.vocabulary.ids)) if format_ == "top_k" else None
-    head = teacher.head.head()
-    with torch.no_grad():
-        example = teacher.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=args.device)})
-    manifest = manifest_of(trainer, format_=format_, k=k) | {
-        "teacher": trainer.configuration.get("teacher_model_name_or_path"),
-        "teacher_rows": head.weight.shape[0],
-        "hidden_size": example.shape[-1],
-        "dtype": str(example.dtype),
-        "versions": {"torch": str(torch.__version__)},
-    }
+    source, manifest = _source(trainer, folder)
+    accelerator = trainer.accelerator
     if accelerator.is_main_process:
-        for path in cache.start(folder, manifest, None if format_ == "top_k" else head, repair=repair):
+        head = None
+        if source.format.needs_head:
+            assert isinstance(source.teacher, LocalTeacher)
+            assert source.teacher.head is not None
+            head = source.teacher.head.head()
+        for path in cache.start(folder, manifest, head, repair=repair):
             print(f"{path} is damaged and captured anew", flush=True)
         trainer.teacher_tokenizer.save_pretrained(folder / "tokenizer")
     accelerator.wait_for_everyone()
-    known = Cache(folder)
-    wanted = {key: tokens for keys in rows_of(trainer).values() for key, tokens in keys.items()}
-    missing = sum(tokens for key, tokens in wanted.items() if key not in known)
-    total = int(accelerator.reduce(torch.tensor(missing, device=args.device), "sum"))
-    each = cache.bytes_per_token(
-        format_,
-        hidden_size=example.shape[-1],
-        dtype=example.dtype,
-        k=k or 0,
-        vocabulary_size=len(trainer.vocabulary.ids),
-    )
-    free = shutil.disk_usage(folder).free
-    if accelerator.is_main_process:
-        print(
-            f"{folder}: {total:,} trained tokens to capture, {each:,} bytes each: {total * each / 1e6:,.1f} MB",
-            flush=True,
-        )
-    if total * each > free:
-        raise OSError(
-            f"the teacher cache needs {total * each / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB left"
-        )
+    missing = _announce(source, folder)
     with tqdm(
         total=missing, unit="token", unit_scale=True, disable=not (accelerator.is_main_process and missing)
     ) as bar:
         # First the batches of training, then what they leave out: dataloader_drop_last, a row that two processes share.
-        for batches in (_seen_batches(trainer), (batch for _, batch in _own_rows(trainer, args.eval_batch_size))):
-            _write_missing(
-                trainer,
-                teacher,
-                batches,
-                Cache(folder),
-                Writer(folder, cache.identity(known.manifest)),
-                format_,
-                k,
-                bar,
-            )
+        left = (batch for _, batch in _own_rows(trainer, trainer.args.eval_batch_size))
+        for batches in (_seen_batches(trainer), left):
+            _write_missing(source, batches, folder, bar)
             accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        manifest = cache.read_manifest(folder)
-        names = sorted(path.stem for path in Cache(folder).shard_paths())
-        cache.write_manifest(folder, manifest | {"shards": names})
+        done = Cache(folder)
+        manifests.write(folder, done.manifest | {"shards": sorted(path.stem for path in done.shard_paths())})
+        _judge(source, done)
     accelerator.wait_for_everyone()
 
 
-def _write_missing(
-    trainer: TAIDTrainer, teacher: LocalTeacher, batches: Iterable[dict[str, Any]], known: Cache, writer: Writer,
-    format_: str, k: int | None, bar: Any,
-) -> None:  # fmt: skip
-    assert teacher.head is not None
-    head, size, written = teacher.head.head(teacher.vocabulary.holes), len(teacher.vocabulary.ids), set[bytes]()
-    for batch in batches:
+@dataclass(frozen=True)
+class _Source:
+    """Who is asked, and what is kept of the answer."""
+
+    trainer: TAIDTrainer
+    teacher: LocalTeacher | ServedTeacher
+    format: Format
+
+    def records(self, batch: dict[str, Any], known: Container[bytes]) -> Iterator[tuple[Sequence, dict[str, Tensor]]]:
+        """Each row of a batch that is not known yet, with what is kept of it."""
         labels = shifted(batch["labels"])
-        new = [s for s in sequences(batch, labels) if s.trained and s.key not in known and s.key not in written]
-        if not new:
-            continue
-        inputs = trainer._prepare_inputs({name: value for name, value in batch.items() if name != "labels"})
-        hidden, labels = teacher.hidden(inputs | {"use_cache": False}), labels.to(trainer.args.device)
-        for s in new:
-            of_row = labels[s.row, s.start : s.stop]
-            of_tokens = hidden[s.row, s.start : s.stop][of_row != -100]
-            signal: Tensor | TopK = of_tokens
-            if k is not None:
-                signal = _top_k(of_tokens, head, teacher.vocabulary.position(of_row[of_row != -100]), size, k)
-            writer.add(s.key, encoded(format_, signal, size))
-            written.add(s.key)
-            bar.update(s.trained)
+        rows = {s.key: s for s in sequences(batch, labels) if s.trained and s.key not in known}.values()
+        if isinstance(self.teacher, ServedTeacher):
+            yield from ((row, self.format.encoded(top_k)) for row, top_k in self.teacher.ask(list(rows)))
+        elif rows:
+            assert self.teacher.head is not None
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            hidden = self.teacher.hidden(self.trainer._prepare_inputs(inputs) | {"use_cache": False})
+            vocabulary, labels = self.teacher.vocabulary, labels.to(hidden.device)
+            head = self.teacher.head.head(vocabulary.holes)
+            for row in rows:
+                places = row.start + torch.from_numpy(row.positions).to(hidden.device)
+                of_row = vocabulary.position(labels[row.row, places])
+                yield row, self.format.record(hidden[row.row, places], of_row, head, row.key)
+
+
+def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]]:
+    """Who is asked for a run, and what is kept; what the configuration leaves open is as in the cache that is there."""
+    args, teacher, ids = trainer.args, trainer.teacher, len(trainer.vocabulary.ids)
+    there: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # no cache yet, or none that can be read
+        there = manifests.read(folder)
+    name = args.teacher_cache_format or there.get("format", "hidden")
+    manifest = manifest_of(trainer, format_=name) | {
+        "k": min(args.teacher_top_k or there.get("k") or 64, ids) if name == "top_k" else None,
+        "draws": args.teacher_cache_samples or there.get("draws") or 50 if name == "sampled" else None,
+        "teacher": trainer.configuration.get("teacher_model_name_or_path"),
+        "vocabulary_size": ids,
+        "versions": {"torch": str(torch.__version__)},
+    }
+    if isinstance(teacher, ServedTeacher):
+        if name != "top_k":
+            raise ValueError(f"a server gives the likeliest tokens only: set teacher_cache_format: top_k, not {name}")
+        rows = max(trainer.teacher_tokenizer.get_vocab().values()) + 1
+        manifest = _of_a_server(manifest, teacher.server.model)
+        manifest |= {"teacher_rows": rows, "hidden_size": 0, "dtype": str(torch.float32)}
+    elif isinstance(teacher, LocalTeacher) and teacher.head is not None:
+        example = teacher.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=args.device)})
+        of_hidden = {"hidden_size": example.shape[-1], "dtype": str(example.dtype), "server_model": None}
+        manifest |= {"teacher_rows": teacher.head.head().weight.shape[0], **of_hidden}
+    else:
+        raise ValueError("a cache needs the teacher itself and fused: true: set teacher_model_name_or_path")
+    if kind := _SPARSE.get(name):
+        check_sparse(kind, args)
+    return _Source(trainer, teacher, Format.of(manifest)), manifest
+
+
+def _announce(source: _Source, folder: Path) -> int:
+    """Say what will be written and how long it takes; the number of tokens that this process has to ask for.
+
+    Raises:
+        OSError: the disk has too little room.
+    """
+    trainer, accelerator, known = source.trainer, source.trainer.accelerator, Cache(folder)
+    wanted = {key: tokens for keys in rows_of(trainer).values() for key, tokens in keys.items() if key not in known}
+    missing = sum(wanted.values())
+    total = int(accelerator.reduce(torch.tensor(missing, device=trainer.args.device), "sum"))
+    each, seconds = source.format.bytes_per_token(), 0.0
+    own = (batch for _, batch in _own_rows(trainer, trainer.args.train_batch_size))
+    batch = next((b for b in own if any(s.key in wanted for s in sequences(b, shifted(b["labels"])))), None)
+    if batch is not None:  # ask for it, without keeping it
+        begun = time.perf_counter()
+        records = list(source.records(batch, known))
+        tokens = sum(row.trained for row, _ in records)
+        seconds = (time.perf_counter() - begun) / tokens * missing
+        if source.format.name == "sampled":
+            distinct = sum(len(tensors["ids"]) for _, tensors in records)
+            each = source.format.bytes_per_token(distinct / tokens)
+    free = shutil.disk_usage(folder).free
+    if accelerator.is_main_process:
+        size = f"{each:,.0f} bytes each: {total * each / 1e6:,.1f} MB"
+        about = f", about {_duration(seconds)}" if total else ""
+        print(f"{folder}: {total:,} trained tokens to capture, {size}{about}", flush=True)
+    if total * each > free:
+        raise OSError(
+            f"the teacher cache needs {total * each / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB left"
+        )
+    return missing
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (
+        f"{seconds / 3600:.1f} h")  # fmt: skip
+
+
+def _write_missing(source: _Source, batches: Iterable[dict[str, Any]], folder: Path, bar: Any) -> None:
+    there = Cache(folder)
+    known, writer = set(there), Writer(folder, manifests.identity(there.manifest))
+    for batch in batches:
+        for row, record in source.records(batch, known):
+            writer.add(row.key, record)
+            known.add(row.key)
+            bar.update(row.trained)
     writer.flush()
+
+
+def _judge(source: _Source, done: Cache) -> None:
+    """Print what the format loses, measured on some tokens."""
+    format_, teacher = source.format, source.teacher
+    if format_.name == "hidden_int8":
+        assert isinstance(teacher, LocalTeacher)
+        assert teacher.head is not None
+        _, batch = next(_own_rows(source.trainer, source.trainer.args.eval_batch_size))
+        trained = shifted(batch.pop("labels")) != -100
+        exact = teacher.hidden(source.trainer._prepare_inputs(batch))[trained.to(source.trainer.args.device)][:_JUDGED]
+        rounded = format_.decoded([format_.encoded(exact)], exact.device)
+        assert isinstance(rounded, Tensor)
+        head = teacher.head.head(teacher.vocabulary.holes)
+        p, p_rounded = (head.logits(hidden)[:, : format_.vocabulary_size] for hidden in (exact, rounded))
+        lost = f"8 bits move the teacher by {forward_kl(p_rounded, p).mean():.1e} nats a token (KL to itself"
+        print(f"{lost}, {len(exact)} tokens)", flush=True)
+    elif format_.name == "top_k":
+        records: list[dict[str, Tensor]] = []
+        for key in done:
+            if sum(len(record["of_token"]) for record in records) < _JUDGED:
+                records.append(done.read(key))
+        top_k = format_.decoded(records, torch.device("cpu"))
+        assert isinstance(top_k, TopK)
+        listed = 100 * (1 - top_k.log_rest.exp().mean())
+        print(f"top k: {listed:.1f} % of the teacher's probability is listed (mean of {len(top_k)} tokens)", flush=True)
 
 
 def _seen_batches(trainer: TAIDTrainer) -> Iterator[dict[str, Any]]:
@@ -216,17 +316,3 @@ def _seen_batches(trainer: TAIDTrainer) -> Iterator[dict[str, Any]]:
     yield from trainer.get_train_dataloader()
     for dataset in _held_out(trainer).values():
         yield from trainer.get_eval_dataloader(dataset)
-
-
-@torch.no_grad()
-def _top_k(hidden: Tensor, head: Head, labels: Tensor, size: int, k: int) -> TopK:
-    parts = [
-        TopK.of(head.logits(hidden[start : start + _TOKENS])[:, :size], labels[start : start + _TOKENS], k)
-        for start in range(0, len(hidden), _TOKENS)
-    ]
-    return TopK(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("ids", "log_probs", "log_rest", "label_log_probs")
-        )
-    )

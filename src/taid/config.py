@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, SFTConfig
 
 from taid.schedule import auto_alpha, check_range
+from taid.server import check_url
 
 Objective = Literal[
     "taid",
@@ -35,7 +36,7 @@ Objective = Literal[
 ]
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
-CacheFormat = Literal["hidden", "hidden_int8", "top_k"]
+CacheFormat = Literal["hidden", "hidden_int8", "top_k", "sampled"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": get_args(Objective),
@@ -44,10 +45,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "teacher_cache_format": (None, *get_args(CacheFormat)),
     "taid_adaptive": (True, False),
     "fused": (True, False),
+    "teacher_server_compare": (True, False),
 }
 _NUMBERS = (
-    "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio".split()
-)
+    "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio "
+    "teacher_server_timeout"
+).split()
 
 
 @dataclass
@@ -138,11 +141,34 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "taid cache: 'hidden' (default) keeps the teacher's final hidden states and its head, exact; "
-            "'hidden_int8' the states in 8 bits; 'top_k' the likeliest tokens and the mass of the rest."
+            "'hidden_int8' the states in 8 bits; 'top_k' the likeliest tokens and the mass of the rest; 'sampled' "
+            "tokens drawn from it, for forward_kl."
         },
     )
-    teacher_cache_top_k: int | None = field(
-        default=None, metadata={"help": "taid cache: how many tokens format top_k keeps a position, 64 by default."}
+    teacher_cache_samples: int | None = field(
+        default=None, metadata={"help": "taid cache: how often format sampled draws a position, 50 by default."}
+    )
+    teacher_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "A vLLM server, as http://localhost:8000: the teacher is asked there, and is not loaded. Its key, "
+            "if it wants one, is TEACHER_SERVER_API_KEY in the environment."
+        },
+    )
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name on the server; the only one it serves by default."}
+    )
+    teacher_server_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for an answer of it."})
+    teacher_server_compare: bool = field(
+        default=False,
+        metadata={
+            "help": "Load teacher_model_name_or_path once at the start, and compare what it says of one row with what "
+            "the server says."
+        },
+    )
+    teacher_top_k: int | None = field(
+        default=None,
+        metadata={"help": "How many tokens a position a server is asked for and format top_k keeps, 64 by default."},
     )
     tokenizer_from: Side = field(
         default="student",
@@ -181,8 +207,16 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         check_range(
             t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
         )
-        if self.teacher_cache_top_k is not None and self.teacher_cache_top_k < 1:
-            raise ValueError(f"teacher_cache_top_k must be positive, got {self.teacher_cache_top_k}")
+        if self.teacher_top_k is not None and self.teacher_top_k < 1:
+            raise ValueError(f"teacher_top_k must be positive, got {self.teacher_top_k}")
+        if self.teacher_cache_samples is not None and not 1 <= self.teacher_cache_samples <= 255:
+            raise ValueError(f"teacher_cache_samples must lie in 1 .. 255, got {self.teacher_cache_samples}")
+        if self.teacher_cache is not None and not self.teacher_cache:
+            raise ValueError("teacher_cache is empty: leave it away, or name a folder")
+        if self.teacher_server_url is not None:
+            check_url(self.teacher_server_url)
+        if not 0.0 < self.teacher_server_timeout < math.inf:
+            raise ValueError(f"teacher_server_timeout must be a positive number, got {self.teacher_server_timeout}")
         if not 0.0 < self.jsd_beta < 1.0:
             raise ValueError(f"jsd_beta must lie strictly between 0 and 1, got {self.jsd_beta}")
         if not 0.0 <= self.skew < 1.0:

@@ -28,7 +28,7 @@ from taid import objectives
 from taid.kernels import row_stage
 from taid.kernels.head_products import HeadProducts, chunk_rows, scalable
 from taid.kernels.rows import COLUMNS, Finish, RowTask
-from taid.top_k import TopK, check_objective, top_k_rows
+from taid.sparse import Sampled, Sparse, TopK, sparse_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class DistillationLoss(NamedTuple):
 
 def distillation_loss(
     student_NV: Tensor,
-    teacher_NV: Tensor | TopK | None,
+    teacher_NV: Tensor | Sparse | None,
     labels_N: Tensor,
     objective: str = "taid",
     *,
@@ -99,7 +99,7 @@ def distillation_loss(
 
     Args:
         student_NV: the student's logits.
-        teacher_NV: the teacher's, or its :class:`TopK`; None for the label's cross-entropy alone.
+        teacher_NV: the teacher's, or its :class:`TopK` or :class:`Sampled`; None for the label's cross-entropy alone.
         labels_N: the tokens to predict, int64.
         objective: the name of a function of :mod:`taid.objectives`, or "sft".
         kd_ratio: share of the objective; the rest is cross-entropy to the labels.
@@ -122,14 +122,18 @@ def distillation_loss(
     with torch.no_grad():
         columns["entropy"] = torch.special.entr(student_NV.softmax(-1)).sum(-1)
         columns["correct"] = student_NV.gather(-1, labels_N[:, None])[:, 0] >= student_NV.amax(-1)
-        if isinstance(teacher_NV, TopK):
+        if isinstance(teacher_NV, Sparse):
             columns["teacher_cross_entropy"] = -teacher_NV.label_log_probs
         elif teacher_NV is not None:
             columns["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
+    if isinstance(teacher_NV, Sparse) and share > 0:
+        teacher_NV.check_objective(objective)
     if isinstance(teacher_NV, TopK):  # from here on, of k + 1 outcomes
-        if share > 0:
-            check_objective(objective)
         student_NV, teacher_NV = teacher_NV.outcomes(student_NV)
+    if isinstance(teacher_NV, Sampled):
+        estimate = teacher_NV.forward_kl(student_NV)
+        columns |= {"kl": estimate} | ({"objective": estimate} if share > 0 else {})
+        teacher_NV = None
     if teacher_NV is not None and share > 0:
         given = task.parameters | ({"labels": labels_N} if objective == "dkd" else {})
         if objective == "ctkd" and torch.is_grad_enabled():
@@ -155,7 +159,7 @@ def distillation_loss(
 def fused_distillation_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,
-    teacher_hidden: Tensor | TopK | None,
+    teacher_hidden: Tensor | Sparse | None,
     teacher_head: Head | Tensor | None,
     labels: Tensor,
     objective: str = "taid",
@@ -183,8 +187,8 @@ def fused_distillation_loss(
     Args:
         student_hidden: ``[..., D]``, what the student's output head is given, at the positions that predict `labels`.
         student_head: a :class:`Head`, or its weight ``[V, D]``.
-        teacher_hidden: ``[..., E]``; or, without a `teacher_head`, the :class:`TopK` of the trained tokens in their
-            order; None for the label's cross-entropy alone.
+        teacher_hidden: ``[..., E]``; or, without a `teacher_head`, the :class:`TopK` or :class:`Sampled` of the trained
+            tokens in their order; None for the label's cross-entropy alone.
         teacher_head: a :class:`Head` or its weight ``[V', E]``; any dtype, independent of the student's.
         labels: ``[...]``, int64: the token that each position has to predict, -100 where it is not trained.
         objective: the name of a function of :mod:`taid.objectives`, or "sft".
@@ -200,27 +204,27 @@ def fused_distillation_loss(
     Reference: TAID, arXiv 2501.16937; gradients in the forward pass as in Liger Kernel, arXiv 2410.10989.
     """
     student_head, teacher_head = _as_head(student_head), None if teacher_head is None else _as_head(teacher_head)
-    top_k, teacher_hidden = (teacher_hidden, None) if isinstance(teacher_hidden, TopK) else (None, teacher_hidden)
+    sparse, teacher_hidden = (teacher_hidden, None) if isinstance(teacher_hidden, Sparse) else (None, teacher_hidden)
     size = _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, vocabulary_size)
     finish = [
         Finish(None if h.bias is None else h.bias.detach()[:size], h.scale, h.softcap) if h else Finish()
         for h in (student_head, teacher_head)
     ]
     task = RowTask.of(objective, kd_ratio, _detached(parameters), *finish)
-    if task.kd_ratio > 0 and teacher_hidden is None and top_k is None:
+    if task.kd_ratio > 0 and teacher_hidden is None and sparse is None:
         raise ValueError(f"objective {objective!r} needs the teacher's hidden states and head")
     student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     kept = _kept(labels.reshape(-1), num_trained)
-    if top_k is not None:
+    if sparse is not None:
         if task.kd_ratio > 0:
-            check_objective(objective)
-        _check_top_k(top_k, len(kept), size)
+            sparse.check_objective(objective)
+        sparse.check(len(kept), size)
     job = _Job(
         teacher_hidden=None
         if teacher_hidden is None
         else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight=None if teacher_head is None else teacher_head.weight.detach(),
-        top_k=top_k,
+        sparse=sparse,
         labels=labels.reshape(-1).index_select(0, kept),
         kept=kept,
         size=size,
@@ -241,7 +245,7 @@ class _Job:
 
     teacher_hidden: Tensor | None  # [N', E], untrained tokens included
     teacher_weight: Tensor | None  # [V, E]
-    top_k: TopK | None  # of the N trained tokens
+    sparse: Sparse | None  # of the N trained tokens
     labels: Tensor  # [N]
     kept: Tensor  # [N], places of the trained tokens
     size: int  # V
@@ -306,10 +310,10 @@ def _forward(
             teacher_MV = teacher.project(hidden_ME, tiles[1][:M])
         of_rows = job.labels[chunk], job.task, columns[chunk]
         gradient_dtype = student.operand_dtype if any(wanted[:3]) else None
-        if job.top_k is None:
+        if job.sparse is None:
             gradient_MV = row_stage(student_MV, teacher_MV, *of_rows, gradient=gradient_dtype)
         else:
-            gradient_MV = top_k_rows(student_MV, job.top_k[chunk], *of_rows, gradient=gradient_dtype)
+            gradient_MV = sparse_rows(student_MV, job.sparse[chunk], *of_rows, gradient=gradient_dtype)
         if d_hidden is not None:
             d_hidden.index_copy_(0, places, student.project_back(gradient_MV).to(d_hidden.dtype))
         if wants_weight:
@@ -396,18 +400,6 @@ def _check(
         for wrong in labels[(labels >= size) | ((labels < 0) & (labels != -100))].tolist()[:1]:
             raise ValueError(f"label {wrong} is no id of the {size} that student and teacher share, and not -100")
     return size
-
-
-def _check_top_k(top_k: TopK, trained: int, size: int) -> None:
-    if len(top_k) != trained:
-        raise ValueError(f"the teacher's top k are of {len(top_k)} tokens, but {trained} are trained")
-    per_token = (top_k.log_rest, top_k.label_log_probs)
-    if top_k.log_probs.shape != top_k.ids.shape or any(x.shape != (trained,) for x in per_token):
-        raise ValueError("the teacher's top k need ids and log_probs [N, k], and log_rest and label_log_probs [N]")
-    if top_k.ids.device.type == "cpu" and top_k.ids.numel():  # on a GPU, looking would cost a synchronisation
-        for wrong in (int(top_k.ids.min()), int(top_k.ids.max())):
-            if not 0 <= wrong < size:
-                raise ValueError(f"the teacher's top k name id {wrong}, but the ids are 0 .. {size - 1}")
 
 
 def _detached(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from taid.vocabulary import Vocabulary, adopt_tokenizer
 if TYPE_CHECKING:
     from taid.cache import Cache
     from taid.config import TAIDConfig
+    from taid.server import Server
 
 # What from_pretrained raises for a folder, an argument or a package that is not as it should be.
 _ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError, LookupError)
@@ -35,7 +36,7 @@ class Pair:
     Attributes:
         student: the model that is trained.
         tokenizer: the student's; the teacher's where the student was given it.
-        teacher: a model; None where nothing is distilled or a cache answers.
+        teacher: a model; None where nothing is distilled, or where a cache or a server answers and nothing is compared.
         teacher_tokenizer: None where there is no teacher at all.
         vocabulary: the token ids that both predict.
         names: where the two came from, under the names of the configuration.
@@ -50,18 +51,22 @@ class Pair:
 
 
 def load_pair(
-    student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teacher_tokenizer: Any, cache: Cache | None = None
-) -> Pair:
-    """Load what is given by name, and match the vocabularies. Where there is a cache, no teacher is loaded.
+    student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teacher_tokenizer: Any,
+    elsewhere: Cache | Server | None = None,
+) -> Pair:  # fmt: skip
+    """Load what is given by name, and match the vocabularies.
+
+    Where a cache or a server answers for the teacher, no teacher is loaded, unless it is compared with the server.
 
     Raises:
         ValueError: a model cannot be loaded, a teacher is missing, or the tokenizers differ; says which and the remedy.
     """
-    if teacher is None and cache is None and args.distillation_share > 0:
+    if teacher is None and elsewhere is None and args.distillation_share > 0:
         raise ValueError(
-            f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path, or teacher_cache"
+            f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path, teacher_cache or "
+            "teacher_server_url"
         )
-    if teacher is None and cache is None and args.tokenizer_from == "teacher":
+    if teacher is None and elsewhere is None and args.tokenizer_from == "teacher":
         raise ValueError("tokenizer_from: teacher needs a teacher: set teacher_model_name_or_path")
     if teacher is student and not isinstance(student, str):
         raise ValueError("student and teacher are one object: load the teacher a second time")
@@ -72,13 +77,13 @@ def load_pair(
         student = load_model(student, role="student", **init_kwargs)
     args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
     tokenizer = tokenizer or _tokenizer_of(names["model_name_or_path"], "student", "processing_class", **remote)
-    if teacher is None and cache is None:
+    if teacher is None and elsewhere is None:
         return Pair(student, tokenizer, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
 
     revision = {"revision": args.teacher_model_revision} if args.teacher_model_revision else {}
-    if cache is not None:
-        teacher, teacher_tokenizer = None, _load_tokenizer(str(cache.folder / "tokenizer"), "teacher")
-    elif isinstance(teacher, str):
+    if elsewhere is not None:
+        teacher, teacher_tokenizer, teacher_rows = _elsewhere(elsewhere, teacher, args, teacher_tokenizer, revision)
+    if isinstance(teacher, str):
         teacher = load_model(teacher, role="teacher", **(remote | revision | teacher_init_kwargs(args)))
     teacher_tokenizer = teacher_tokenizer or _tokenizer_of(
         names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", **remote, **revision
@@ -86,10 +91,34 @@ def load_pair(
     if args.tokenizer_from == "teacher":
         adopt_tokenizer(student, tokenizer, teacher_tokenizer)
         tokenizer = teacher_tokenizer
-    teacher_rows = output_rows(teacher) if cache is None else int(cache.manifest["teacher_rows"])
-    rows = {"student_rows": output_rows(student), "teacher_rows": teacher_rows}
+    rows = {
+        "student_rows": output_rows(student),
+        "teacher_rows": output_rows(teacher) if elsewhere is None else teacher_rows,
+    }
     vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
     return Pair(student, tokenizer, teacher, teacher_tokenizer, vocabulary, names)
+
+
+def _elsewhere(
+    elsewhere: Cache | Server, teacher: Any, args: TAIDConfig, tokenizer: Any, revision: dict[str, Any]
+) -> tuple[Any, Any, int]:
+    """Of a teacher that is not loaded: what it is compared with, its tokenizer, and how many rows its head has."""
+    from taid.cache import Cache
+
+    if isinstance(elsewhere, Cache):
+        tokenizer = _load_tokenizer(str(elsewhere.folder / "tokenizer"), "teacher")
+        return None, tokenizer, int(elsewhere.manifest["teacher_rows"])
+    name = _name(teacher) or elsewhere.model
+    try:
+        tokenizer = tokenizer or _load_tokenizer(name, "teacher", trust_remote_code=args.trust_remote_code, **revision)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A teacher on a server needs its tokenizer here: set teacher_model_name_or_path to a folder or "
+            "Hub name that holds it"
+        ) from error
+    if isinstance(teacher, str) and not args.teacher_server_compare:
+        teacher = None
+    return teacher, tokenizer, max(tokenizer.get_vocab().values()) + 1
 
 
 def teacher_init_kwargs(args: TAIDConfig) -> dict[str, Any]:

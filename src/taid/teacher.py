@@ -1,14 +1,15 @@
-"""What the trainer asks of a teacher, and the teachers that answer: a model at hand, or what one once said.
+"""What the trainer asks of a teacher, and the teachers that answer: a model at hand, one on a server, or a cache.
 
 The trainer and the objectives do not know which one it is. A teacher is given a batch and the places of its trained
-tokens, and answers with its final hidden states and head, which determine its whole distribution, or with the top k of
-each trained token.
+tokens, and answers with its final hidden states and head, which determine its whole distribution, or with some tokens
+of it (:mod:`taid.sparse`).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -16,11 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from taid.cache import Cache, sequences, shifted
+from taid.cache import Cache
 from taid.fused import Head
 from taid.heads import OutputHead
-from taid.top_k import TopK
+from taid.sequences import Sequence, sequences, shifted
+from taid.server import CONCURRENT, Listed, Server
+from taid.sparse import Sparse, TopK
 from taid.vocabulary import Vocabulary
+
+_TOKENS = 4096  # of the prompts of a request; an answer of 4,096 tokens with k = 64 is 18 MB of JSON
+_ROUNDING = 1e-8  # what float32 leaves of the difference of 1 and a sum of probabilities
+_AGREEMENT = 0.05  # total variation between a server and a local copy: bfloat16 takes 0.01, another model 0.3 and more
 
 
 class Hidden(NamedTuple):
@@ -37,7 +44,7 @@ class Teacher(ABC):
     """What its answers are worth: "exact", or which part of a distribution they give."""
 
     @abstractmethod
-    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | TopK:
+    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | Sparse:
         """What it says of a batch.
 
         Args:
@@ -47,12 +54,12 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | TopK:
+    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | Sparse:
         """The same for the plain formula: logits ``[N, V]`` of the N trained tokens over the shared ids."""
 
     @abstractmethod
     def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Say which batches come next, their labels not shifted yet."""
+        """Say which batches are asked for next, their labels not shifted yet; all others may be forgotten."""
 
 
 class LocalTeacher(Teacher):
@@ -100,7 +107,52 @@ class LocalTeacher(Teacher):
             return self.vocabulary.select(self.model(**inputs).logits[labels != -100])
 
 
-class CachedTeacher(Teacher):
+class _RowTeacher(Teacher):
+    """One that knows rows by themselves, wherever they are: threads ask for those that come next."""
+
+    def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
+        self.vocabulary = vocabulary
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="taid-teacher")
+        self._coming: dict[bytes, Future[dict[bytes, Any]]] = {}
+
+    @abstractmethod
+    def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Those that are fetched at once."""
+
+    @abstractmethod
+    def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
+        """What is known of each row; in a thread."""
+
+    @abstractmethod
+    def _joined(self, answers: list[Any], labels: Tensor) -> Hidden | Sparse:
+        """What was fetched of the rows of a batch, as one answer."""
+
+    def _submit(self, rows: list[Sequence]) -> dict[bytes, Future[dict[bytes, Any]]]:
+        futures = ((group, self._threads.submit(self._fetch, group)) for group in self._groups(rows))
+        return {row.key: future for group, future in futures for row in group}
+
+    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
+        """See :class:`Teacher`."""
+        rows = (s for batch in batches for s in sequences(batch, shifted(batch["labels"])) if s.trained)
+        wanted = {row.key: row for row in rows}
+        self._coming = {key: answer for key, answer in self._coming.items() if key in wanted}
+        self._coming |= self._submit([row for key, row in wanted.items() if key not in self._coming])
+
+    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | Sparse:
+        """See :class:`Teacher`."""
+        rows = [s for s in sequences(inputs, labels) if s.trained]
+        answers = self._coming | self._submit(list({s.key: s for s in rows if s.key not in self._coming}.values()))
+        return self._joined([answers[row.key].result()[row.key] for row in rows], labels)
+
+    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | Sparse:
+        """See :class:`Teacher`."""
+        signal = self(inputs, labels)
+        if isinstance(signal, Sparse):
+            return signal
+        return signal.head.logits(signal.hidden[labels != -100])[:, : len(self.vocabulary.ids)]
+
+
+class CachedTeacher(_RowTeacher):
     """What a teacher said when the cache was captured: the same answer for the same row, whatever batch it is in.
 
     Args:
@@ -110,38 +162,139 @@ class CachedTeacher(Teacher):
     """
 
     def __init__(self, cache: Cache, vocabulary: Vocabulary, device: torch.device) -> None:
-        self.cache, self.vocabulary, self.kind = cache, vocabulary, cache.kind
+        super().__init__(vocabulary, threads=1)
+        self.cache, self.kind = cache, cache.format.kind
         head = cache.head()
         self.head = None if head is None else head.at(vocabulary.holes).to(device)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="taid-cache")
-        self._coming: dict[bytes, Future[dict[str, Tensor]]] = {}
 
-    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Read the rows of the coming batches from disk while others are computed."""
-        self._coming.clear()
-        for batch in batches:
-            for sequence in sequences(batch, shifted(batch["labels"])):
-                if sequence.trained and sequence.key not in self._coming:
-                    self._coming[sequence.key] = self._reader.submit(self.cache.read, sequence.key)
+    def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
+        yield from ([row] for row in rows)
 
-    def _read(self, key: bytes) -> dict[str, Tensor]:
-        coming = self._coming.pop(key, None)
-        return self.cache.read(key) if coming is None else coming.result()
+    def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
+        return {row.key: self.cache.read(row.key) for row in rows}
 
-    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | TopK:
-        """See :class:`Teacher`."""
-        records = [self._read(sequence.key) for sequence in sequences(inputs, labels) if sequence.trained]
-        signal = self.cache.decoded(records, labels.device)
-        if isinstance(signal, TopK):
+    def _joined(self, answers: list[Any], labels: Tensor) -> Hidden | Sparse:
+        signal = self.cache.format.decoded(answers, labels.device)
+        if isinstance(signal, Sparse):
             return signal
         assert self.head is not None
         hidden = signal.new_zeros(*labels.shape, signal.shape[-1])
         hidden[labels != -100] = signal
         return Hidden(hidden, self.head)
 
-    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | TopK:
-        """See :class:`Teacher`."""
-        signal = self(inputs, labels)
-        if isinstance(signal, TopK):
-            return signal
-        return signal.head.logits(signal.hidden[labels != -100])[:, : len(self.vocabulary.ids)]
+
+class ServedTeacher(_RowTeacher):
+    """The k likeliest tokens that a server lists of each position, and the mass of the rest.
+
+    Args:
+        server: what is asked.
+        vocabulary: the ids that student and teacher share; tokens that the teacher alone has are left out, as they are
+            of a local teacher.
+        k: how many tokens a position.
+    """
+
+    def __init__(self, server: Server, vocabulary: Vocabulary, k: int) -> None:
+        super().__init__(vocabulary, threads=CONCURRENT)
+        self.server, self.k = server, min(k, len(vocabulary.ids))
+        self.kind = f"top_k {self.k}"
+        self._shared = frozenset(vocabulary.ids)
+
+    def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
+        group: list[Sequence] = []
+        for row in rows:
+            if group and sum(len(other.ids) for other in group) + len(row.ids) > _TOKENS:
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
+
+    def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
+        answers = self.server.prompt_log_probs([row.ids.tolist() for row in rows], self.k)
+        return {row.key: self._top_k(row, places) for row, places in zip(rows, answers, strict=True)}
+
+    def _top_k(self, row: Sequence, places: list[Listed], asked: int | None = None) -> TopK:
+        asked = asked or self.k
+        found = [self._of_position(places[position], int(row.ids[position + 1])) for position in row.positions]
+        if None in found:  # tokens that only the teacher has are among the likeliest: ask for more
+            return self._top_k(row, self.server.prompt_log_probs([row.ids.tolist()], 2 * asked)[0], 2 * asked)
+        ids, *of_tokens = zip(*filter(None, found), strict=True)
+        return TopK(self.vocabulary.position(torch.tensor(ids)), *map(torch.tensor, of_tokens))
+
+    def _of_position(self, listed: Listed, label: int) -> tuple[list[int], list[float], float, float] | None:
+        """Ids, log-probabilities, log of the rest and the label's; None where fewer than k listed tokens are shared."""
+        shared = {i: entry["logprob"] for i, entry in listed.items() if i in self._shared}
+        if len(shared) < self.k:
+            return None
+        others = sum(math.exp(entry["logprob"]) for i, entry in listed.items() if i not in self._shared)
+        log_shared = math.log(max(1 - others, _ROUNDING))
+        ids = sorted(shared, key=shared.__getitem__, reverse=True)[: self.k]
+        log_probs = [shared[i] - log_shared for i in ids]
+        # A server tells no mass of the rest, and what it lists is rounded to float32.
+        rest = max(1 - sum(map(math.exp, log_probs)), _ROUNDING)
+        log_rest = -math.inf if self.k == len(self._shared) else math.log(rest)
+        return ids, log_probs, log_rest, shared[label] - log_shared
+
+    def ask(self, rows: list[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+        """What it says of rows, as they come."""
+        answers = self._submit(rows)
+        for row in rows:
+            yield row, answers[row.key].result()[row.key]
+
+    def _joined(self, answers: list[Any], labels: Tensor) -> TopK:
+        if not answers:
+            none = torch.empty(0)
+            answers = [TopK(none.view(0, self.k).long(), none.view(0, self.k), none, none)]
+        return TopK.cat(answers).to(labels.device)
+
+    def check(self, row: Sequence, tokenizer: Any, local: nn.Module | None) -> None:
+        """Ask for one row, and see whether the server's tokens and values are those of the teacher.
+
+        Args:
+            row: any.
+            tokenizer: the teacher's.
+            local: a copy of the teacher that the values are compared with, or None.
+
+        Raises:
+            ValueError: they are not; shows both.
+        """
+        places = self.server.prompt_log_probs([row.ids.tolist()], self.k)[0]
+        said = {i: e["decoded_token"] for place in places for i, e in place.items() if e.get("decoded_token")}
+        names = {i: (tokenizer.decode([i]), tokenizer.convert_ids_to_tokens(i)) for i in said}
+        # A token that is a part of a letter has no text, and servers differ on blanks around words.
+        others = [
+            (i, names[i][0], text)
+            for i, text in said.items()
+            if "\ufffd" not in names[i][0] + text and text.strip() not in [str(name).strip() for name in names[i]]
+        ]
+        if len(others) > 0.05 * len(said):
+            ids, ours, theirs = zip(*others[:8], strict=True)
+            raise ValueError(
+                f"the teacher's server {self.server.url} has other tokens than the tokenizer of the teacher: ids "
+                f"{list(ids)} are {list(ours)} here and {list(theirs)} there. Set teacher_model_name_or_path to the "
+                "model that is served"
+            )
+        if local is not None:
+            self._compare(row, places, local)
+
+    @torch.no_grad()
+    def _compare(self, row: Sequence, places: list[Listed], local: nn.Module) -> None:
+        device = next(local.parameters()).device
+        ids = torch.from_numpy(row.ids)[None]
+        log_p = local(input_ids=ids.to(device)).logits[0, :-1].float().log_softmax(-1).cpu()
+        distances = []
+        for p, place in zip(log_p, places, strict=True):
+            listed = torch.tensor(list(place))
+            theirs = torch.tensor([entry["logprob"] for entry in place.values()], dtype=torch.float32).exp()
+            ours = p[listed].exp()
+            distances.append(0.5 * ((ours - theirs).abs().sum() + (ours.sum() - theirs.sum()).abs()))
+        mean, worst = torch.stack(distances).mean().item(), int(torch.stack(distances).argmax())
+        if mean > _AGREEMENT:
+            likeliest = sorted(places[worst], key=lambda i: -places[worst][i]["logprob"])[:5]
+            ours_, theirs_ = ([round(float(x), 3) for x in of] for of in (
+                log_p[worst, likeliest], [places[worst][i]["logprob"] for i in likeliest]))  # fmt: skip
+            raise ValueError(
+                f"the teacher's server {self.server.url} disagrees with the teacher here by {mean:.3f} (total "
+                f"variation, a token; {_AGREEMENT} is allowed): after {worst + 1} tokens the log-probabilities of ids "
+                f"{likeliest} are {ours_} here and {theirs_} there. Is it the same model, dtype and adapter?"
+            )

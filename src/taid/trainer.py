@@ -26,12 +26,15 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
 from taid import capture, run_folder
-from taid.cache import Cache, shifted
+from taid.cache import Cache
 from taid.config import TAIDConfig, resolved
 from taid.models import load_pair
 from taid.pair_loss import PairLoss
 from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
-from taid.teacher import CachedTeacher, LocalTeacher, Teacher
+from taid.sequences import shifted
+from taid.server import Server
+from taid.sparse import TopK
+from taid.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +107,13 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or TAIDConfig()
-        cache = None if args.teacher_cache is None else Cache(Path(args.teacher_cache).expanduser())
+        elsewhere: Cache | Server | None = None
+        if args.teacher_cache is not None:
+            elsewhere = Cache(Path(args.teacher_cache).expanduser())
+        elif args.teacher_server_url is not None:
+            elsewhere = Server(args.teacher_server_url, args.teacher_server_model, args.teacher_server_timeout)
         pair = load_pair(model, teacher_model or args.teacher_model_name_or_path, args, processing_class,
-                         teacher_processing_class, cache)  # fmt: skip
+                         teacher_processing_class, elsewhere)  # fmt: skip
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
 
@@ -128,30 +135,39 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self.vocabulary, self.teacher_tokenizer = pair.vocabulary, pair.teacher_tokenizer
         self.configuration = resolved(args) | pair.names
         self._check_rows(pair.tokenizer)
-        self.teacher = self._teacher(pair.teacher, cache)
+        self.teacher = self._teacher(pair.teacher, elsewhere)
         self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args)
         self._schedule: TAIDSchedule | CurriculumTemperature | None = None
         self._schedule_state: ScheduleState | TemperatureState | None = None
+        self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
         self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
         self._window: dict[str, float] = defaultdict(float)  # since the last log, over all ranks
         self._train_start = self._window_start = self._seconds_before = 0.0
         self._total_train_tokens: int
         self.add_callback(_RunFolder(self))
 
-    def _teacher(self, model: Any, cache: Cache | None) -> Teacher | None:
-        """What answers for the teacher: the model, or a cache that fits this run."""
-        if cache is not None:
-            capture.require(self, cache)
-            if self.configuration["teacher_model_name_or_path"] is None:  # the report and the model card name it
-                self.args.teacher_model_name_or_path = cache.manifest["teacher"]
-                self.configuration["teacher_model_name_or_path"] = cache.manifest["teacher"]
-            return CachedTeacher(cache, self.vocabulary, self.args.device)
-        if model is None:
-            return None
-        model.requires_grad_(False).eval()
-        if not hasattr(model, "hf_device_map"):
-            model.to(self.args.device)
-        return LocalTeacher(model, self.vocabulary, self.accelerator.autocast, self.args.fused)
+    def _teacher(self, model: Any, elsewhere: Cache | Server | None) -> Teacher | None:
+        """What answers for the teacher: a cache that fits this run, a server that fits it, or the model."""
+        if isinstance(elsewhere, Cache):
+            capture.require(self, elsewhere)
+            self._name_teacher(elsewhere.manifest["teacher"])
+            return CachedTeacher(elsewhere, self.vocabulary, self.args.device)
+        if model is not None:
+            model.requires_grad_(False).eval()
+            if not hasattr(model, "hf_device_map"):
+                model.to(self.args.device)
+        if isinstance(elsewhere, Server):
+            self._name_teacher(elsewhere.model)
+            served = ServedTeacher(elsewhere, self.vocabulary, self.args.teacher_top_k or 64)
+            capture.check_sparse(TopK, self.args)
+            served.check(capture.first_row(self), self.teacher_tokenizer, model)
+            return served
+        return model and LocalTeacher(model, self.vocabulary, self.accelerator.autocast, self.args.fused)
+
+    def _name_teacher(self, name: str) -> None:
+        """For the report and the model card, where the configuration has no name."""
+        if self.configuration["teacher_model_name_or_path"] is None:
+            self.args.teacher_model_name_or_path = self.configuration["teacher_model_name_or_path"] = name
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
@@ -237,11 +253,16 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and the number of trained tokens in them on all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if epoch_iterator is not self._epoch:
+            self._epoch, self._ahead = epoch_iterator, []
+        # One step more than is needed now, so that what the teacher says of it is fetched while this one is computed.
+        coming, _ = super().get_batch_samples(epoch_iterator, 2 * num_batches - len(self._ahead), device)
+        self._ahead += coming
+        if self.teacher is not None and self.args.distillation_share > 0:
+            self.teacher.prefetch(self._ahead)
+        batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
         for batch in batches:
             batch["num_trained"] = int((batch["labels"][:, 1:] != -100).sum())
-        if self.teacher is not None and self.args.distillation_share > 0:
-            self.teacher.prefetch(batches)
         count = self.accelerator.reduce(torch.tensor(sum(b["num_trained"] for b in batches), device=device), "sum")
         return batches, (count // self.get_tp_size()).clamp(min=1)
 

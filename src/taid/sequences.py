@@ -1,0 +1,59 @@
+"""The sequences of a batch, found by content: their keys do not depend on batches, padding, packing or order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+KEY_BYTES = 16
+
+
+class Sequence(NamedTuple):
+    """A sequence within a batch: where it lies, its key, its token ids, and which of its positions are trained."""
+
+    row: int
+    start: int
+    stop: int
+    key: bytes
+    ids: np.ndarray
+    positions: np.ndarray
+
+    @property
+    def trained(self) -> int:
+        """How many tokens of it are trained."""
+        return len(self.positions)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Of the labels of a batch, ``[B, T]``, what each position has to predict; the last predicts nothing."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def sequences(inputs: dict[str, Any], labels: Tensor) -> Iterator[Sequence]:
+    """The sequences of a batch, in the order of its trained tokens.
+
+    Args:
+        inputs: ``input_ids`` ``[B, T]`` with an ``attention_mask``, or with ``position_ids`` that begin anew at 0 where
+            several sequences lie in one row (packed, padding-free).
+        labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained.
+    """
+    ids, trained = inputs["input_ids"].cpu().numpy(), (labels != -100).cpu().numpy()
+    if "attention_mask" in inputs:
+        mask = inputs["attention_mask"].cpu().numpy()
+        bounds = [
+            (row, int(seen[0]), int(seen[-1]) + 1) for row, m in enumerate(mask) if len(seen := np.flatnonzero(m))
+        ]
+    else:
+        bounds = []
+        for row, positions in enumerate(inputs["position_ids"].cpu().numpy()):
+            starts = np.flatnonzero(positions == 0).tolist()
+            bounds += [(row, *pair) for pair in zip(starts, [*starts[1:], len(positions)], strict=True)]
+    for row, start, stop in bounds:
+        of_ids, of_trained = ids[row, start:stop].astype("<i8"), trained[row, start:stop]
+        content = of_ids.tobytes() + np.packbits(of_trained).tobytes()
+        key = hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+        yield Sequence(row, start, stop, key, of_ids, np.flatnonzero(of_trained))
