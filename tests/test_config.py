@@ -17,7 +17,8 @@ from taid.config import TAIDConfig, parse, resolved
 OWN_FIELDS = """
 objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal jsd_beta skew head_mass
 dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
-teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_top_k tokenizer_from overwrite_output_dir
+teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url
+teacher_server_model teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from overwrite_output_dir
 """.split()
 
 
@@ -74,6 +75,11 @@ def test_the_defaults_are_the_papers():
         "teacher_model_init_kwargs": None,
         "teacher_cache": None,
         "teacher_cache_format": None,
+        "teacher_cache_samples": None,
+        "teacher_server_url": None,
+        "teacher_server_model": None,
+        "teacher_server_timeout": 120.0,
+        "teacher_server_compare": False,
         "teacher_top_k": None,
         "tokenizer_from": "student",
         "overwrite_output_dir": False,

@@ -1,4 +1,4 @@
-"""The command line: ``taid train``, ``taid cache``, ``taid report``, ``taid demo``.
+"""The command line: ``taid train``, ``taid cache``, ``taid plan``, ``taid report``, ``taid demo``.
 
 Heavy imports wait until a command needs them, so that ``taid --help`` answers at once.
 """
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         # Their options come from TRL and transformers, which take seconds to import.
-        if arguments[:1] in (["train"], ["cache"]):
-            {"train": train, "cache": cache}[arguments[0]](arguments[1:])
+        if arguments[:1] in (["train"], ["cache"], ["plan"]):
+            {"train": train, "cache": cache, "plan": plan}[arguments[0]](arguments[1:])
             return 0
         options = _parser().parse_args(arguments)
         if options.command is None:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("train", help="distil a teacher into a student (taid train --help)")
     commands.add_parser("cache", help="keep what the teacher says of a run's rows on disk (taid cache --help)")
+    commands.add_parser("plan", help="how large a cache is for a recipe, before anything is loaded (taid plan --help)")
     report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.set_defaults(run=_report)
@@ -87,7 +88,9 @@ def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, 
     logging.getLogger("taid").setLevel(logging.INFO)
     required = {"model_name_or_path": model_arguments.model_name_or_path, "dataset_name": data_arguments.dataset_name}
     if command == "cache":
-        required |= {name: getattr(args, name) for name in ("teacher_model_name_or_path", "teacher_cache")}
+        required["teacher_cache"] = args.teacher_cache
+    if command == "plan" or (command == "cache" and args.teacher_server_url is None):
+        required["teacher_model_name_or_path"] = args.teacher_model_name_or_path
     for name, value in required.items():
         if value is None:
             raise ValueError(f"{name} is not set: give it in the configuration or as --{name}")
@@ -107,6 +110,15 @@ def cache(argv: Sequence[str]) -> None:
         capture(trainer, folder, repair=repair)
         if args.process_index == 0:
             print(f"teacher cache: {folder}; train from it with --teacher_cache {folder}")
+
+
+def plan(argv: Sequence[str]) -> None:
+    """``taid plan``: how large a cache of a recipe's teacher is."""
+    model_arguments, data_arguments, args = _configured(argv, "plan")
+    from taid.plan import plan
+
+    name, revision = model_arguments.model_name_or_path, model_arguments.model_revision
+    print(plan(name, revision, args, *_load_rows(data_arguments, args)))
 
 
 def train(argv: Sequence[str]) -> None:
@@ -132,24 +144,33 @@ def train(argv: Sequence[str]) -> None:
             print(f"student: {output_dir}\nreport:  {write_report(output_dir)}")
 
 
-def _build_trainer(
-    model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig, *, resuming: bool
-) -> TAIDTrainer:
-    from transformers import PrinterCallback, ProgressCallback
-    from trl import get_peft_config, get_quantization_config
-
-    from taid import config, data
-    from taid.models import load_model, load_tokenizer
-    from taid.progress import StepProgress
-    from taid.trainer import TAIDTrainer
+def _load_rows(data_arguments: DataArguments, args: TAIDConfig) -> tuple[Any, Any]:
+    """Rows to train on and held-out rows, or None for these."""
+    from taid import data
 
     def load(name: str | None, split: str) -> Any:
         return name and data.load_rows(
             name, config=data_arguments.dataset_config, split=split, text_field=args.dataset_text_field
         )
 
-    train_rows = load(data_arguments.dataset_name, data_arguments.dataset_train_split)
-    eval_rows = load(data_arguments.eval_dataset_name, data_arguments.dataset_test_split)
+    return (
+        load(data_arguments.dataset_name, data_arguments.dataset_train_split),
+        load(data_arguments.eval_dataset_name, data_arguments.dataset_test_split),
+    )
+
+
+def _build_trainer(
+    model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig, *, resuming: bool
+) -> TAIDTrainer:
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import get_peft_config, get_quantization_config
+
+    from taid import config
+    from taid.models import load_model, load_tokenizer
+    from taid.progress import StepProgress
+    from taid.trainer import TAIDTrainer
+
+    train_rows, eval_rows = _load_rows(data_arguments, args)
     args.eval_on_start = eval_rows is not None and not resuming
     name = model_arguments.model_name_or_path
     origin = {"revision": model_arguments.model_revision, "trust_remote_code": args.trust_remote_code}

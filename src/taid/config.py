@@ -361,6 +361,10 @@ _COMMANDS = {
         "Ask the teacher once for every row that `taid train` with the same recipe sees, and keep what it says in DIR. "
         "Continues what is there; --repair reads all of it first and captures damaged shards anew.",
     ),
+    "plan": (
+        "[--field value ...]",
+        "Say how large a cache of the teacher is in each format, from the recipe's rows and configurations alone.",
+    ),
 }
 
 
