@@ -6,7 +6,7 @@
 2. The capture again, killed at a moment drawn evenly from the time that the undisturbed one took, and started again
    with the same command, until half of the kills have hit. Work that is kept makes a process shorter: one that ends
    before its moment is no kill, and the next begins in a new folder. After each kill every shard is read in full.
-3. The training likewise, from the last of these caches, with --resume_from_checkpoint where a whole checkpoint is.
+3. The training likewise, from the cache that was hit most, with --resume_from_checkpoint where a whole checkpoint is.
 4. Every cache must hold the rows of the undisturbed one, every student its weights and metrics, byte for byte; only
    the columns of timing may differ. What does not is named, and the exit status is 1.
 
@@ -43,7 +43,7 @@ RECIPE = {
     "num_train_epochs": 1, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH,
     "learning_rate": 1e-3, "optim": "adamw_torch", "objective": "taid", "taid_alpha": "auto", "max_length": 256,
     "bf16": False, "activation_checkpointing": False, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 50,
-    "save_strategy": "steps", "save_steps": 4, "save_total_limit": 2, "report_to": "none", "use_cpu": True,
+    "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "report_to": "none", "use_cpu": True,
 }  # fmt: skip
 # The command line with shards of about four rows, so that a kill finds shards on disk and rows that are not yet there.
 SMALL_SHARDS = (
@@ -221,9 +221,9 @@ def main() -> None:
 
     half = arguments.kills // 2
     caches, kills, damage = disturbed(out / "capture", capture, shards, half, took[0], draw)
-    last = caches[-1] if caches else cache_alone
+    hit_most = max(caches, key=[kill.folder for kill in kills].count, default=cache_alone)
     runs, more, _ = disturbed(
-        out / "training", lambda folder: train(folder, last), checkpoints, arguments.kills - half, took[1], draw
+        out / "training", lambda folder: train(folder, hit_most), checkpoints, arguments.kills - half, took[1], draw
     )
     wrong = [*damage, *(line for folder in caches for line in different_rows(folder, cache_alone))]
     wrong += [line for folder in runs for line in different_run(folder, run_alone)]

@@ -2,13 +2,18 @@
 
     python benchmarks/teacher.py quality --teacher DIR --student DIR [--out runs/teacher]
     python benchmarks/teacher.py time [--rounds 3]
+    python benchmarks/teacher.py epochs [--rounds 1]
 
 quality: a story teacher and its student (benchmarks/stories.py writes the stories, here fewer). For every format: bytes
 a trained token, the difference of TAID's loss and gradient from the full teacher's on one batch of the untrained
 student, and the student's held-out loss and KL, both against the full teacher, after one epoch. One seed.
 
 time: seconds of a training step, the models and rows of benchmarks/step.py, every method in turn in a fresh process:
-TRL's SFT step of the student, TAIDTrainer with the local teacher, and from caches. Also how long the capture took.
+TRL's SFT step of the student, TAIDTrainer with the local teacher, and from caches. Also how long the capture took, and
+one product of the teacher's head, which is what hidden states cost beside a top k.
+
+epochs: two epochs with the teacher asked in each, against a capture and two epochs from it, for teachers of about 4, 16
+and 40 times the student; each in a fresh process, wall time of everything but loading.
 
 Each adds its table to benchmarks/results/teacher.md.
 """
@@ -42,6 +47,12 @@ FORMATS: dict[str, dict[str, Any]] = {
     "top_k, k = 32": {"teacher_cache_format": "top_k", "teacher_top_k": 32},
     "top_k, k = 128": {"teacher_cache_format": "top_k", "teacher_top_k": 128},
 }
+# Samples fit forward KL alone, so they are compared with it.
+SAMPLED: dict[str, dict[str, Any]] = {
+    "forward_kl, local teacher": {"objective": "forward_kl"},
+    "forward_kl, top_k, k = 32": {"objective": "forward_kl", **FORMATS["top_k, k = 32"]},
+    "forward_kl, sampled, 50 draws": {"objective": "forward_kl", "teacher_cache_format": "sampled"},
+}
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------
@@ -67,14 +78,16 @@ def quality(student: Path, teacher: Path, out: Path) -> str:
         "|---|---|---|---|---|---|",
     ]
     reference: tuple[float, torch.Tensor] | None = None
-    for name, options in FORMATS.items():
-        given, each = {}, None
-        if options:
+    for name, options in (FORMATS | SAMPLED).items():
+        given, each = {key: value for key, value in options.items() if key == "objective"}, None
+        if "local" in name:
+            reference = None
+        else:
             folder = out / f"cache_{name.replace(' ', '_').replace(',', '')}"
             capture(trainer_of(name, student, **options), folder)
             tokens = sum(_tokens(path) for path in (folder / "shards").iterdir())
             each = sum(path.stat().st_size for path in (folder / "shards").iterdir()) / tokens
-            given = {"teacher_cache": str(folder)}
+            given["teacher_cache"] = str(folder)
         trainer = trainer_of(name, student, **given)
         loss, gradient = _one_batch(trainer)
         reference = reference or (loss, gradient)
@@ -114,24 +127,31 @@ def _one_batch(trainer: TAIDTrainer) -> tuple[float, torch.Tensor]:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 METHODS = ("sft", "local teacher", "hidden", "top_k, k = 32")
+# Times the student's parameters, input embeddings apart, which cost nothing: (width, layers) of the teacher.
+TEACHERS = {"4": (512, 4), "16": (1024, 5), "42": (1344, 8)}
+SMALL = {"rows": 8, "length": 256, "V": 8_000, "student": (256, 3)}
+STEPS_PER_EPOCH = 4
 
 
-def timed(method: str, folder: str) -> dict[str, Any]:
-    size = SIZES["cpu"]
+def timed(method: str, folder: str, ratio: str | None = None) -> dict[str, Any]:
+    """Seconds of a step and of its capture; with a ratio, of two epochs and the capture in all."""
+    size: dict[str, Any] = SMALL | {"teacher": TEACHERS[ratio]} if ratio else SIZES["cpu"]
+    steps = STEPS_PER_EPOCH if ratio else STEPS + WARM_UP
     torch.manual_seed(0)
     student, tokenizer = _model(size["V"], *size["student"], "float32"), _tokenizer(size["V"])
     teacher = _model(size["V"], *size["teacher"], "float32").eval()
-    ids = torch.randint(1, size["V"], (size["rows"] * (STEPS + WARM_UP), size["length"])).tolist()
+    ids = torch.randint(1, size["V"], (size["rows"] * steps, size["length"])).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     options = {
-        "output_dir": f"{folder}/run", "max_steps": STEPS + WARM_UP, "per_device_train_batch_size": size["rows"],
+        "output_dir": f"{folder}/run", "max_steps": 2 * steps if ratio else steps,
+        "per_device_train_batch_size": size["rows"],
         "bf16": False, "learning_rate": 1e-5, "logging_steps": STEPS, "save_strategy": "no", "report_to": "none",
         "use_cpu": True, "disable_tqdm": True, "max_length": None, "optim": "adamw_torch",
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }  # fmt: skip
     if method == "sft":
         seconds = sft(student, None, rows, tokenizer, options | {"gradient_checkpointing": False})
-        return {"seconds": statistics.median(seconds[WARM_UP:])}
+        return _summed(seconds, 0.0, steps, ratio)
 
     def trainer(**more: Any) -> TAIDTrainer:
         args = TAIDConfig(**options | {"activation_checkpointing": False} | more)
@@ -140,7 +160,7 @@ def timed(method: str, folder: str) -> dict[str, Any]:
                            teacher_processing_class=tokenizer)  # fmt: skip
 
     if method == "local teacher":
-        return {"seconds": statistics.median(_trained(trainer())[WARM_UP:])}
+        return _summed(_trained(trainer()), 0.0, steps, ratio) | {"head": _head_product(size, teacher)}
     start = time.perf_counter()
     capture(trainer(**FORMATS[method]), Path(folder) / "cache")
     captured = time.perf_counter() - start
@@ -148,20 +168,64 @@ def timed(method: str, folder: str) -> dict[str, Any]:
     del teacher
     teacher = None
     seconds = _trained(trainer(teacher_cache=f"{folder}/cache"))
-    return {"seconds": statistics.median(seconds[WARM_UP:]), "capture": captured / (STEPS + WARM_UP)}
+    return _summed(seconds, captured, steps, ratio)
+
+
+def _summed(seconds: list[float], captured: float, steps: int, ratio: str | None) -> dict[str, Any]:
+    if ratio:
+        return {"seconds": sum(seconds) + captured, "capture": captured}
+    return {"seconds": statistics.median(seconds[WARM_UP:])} | ({"capture": captured / steps} if captured else {})
+
+
+@torch.no_grad()
+def _head_product(size: dict[str, Any], teacher: Any) -> float:
+    hidden = torch.randn(size["rows"] * size["length"], size["teacher"][0])
+    weight, seconds = teacher.get_output_embeddings().weight, []
+    out = torch.empty(len(hidden), len(weight))
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(hidden, weight.t(), out=out)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _in_a_process(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not found:
+        sys.exit(f"{arguments} failed:\n{done.stderr[-3000:]}")
+    print(*arguments, found[0], file=sys.stderr)
+    return dict(json.loads(found[0].removeprefix("RESULT ")))
+
+
+def epochs_table(rounds: int) -> str:
+    lines = ["| teacher | asked in each epoch, s | captured once, `hidden`, s | `top_k`, k = 32, s | of it the capture |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    raw = {}
+    for ratio in TEACHERS:
+        runs = {method: [_in_a_process("epochs", "--method", method, "--ratio", ratio) for _ in range(rounds)]
+                for method in METHODS[1:]}  # fmt: skip
+        raw[ratio] = runs
+        online, hidden, top_k = (statistics.median(run["seconds"] for run in runs[method]) for method in METHODS[1:])
+        captured = [statistics.median(run["capture"] for run in runs[method]) for method in METHODS[2:]]
+        lines.append(
+            f"| {ratio} x the student | {online:.1f} | {hidden:.1f} ({hidden / online:.2f} x) | "
+            f"{top_k:.1f} ({top_k / online:.2f} x) | {captured[0]:.1f}, {captured[1]:.1f} |"
+        )
+    about = (
+        f"{STEPS_PER_EPOCH} steps an epoch of {SMALL['rows']} rows of {SMALL['length']} tokens, V {SMALL['V']:,}, student "
+        f"(width, layers) {SMALL['student']}, teachers {', '.join(map(str, TEACHERS.values()))}, float32; medians of "
+        f"{rounds} rounds. {_where()}"
+    )
+    command = f"`python benchmarks/teacher.py epochs --rounds {rounds}`"
+    return "\n".join(["## Two epochs", "", about, "", *lines, "", command, "", f"<!-- {json.dumps(raw)} -->", ""])
 
 
 def time_table(rounds: int) -> str:
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    for number in range(rounds):
+    for _ in range(rounds):
         for method in METHODS:
-            command = [sys.executable, __file__, "time", "--method", method]
-            done = subprocess.run(command, capture_output=True, text=True)
-            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not found:
-                sys.exit(f"{method} failed:\n{done.stderr[-3000:]}")
-            results[method].append(json.loads(found[0].removeprefix("RESULT ")))
-            print(f"round {number + 1}: {method}: {results[method][-1]}", file=sys.stderr)
+            results[method].append(_in_a_process("time", "--method", method))
     lines = ["| a training step | s | x SFT | capture, s a step |", "|---|---|---|---|"]
     for method, runs in results.items():
         ratio = statistics.median(
@@ -170,6 +234,13 @@ def time_table(rounds: int) -> str:
         captured = f"{statistics.median(run['capture'] for run in runs):.2f}" if "capture" in runs[0] else ""
         words = "TRL's SFTTrainer" if method == "sft" else f"TAIDTrainer, {method}"
         lines.append(f"| {words} | {statistics.median(r['seconds'] for r in runs):.2f} | {ratio:.3f} | {captured} |")
+    pairs = list(zip(results["hidden"], results["top_k, k = 32"], results["local teacher"], strict=True))
+    more = statistics.median((hidden["seconds"] - top["seconds"]) / local["head"] for hidden, top, local in pairs)
+    head = statistics.median(run["head"] for run in results["local teacher"])
+    lines += [
+        "",
+        f"The teacher's head product takes {head:.2f} s; hidden states take {more:.2f} of it more than top k.",
+    ]
     size = SIZES["cpu"]
     about = (
         f"{size['rows']} rows of {size['length']} tokens, V {size['V']:,}, student (width, layers) {size['student']}, "
@@ -202,14 +273,20 @@ def main() -> None:
     of_quality.add_argument("--out", type=Path, default=Path("runs/teacher"))
     of_time = commands.add_parser("time")
     of_time.add_argument("--rounds", type=int, default=3)
-    of_time.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
+    of_epochs = commands.add_parser("epochs")
+    of_epochs.add_argument("--rounds", type=int, default=1)
+    of_epochs.add_argument("--ratio", choices=TEACHERS, help=argparse.SUPPRESS)
+    for command in (of_time, of_epochs):
+        command.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.command == "time" and arguments.method:
+    if arguments.command != "quality" and arguments.method:
         with tempfile.TemporaryDirectory() as folder:
-            print("RESULT " + json.dumps(timed(arguments.method, folder)))
+            print("RESULT " + json.dumps(timed(arguments.method, folder, getattr(arguments, "ratio", None))))
         return
     if arguments.command == "time":
         section = time_table(arguments.rounds)
+    elif arguments.command == "epochs":
+        section = epochs_table(arguments.rounds)
     else:
         section = quality(arguments.student, arguments.teacher, arguments.out)
     _write(section)
