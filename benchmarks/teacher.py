@@ -199,8 +199,10 @@ def _in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def epochs_table(rounds: int) -> str:
-    lines = ["| teacher | asked in each epoch, s | captured once, `hidden`, s | `top_k`, k = 32, s | of it the capture |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| teacher | asked in each epoch, s | captured once, `hidden`, s | `top_k`, k = 32, s | of these the captures, s |",
+        "|---|---|---|---|---|",
+    ]
     raw = {}
     for ratio in TEACHERS:
         runs = {method: [_in_a_process("epochs", "--method", method, "--ratio", ratio) for _ in range(rounds)]
@@ -213,9 +215,9 @@ def epochs_table(rounds: int) -> str:
             f"{top_k:.1f} ({top_k / online:.2f} x) | {captured[0]:.1f}, {captured[1]:.1f} |"
         )
     about = (
-        f"{STEPS_PER_EPOCH} steps an epoch of {SMALL['rows']} rows of {SMALL['length']} tokens, V {SMALL['V']:,}, student "
-        f"(width, layers) {SMALL['student']}, teachers {', '.join(map(str, TEACHERS.values()))}, float32; medians of "
-        f"{rounds} rounds. {_where()}"
+        f"{STEPS_PER_EPOCH} steps an epoch of {SMALL['rows']} rows of {SMALL['length']} tokens, V {SMALL['V']:,}, "
+        f"student (width, layers) {SMALL['student']}, teachers {', '.join(map(str, TEACHERS.values()))}, float32; "
+        f"medians of {rounds} rounds. {_where()}"
     )
     command = f"`python benchmarks/teacher.py epochs --rounds {rounds}`"
     return "\n".join(["## Two epochs", "", about, "", *lines, "", command, "", f"<!-- {json.dumps(raw)} -->", ""])

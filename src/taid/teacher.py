@@ -27,7 +27,8 @@ from taid.vocabulary import Vocabulary
 
 _TOKENS = 4096  # of the prompts of a request; an answer of 4,096 tokens with k = 64 is 18 MB of JSON
 _ROUNDING = 1e-8  # what float32 leaves of the difference of 1 and a sum of probabilities
-_AGREEMENT = 0.05  # total variation between a server and a local copy: bfloat16 takes 0.01, another model 0.3 and more
+# Total variation between a server and a local copy: bfloat16 moves the story teacher by 0.007, its student is 0.20 off.
+_AGREEMENT = 0.05
 
 
 class Hidden(NamedTuple):
