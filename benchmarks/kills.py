@@ -129,11 +129,14 @@ def checkpoints(folder: Path) -> str:
 
 
 def different_rows(folder: Path, alone: Path) -> list[str]:
-    one, other = cache.Cache(folder), cache.Cache(alone)
-    if one._places.keys() != other._places.keys():
-        return [f"{folder}: the keys of its {len(one)} rows; {len(other)} rows left alone"]
-    pairs = ((key, one.read(key), other.read(key)) for key in one._places)
-    return [f"{folder}: row {key.hex()}" for key, a, b in pairs if any(not torch.equal(a[n], b[n]) for n in a | b)]
+    try:
+        one, other = cache.Cache(folder), cache.Cache(alone)
+        if one._places.keys() != other._places.keys():
+            return [f"{folder}: the keys of its {len(one)} rows; {len(other)} rows left alone"]
+        rows = {key.hex(): (one.read(key), other.read(key)) for key in one._places}
+    except ValueError as error:  # names the shard
+        return [str(error)]
+    return [f"{folder}: row {key}" for key, (a, b) in rows.items() if any(not torch.equal(a[n], b[n]) for n in a | b)]
 
 
 def different_run(folder: Path, alone: Path) -> list[str]:

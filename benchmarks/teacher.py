@@ -200,7 +200,7 @@ def _in_a_process(*arguments: str) -> dict[str, Any]:
 
 def epochs_table(rounds: int) -> str:
     lines = [
-        "| teacher | asked in each epoch, s | captured once, `hidden`, s | `top_k`, k = 32, s | of these the captures, s |",
+        "| teacher | asked in each epoch, s | captured once, `hidden`, s | `top_k`, k = 32, s | captures, s |",
         "|---|---|---|---|---|",
     ]
     raw = {}

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import taid.cache
 import taid.capture
@@ -468,3 +470,93 @@ def test_top_k_without_a_share_takes_any_objective(make_cache, tmp_path, student
     for fused in (True, False):
         options = {"teacher_cache": str(folder), "objective": "dkd", "kd_ratio": 0.0, "max_steps": 1, "fused": fused}
         assert trainer_of(tmp_path / str(fused), student_folder, None, **options).evaluate()["eval_kl"] > 0
+
+
+def test_held_out_rows_are_all_counted_where_training_drops_its_last_batch(tmp_path, student_folder, teacher_folder):
+    options = {"dataloader_drop_last": True, "per_device_train_batch_size": 2}
+    found = trainer_of(tmp_path / "a", student_folder, teacher_folder, per_device_eval_batch_size=2, **options)
+    expected = trainer_of(tmp_path / "b", student_folder, teacher_folder, per_device_eval_batch_size=8, **options)
+    assert found.evaluate()["eval_tokens"] == expected.evaluate()["eval_tokens"] > 0
+
+
+def test_a_teacher_that_is_an_adapter_is_captured_and_known_by_both_its_parts(
+    tmp_path, student_folder, teacher_folder, tokenizer
+):
+    base = Path(shutil.copytree(teacher_folder, tmp_path / "base"))
+    adapter = tmp_path / "adapter"
+    with torch.random.fork_rng(devices=[]):
+        lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    _, with_base = _losses(tmp_path / "base run", student_folder, base)
+    _, expected = _losses(tmp_path / "local", student_folder, adapter)
+    assert with_base != expected
+    capture(trainer_of(tmp_path / "out", student_folder, adapter), tmp_path / "cache")
+    _, found = _losses(tmp_path / "cached", student_folder, adapter, teacher_cache=str(tmp_path / "cache"))
+    assert found == expected
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="weights of the teacher was"):
+        trainer_of(tmp_path / "run", student_folder, adapter, teacher_cache=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(("format_", "given"), [("sampled", {"objective": "forward_kl"}),
+                                                ("sampled", {"objective": "sft", "kd_ratio": 0.5}),
+                                                ("sampled", {"objective": "forward_kl", "kd_ratio": 0.5})])  # fmt: skip
+def test_samples_train_with_what_is_linear_in_the_teacher(format_, given, tmp_path, student_folder, teacher_folder):
+    options = {"teacher_cache_format": format_, "teacher_cache_samples": 255, **given}
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, **options), tmp_path / "cache")
+    _, expected = _losses(tmp_path / "local", student_folder, teacher_folder, **given)
+    for name, split in SPLITS.items():
+        folder = tmp_path / name
+        trainer, found = _losses(folder, student_folder, None, teacher_cache=str(tmp_path / "cache"), **given, **split)
+        assert trainer.teacher.kind == "sampled 255"
+        assert found == pytest.approx(expected, rel=3e-2)
+
+
+def test_samples_of_a_row_do_not_depend_on_its_batch(make_cache):
+    whole = make_cache(teacher_cache_format="sampled", objective="forward_kl")
+    single = make_cache(teacher_cache_format="sampled", objective="forward_kl", per_device_train_batch_size=1)
+    one, other = Cache(whole), Cache(single)
+    keys = list(one)
+    same = sum(torch.equal(one.read(key)["ids"], other.read(key)["ids"]) for key in keys)
+    assert same >= len(keys) - 1  # a probability at the edge of a draw may round to the other side
+    each = sum(t.nbytes for key in keys for t in one.read(key).values()) / sum(
+        len(one.read(key)["distinct"]) for key in keys
+    )
+    assert each < one.format.bytes_per_token()
+
+
+@pytest.mark.parametrize("objective", ["taid", "reverse_kl", "dkd"])
+def test_samples_are_refused_for_other_objectives_before_the_capture(
+    objective, make_cache, tmp_path, student_folder, teacher_folder
+):
+    message = f"objective '{objective}' is not linear in the teacher's distribution"
+    options = {"objective": objective, "teacher_cache_format": "sampled"}
+    with pytest.raises(ValueError, match=message):
+        capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, **options), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    folder = make_cache(teacher_cache_format="sampled", objective="forward_kl")
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path / "run", student_folder, None, objective=objective, teacher_cache=str(folder))
+
+
+def test_what_a_format_loses_is_printed(tmp_path, student_folder, teacher_folder, capsys):
+    for format_, said in (
+        ("hidden", ""),
+        ("hidden_int8", r"8 bits move the teacher by \d\.\de-0\d nats a token \(KL to itself, \d+ tokens\)"),
+        ("top_k", r"top k: \d+\.\d % of the teacher's probability is listed \(mean of \d+ tokens\)"),
+    ):
+        capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, teacher_cache_format=format_),
+                tmp_path / format_)  # fmt: skip
+        out = capsys.readouterr().out
+        assert re.search(r"trained tokens to capture, \d+ bytes each: 0\.\d MB, about \d+ s\n", out)
+        assert re.search(said, out)
+
+
+def test_a_capture_without_a_teacher_to_ask_says_what_to_set(tmp_path, student_folder, teacher_folder):
+    with pytest.raises(ValueError, match="leave fused: false away"):
+        capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, fused=False), tmp_path / "cache")
+    with pytest.raises(ValueError, match="a cache needs a teacher"):
+        capture(trainer_of(tmp_path / "out", student_folder, None, objective="sft"), tmp_path / "cache")

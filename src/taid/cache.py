@@ -21,6 +21,7 @@ import hashlib
 import os
 import struct
 import time
+import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ class Writer:
             "checksums": torch.tensor([_checksum(row) for row in rows]),
         }
         data = {name: torch.cat([row[name] for row in rows]) for name in names}
-        partial = self.folder / f"{os.getpid()}.partial"
+        partial = self.folder / f"{uuid.uuid4().hex}.partial"  # machines may share a disk, and process numbers
         with _disk_errors(self.folder.parent, partial):
             save_file(index | data, partial, {"cache": self.identity})
             with partial.open("rb+") as file:

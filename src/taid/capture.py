@@ -28,6 +28,7 @@ from taid.teacher import LocalTeacher, ServedTeacher
 if TYPE_CHECKING:
     from taid.trainer import TAIDTrainer
 
+_COLUMNS = ("input_ids", "labels", "seq_lengths")
 _ROWS = 64  # of a data set that are collated at a time, to know their keys
 _JUDGED = 256  # tokens whose loss of precision is measured
 
@@ -52,7 +53,7 @@ def _own_rows(trainer: TAIDTrainer, size: int) -> Iterator[tuple[str, dict[str, 
             raise ValueError(
                 f"the {name} data set is a stream, whose rows are not known beforehand: use a teacher model"
             )
-        columns = [c for c in ("input_ids", "labels", "seq_lengths") if c in dataset.column_names]
+        columns = [name for name in _COLUMNS if name in dataset.column_names]
         own = dataset.select_columns(columns).select(range(rank, len(dataset), ranks))
         for start in range(0, len(own), size):
             yield name, trainer.data_collator([own[i] for i in range(start, min(start + size, len(own)))])
@@ -64,11 +65,10 @@ def _held_out(trainer: TAIDTrainer) -> dict[str, Any]:
 
 
 def first_row(trainer: TAIDTrainer) -> Sequence:
-    """A row of the training data."""
-    for _, batch in _own_rows(trainer, 1):
-        for row in sequences(batch, shifted(batch["labels"])):
-            return row
-    raise ValueError("the train data set has no row")
+    """A row of the training data, which may be a stream."""
+    row = next(iter(trainer.train_dataset))
+    batch = trainer.data_collator([{name: row[name] for name in _COLUMNS if name in row}])
+    return next(sequences(batch, shifted(batch["labels"])))
 
 
 def check_sparse(kind: type[TopK | Sampled], args: TAIDConfig) -> None:
@@ -167,9 +167,7 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
     with tqdm(
         total=missing, unit="token", unit_scale=True, disable=not (accelerator.is_main_process and missing)
     ) as bar:
-        # First the batches of training, then what they leave out: dataloader_drop_last, a row that two processes share.
-        left = (batch for _, batch in _own_rows(trainer, trainer.args.eval_batch_size))
-        for batches in (_seen_batches(trainer), left):
+        for batches in source.batches():
             _write_missing(source, batches, folder, bar)
             accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -186,6 +184,14 @@ class _Source:
     trainer: TAIDTrainer
     teacher: LocalTeacher | ServedTeacher
     format: Format
+
+    def batches(self) -> tuple[Iterable[dict[str, Any]], ...]:
+        """All rows of a run, in one pass or two."""
+        if isinstance(self.teacher, ServedTeacher):  # which takes them one by one, and many at a time
+            return ((batch for _, batch in _own_rows(self.trainer, _ROWS)),)
+        # First the batches of training, then what they leave out: dataloader_drop_last, a row that two processes share.
+        left = (batch for _, batch in _own_rows(self.trainer, self.trainer.args.eval_batch_size))
+        return _seen_batches(self.trainer), left
 
     def records(self, batch: dict[str, Any], known: Container[bytes]) -> Iterator[tuple[Sequence, dict[str, Tensor]]]:
         """Each row of a batch that is not known yet, with what is kept of it."""
@@ -208,6 +214,8 @@ class _Source:
 def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]]:
     """Who is asked for a run, and what is kept; what the configuration leaves open is as in the cache that is there."""
     args, teacher, ids = trainer.args, trainer.teacher, len(trainer.vocabulary.ids)
+    if not isinstance(teacher, LocalTeacher | ServedTeacher):
+        raise ValueError("a cache needs a teacher: set teacher_model_name_or_path or teacher_server_url")
     there: dict[str, Any] = {}
     with contextlib.suppress(ValueError):  # no cache yet, or none that can be read
         there = manifests.read(folder)
@@ -225,12 +233,12 @@ def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]
         rows = max(trainer.teacher_tokenizer.get_vocab().values()) + 1
         manifest = _of_a_server(manifest, teacher.server.model)
         manifest |= {"teacher_rows": rows, "hidden_size": 0, "dtype": str(torch.float32)}
-    elif isinstance(teacher, LocalTeacher) and teacher.head is not None:
+    elif teacher.head is not None:
         example = teacher.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=args.device)})
         of_hidden = {"hidden_size": example.shape[-1], "dtype": str(example.dtype), "server_model": None}
         manifest |= {"teacher_rows": teacher.head.head().weight.shape[0], **of_hidden}
     else:
-        raise ValueError("a cache needs the teacher itself and fused: true: set teacher_model_name_or_path")
+        raise ValueError("a cache is made of what the teacher's output head is given: leave fused: false away")
     if kind := _SPARSE.get(name):
         check_sparse(kind, args)
     return _Source(trainer, teacher, Format.of(manifest)), manifest

@@ -46,9 +46,15 @@ def of_model(name_or_path: str | None, revision: str | None) -> dict[str, str | 
     digest = hashlib.sha256()
     for path in weights:
         _add_file(digest, path)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    path = path if path.exists() else folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
     # What transformers notes of itself and of where the folder lay.
     config = {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
+    if path.name == "adapter_config.json":  # an adapter is nothing without its base
+        base = of_model(config.pop("base_model_name_or_path"), config.get("revision"))
+        digest.update(str(base["teacher_weights"]).encode())
+        config["base"] = base["teacher_config"]
     return {
         "teacher_config": _digest(json.dumps(config, sort_keys=True)),
         "teacher_weights": digest.hexdigest()[:32],

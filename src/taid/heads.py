@@ -40,7 +40,8 @@ class OutputHead:
 
     def __init__(self, model: Any, role: str) -> None:
         self.role = role
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        # A folder that holds an adapter loads as its base model with the adapter inside, and has a peft_config too.
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.module: Any = base.get_output_embeddings()
         self._replacement: Callable[[Tensor], Tensor] | None = None
         self._result: DistillationLoss | None = None

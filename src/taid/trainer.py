@@ -352,7 +352,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if isinstance(dataset, Dataset) and self.accelerator.num_processes > 1 and missing:
             untrained = dataset.select([0] * missing).map(lambda row: {"labels": [-100] * len(row["labels"])})
             dataset = concatenate_datasets([dataset, untrained.cast(dataset.features)])
-        return super().get_eval_dataloader(dataset)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # it is meant for training
+        try:
+            return super().get_eval_dataloader(dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _begin(self) -> None:
         """Make the schedule, or take it up where the checkpoint left it."""
