@@ -167,13 +167,14 @@ def write_recipe(folder: Path, student: Path, teacher: Path, draw: random.Random
 
 
 def markdown(arguments: argparse.Namespace, took: list[float], kills: list[Kill], wrong: list[str]) -> str:
-    finished = len({kill.folder for kill in kills})
-    verdict = f"**{len(kills)} SIGKILLs hit living processes. The {finished} captures and trainings that they hit all "
-    verdict += "ended; " + ("some DIFFERENTLY from those left alone.**" if wrong else "all like those left alone.**")
-    if not wrong:
+    works = len({kill.folder for kill in kills})
+    verdict = f"**{len(kills)} SIGKILLs hit living processes, in {works} captures and trainings.** "
+    if wrong:
+        verdict += "**DIFFERENT** from those left alone:\n\n" + "\n".join(f"- {line}" for line in wrong)
+    else:
         verdict += (
-            " After each kill all shards were whole. Every cache has the rows of the one left alone, every student its "
-            "`model.safetensors` and `metrics.jsonl` (without the columns of timing), byte for byte."
+            "After each kill all shards were whole. In the end every cache has the rows of the one left alone, every "
+            "student its `model.safetensors` and `metrics.jsonl` (without the columns of timing), byte for byte."
         )
     about = (
         f"{ROWS:,} rows, {HELD_OUT} held out, {ROWS // BATCH} steps, a checkpoint every {RECIPE['save_steps']}. From "
@@ -187,9 +188,7 @@ def markdown(arguments: argparse.Namespace, took: list[float], kills: list[Kill]
     lines = ["| kill | in | after, s | the process found | and left |", "|---|---|---|---|---|"]
     for number, (folder, seconds, found, left) in enumerate(kills, start=1):
         lines.append(f"| {number} | {folder.name.replace('_', ' ')} | {seconds:.1f} | {found} | {left} |")
-    return "\n".join(
-        ["# Killed at random moments", "", verdict, *(f"- {w}" for w in wrong), "", about, "", *lines, "", command, ""]
-    )
+    return "\n".join(["# Killed at random moments", "", verdict, "", about, "", *lines, "", command, ""])
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """A teacher on a server: what it says is what the same model says here; its faults are outlived, or named."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,7 +171,7 @@ def test_the_rows_of_the_next_step_are_asked_for_while_this_one_is_computed(
 
     def spy(model, inputs, *args, **kwargs):
         for future in trainer.teacher._coming.values():
-            future.result()
+            future.get()
         asked.append(len({tuple(prompt) for body in server.requests for prompt in body["prompt"]}))
         return compute_loss(model, inputs, *args, **kwargs)
 
@@ -328,6 +330,24 @@ def test_a_server_that_dies_stops_the_run_with_a_message(serve, tmp_path, studen
     trainer.train(resume_from_checkpoint=str(checkpoint))
     resumed = [row["loss"] for row in run_folder.read_metrics(tmp_path / "run") if "loss" in row]
     assert resumed == losses(trainer_of(tmp_path / "alone", student_folder, teacher_folder, **run))
+
+
+def test_a_run_that_stops_does_not_wait_for_answers_that_hang(serve):
+    program = (
+        "import sys, torch\n"
+        "from taid.server import Server\n"
+        "from taid.teacher import ServedTeacher\n"
+        "from taid.vocabulary import Vocabulary\n"
+        "teacher = ServedTeacher(Server(sys.argv[1], timeout=600), Vocabulary(tuple(range(300))), 8)\n"
+        "ids = torch.arange(40).view(8, 5)\n"
+        "teacher.prefetch([{'input_ids': ids, 'attention_mask': torch.ones_like(ids), 'labels': ids}])\n"
+        "sys.exit('an error somewhere else')\n"
+    )
+    server = serve(fault=slow(300))
+    done = subprocess.run(
+        [sys.executable, "-c", program, server.url], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "an error somewhere else\n")
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ of it (:mod:`taid.sparse`).
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any, NamedTuple
 
 import torch
@@ -113,8 +114,9 @@ class _RowTeacher(Teacher):
 
     def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
         self.vocabulary = vocabulary
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="taid-teacher")
-        self._coming: dict[bytes, Future[dict[bytes, Any]]] = {}
+        self._threads = ThreadPool(threads)  # of daemons: a run that stops does not wait for a server that hangs
+        weakref.finalize(self, self._threads.terminate)
+        self._coming: dict[bytes, AsyncResult[dict[bytes, Any]]] = {}
 
     @abstractmethod
     def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
@@ -128,9 +130,9 @@ class _RowTeacher(Teacher):
     def _joined(self, answers: list[Any], labels: Tensor) -> Hidden | Sparse:
         """What was fetched of the rows of a batch, as one answer."""
 
-    def _submit(self, rows: list[Sequence]) -> dict[bytes, Future[dict[bytes, Any]]]:
-        futures = ((group, self._threads.submit(self._fetch, group)) for group in self._groups(rows))
-        return {row.key: future for group, future in futures for row in group}
+    def _submit(self, rows: list[Sequence]) -> dict[bytes, AsyncResult[dict[bytes, Any]]]:
+        answers = ((group, self._threads.apply_async(self._fetch, (group,))) for group in self._groups(rows))
+        return {row.key: answer for group, answer in answers for row in group}
 
     def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
         """See :class:`Teacher`."""
@@ -143,7 +145,7 @@ class _RowTeacher(Teacher):
         """See :class:`Teacher`."""
         rows = [s for s in sequences(inputs, labels) if s.trained]
         answers = self._coming | self._submit(list({s.key: s for s in rows if s.key not in self._coming}.values()))
-        return self._joined([answers[row.key].result()[row.key] for row in rows], labels)
+        return self._joined([answers[row.key].get()[row.key] for row in rows], labels)
 
     def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | Sparse:
         """See :class:`Teacher`."""
@@ -240,7 +242,7 @@ class ServedTeacher(_RowTeacher):
         """What it says of rows, as they come."""
         answers = self._submit(rows)
         for row in rows:
-            yield row, answers[row.key].result()[row.key]
+            yield row, answers[row.key].get()[row.key]
 
     def _joined(self, answers: list[Any], labels: Tensor) -> TopK:
         if not answers:
