@@ -1,10 +1,11 @@
 """What a cached teacher costs and what it loses, against the teacher itself.
 
-    python benchmarks/teacher.py quality --teacher DIR --student DIR [--out runs/teacher]
+    python benchmarks/teacher.py quality [--teacher DIR --student DIR] [--out runs/teacher]
     python benchmarks/teacher.py time [--rounds 3]
     python benchmarks/teacher.py epochs [--rounds 1]
 
-quality: a story teacher and its student (benchmarks/stories.py writes the stories, here fewer). For every format: bytes
+quality: the demo's pair on Python's standard library, or a story teacher and its student (benchmarks/stories.py writes
+the stories, here fewer). For every format: bytes
 a trained token, the difference of TAID's loss and gradient from the full teacher's on one batch of the untrained
 student, and the student's held-out loss and KL, both against the full teacher, after one epoch. One seed.
 
@@ -32,10 +33,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer
 
 from step import SIZES, STEPS, WARM_UP, _machine, _model, _tokenizer, _trained, sft
-from stories import HELD_OUT, RECIPE, generate
-from taid import TAIDConfig, TAIDTrainer, data
+from stories import RECIPE, generate
+from taid import TAIDConfig, TAIDTrainer, data, demo
 from taid.capture import capture
 
 RESULTS = Path(__file__).parent / "results" / "teacher.md"
@@ -58,15 +60,30 @@ SAMPLED: dict[str, dict[str, Any]] = {
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 
-def quality(student: Path, teacher: Path, out: Path) -> str:
-    rows = out / "text"
-    if not (rows / "held_out.jsonl").exists():
-        generate(teacher, rows)
-    train_rows, held_out = (
-        data.load_rows(str(rows / f"{name}.jsonl"), config=None, split="train", text_field="text")
-        for name in ("train", "held_out")
-    )
+def quality(student: Path | None, teacher: Path | None, out: Path) -> str:
     recipe = RECIPE | {"eval_strategy": "no", "taid_alpha": "auto", "disable_tqdm": True}
+    if student is None or teacher is None:
+        name, command = "the demo's pair", "`python benchmarks/teacher.py quality`"
+        student, teacher = (Path(demo.__file__).parent / "assets" / role for role in ("student", "teacher"))
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        train_rows = demo._windows(tokenizer, "train", 200 * demo.BATCH)
+        held_out = demo._windows(tokenizer, "held_out", demo.HELD_OUT_ROWS)
+        recipe |= {"per_device_train_batch_size": demo.BATCH, "learning_rate": demo.LEARNING_RATE}
+    else:
+        name = "the story pair"
+        command = f"`python benchmarks/teacher.py quality --teacher {teacher.name} --student {student.name}`"
+        rows = out / "text"
+        if not (rows / "held_out.jsonl").exists():
+            generate(teacher, rows)
+        train_rows, held_out = (
+            data.load_rows(str(rows / f"{split}.jsonl"), config=None, split="train", text_field="text")
+            for split in ("train", "held_out")
+        )
+    of_teacher = AutoConfig.from_pretrained(teacher)
+    section = (
+        f"{len(train_rows):,} rows, {len(held_out)} held out, V {of_teacher.vocab_size:,}, hidden states of "
+        f"{of_teacher.hidden_size} numbers, one epoch, one seed. {_where()}"
+    )
 
     def trainer_of(name: str, start: Path, **options: Any) -> TAIDTrainer:
         args = TAIDConfig(output_dir=str(out / name.replace(" ", "_")), **recipe | options)
@@ -78,33 +95,29 @@ def quality(student: Path, teacher: Path, out: Path) -> str:
         "|---|---|---|---|---|---|",
     ]
     reference: tuple[float, torch.Tensor] | None = None
-    for name, options in (FORMATS | SAMPLED).items():
+    for form, options in (FORMATS | SAMPLED).items():
         given, each = {key: value for key, value in options.items() if key == "objective"}, None
-        if "local" in name:
+        if "local" in form:
             reference = None
         else:
-            folder = out / f"cache_{name.replace(' ', '_').replace(',', '')}"
-            capture(trainer_of(name, student, **options), folder)
+            folder = out / f"cache_{form.replace(' ', '_').replace(',', '')}"
+            capture(trainer_of(form, student, **options), folder)
             tokens = sum(_tokens(path) for path in (folder / "shards").iterdir())
             each = sum(path.stat().st_size for path in (folder / "shards").iterdir()) / tokens
             given["teacher_cache"] = str(folder)
-        trainer = trainer_of(name, student, **given)
+        trainer = trainer_of(form, student, **given)
         loss, gradient = _one_batch(trainer)
         reference = reference or (loss, gradient)
         trainer.train()
         trainer.save_model()
-        full = trainer_of(f"{name} judged", out / name.replace(" ", "_")).evaluate()
+        full = trainer_of(f"{form} judged", out / form.replace(" ", "_")).evaluate()
         lines.append(
-            f"| {name} | {'' if each is None else f'{each:,.0f}'} | {abs(loss - reference[0]) / reference[0]:.1e} | "
+            f"| {form} | {'' if each is None else f'{each:,.0f}'} | {abs(loss - reference[0]) / reference[0]:.1e} | "
             f"{((gradient - reference[1]).norm() / reference[1].norm()).item():.1e} | "
             f"{full['eval_cross_entropy']:.4f} | {full['eval_kl']:.4f} |"
         )
         print(lines[-1], file=sys.stderr)
-    about = (
-        f"{len(train_rows):,} stories, {HELD_OUT} held out, V 512, hidden states of 64 numbers, one epoch, one seed."
-    )
-    command = f"`python benchmarks/teacher.py quality --teacher {teacher.name} --student {student.name}`"
-    return "\n".join(["## What a cache loses", "", f"{about} {_where()}", "", *lines, "", command, ""])
+    return "\n".join([f"## What a cache loses: {name}", "", section, "", *lines, "", command, ""])
 
 
 def _tokens(shard: Path) -> int:
@@ -270,8 +283,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     of_quality = commands.add_parser("quality")
-    of_quality.add_argument("--teacher", type=Path, required=True)
-    of_quality.add_argument("--student", type=Path, required=True)
+    of_quality.add_argument("--teacher", type=Path)
+    of_quality.add_argument("--student", type=Path)
     of_quality.add_argument("--out", type=Path, default=Path("runs/teacher"))
     of_time = commands.add_parser("time")
     of_time.add_argument("--rounds", type=int, default=3)
