@@ -33,7 +33,7 @@ import yaml
 
 from step import _machine
 from stories import write_rows
-from taid import cache, run_folder
+from taid import cache, manifest, run_folder
 
 RESULTS = Path(__file__).parent / "results" / "kills.md"
 ROWS, HELD_OUT, BATCH = 1_536, 64, 4
@@ -112,7 +112,7 @@ def shards(folder: Path) -> str:
 
 def damaged_shards(folder: Path) -> list[str]:
     paths = sorted(folder.glob("shards/*.safetensors"))
-    of_cache = cache.identity(cache.read_manifest(folder)) if paths else ""
+    of_cache = manifest.identity(manifest.read(folder)) if paths else ""
     return [f"{path}: not whole after a kill" for path in paths if not cache.is_whole(path, of_cache)]
 
 
@@ -131,9 +131,9 @@ def checkpoints(folder: Path) -> str:
 def different_rows(folder: Path, alone: Path) -> list[str]:
     try:
         one, other = cache.Cache(folder), cache.Cache(alone)
-        if one._places.keys() != other._places.keys():
+        if set(one) != set(other):
             return [f"{folder}: the keys of its {len(one)} rows; {len(other)} rows left alone"]
-        rows = {key.hex(): (one.read(key), other.read(key)) for key in one._places}
+        rows = {key.hex(): (one.read(key), other.read(key)) for key in one}
     except ValueError as error:  # names the shard
         return [str(error)]
     return [f"{folder}: row {key}" for key, (a, b) in rows.items() if any(not torch.equal(a[n], b[n]) for n in a | b)]

@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoTokenizer
 from step import SIZES, STEPS, WARM_UP, _machine, _model, _tokenizer, _trained, sft
 from stories import RECIPE, generate
 from taid import TAIDConfig, TAIDTrainer, data, demo
-from taid.capture import capture
+from taid.capture import capture, rows_of
 
 RESULTS = Path(__file__).parent / "results" / "teacher.md"
 FORMATS: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def quality(student: Path | None, teacher: Path | None, out: Path) -> str:
         else:
             folder = out / f"cache_{form.replace(' ', '_').replace(',', '')}"
             capture(trainer_of(form, student, **options), folder)
-            tokens = sum(_tokens(path) for path in (folder / "shards").iterdir())
+            tokens = sum(sum(rows.values()) for rows in rows_of(trainer_of(form, student, **options)).values())
             each = sum(path.stat().st_size for path in (folder / "shards").iterdir()) / tokens
             given["teacher_cache"] = str(folder)
         trainer = trainer_of(form, student, **given)
@@ -118,13 +118,6 @@ def quality(student: Path | None, teacher: Path | None, out: Path) -> str:
         )
         print(lines[-1], file=sys.stderr)
     return "\n".join([f"## What a cache loses: {name}", "", section, "", *lines, "", command, ""])
-
-
-def _tokens(shard: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(shard, framework="pt") as file:
-        return int(file.get_tensor("stops")[-1])
 
 
 def _one_batch(trainer: TAIDTrainer) -> tuple[float, torch.Tensor]:
