@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -165,8 +166,9 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
     accelerator.wait_for_everyone()
     missing = _announce(source, folder)
     with tqdm(
-        total=missing, unit="token", unit_scale=True, disable=not (accelerator.is_main_process and missing)
-    ) as bar:
+        total=missing, unit="token", unit_scale=True, disable=not (accelerator.is_main_process and missing),
+        mininterval=0.1 if sys.stderr.isatty() else 30.0,
+    ) as bar:  # fmt: skip
         for batches in source.batches():
             _write_missing(source, batches, folder, bar)
             accelerator.wait_for_everyone()
