@@ -198,14 +198,15 @@ def test_a_capture_continues_where_it_stopped_and_adds_rows(tmp_path, student_fo
     capture(trainer, folder)
     assert len(Cache(folder)) == 5
     before = set(Cache(folder).shard_paths())
-    (folder / "shards" / "1234.partial").write_bytes(b"what a kill left")
+    (folder / "shards" / f"{'0123abcd' * 4}.partial").write_bytes(b"what a kill left")
+    (folder / "shards" / "notes.partial").write_bytes(b"mine")
     trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder, per_device_train_batch_size=1)
     hidden = trainer.teacher.hidden
     monkeypatch.setattr(trainer.teacher, "hidden", lambda inputs: asked.append(1) or hidden(inputs))
     capture(trainer, folder)
     assert len(Cache(folder)) == 8 + 3
     assert before < set(Cache(folder).shard_paths())
-    assert not list(folder.rglob("*.partial"))
+    assert [path.name for path in folder.rglob("*.partial")] == ["notes.partial"]
     # an example, one row to know how long it takes, the three new rows one by one, and the held-out ones at once
     assert len(asked) == 1 + 1 + 3 + 1
     asked.clear()
@@ -420,7 +421,7 @@ def test_nothing_is_pickled_and_the_tensors_are_what_the_format_says(make_cache)
     assert stored == each * tokens == 44 * tokens
 
 
-def test_a_shard_of_another_teacher_is_refused_and_dropped_by_repair(
+def test_a_shard_of_another_teacher_is_refused_and_not_deleted_by_repair(
     cache, tmp_path, student_folder, teacher_folder, make_model, tokenizer
 ):
     other = tmp_path / "other"
@@ -430,9 +431,94 @@ def test_a_shard_of_another_teacher_is_refused_and_dropped_by_repair(
     foreign = shutil.copy(shard(tmp_path / "foreign"), cache / "shards")
     with pytest.raises(ValueError, match="belongs to another cache: remove it"):
         trainer_of(tmp_path / "run", student_folder, None, teacher_cache=str(cache))
-    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
-    assert not Path(foreign).exists()
+    for repair in (True, False):
+        with pytest.raises(ValueError, match="is whole and belongs to something else"):
+            capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=repair)
+    assert Path(foreign).exists()
+    Path(foreign).unlink()
     trainer_of(tmp_path / "run", student_folder, None, teacher_cache=str(cache)).train()
+
+
+@pytest.mark.parametrize("lost", ["manifest.json is lost", "manifest.json is damaged"])
+def test_a_whole_cache_whose_manifest_is_lost_is_not_deleted_by_a_wrong_recipe(
+    lost, cache, tmp_path, student_folder, teacher_folder
+):
+    before = sorted(path.name for path in cache.rglob("*.safetensors"))
+    if lost == "manifest.json is lost":
+        (cache / "manifest.json").unlink()
+    else:
+        (cache / "manifest.json").write_text("x")
+    wrong = {"teacher_cache_format": "top_k"}
+    with pytest.raises(ValueError, match="is whole and belongs to something else"):
+        capture(trainer_of(tmp_path / "out", student_folder, teacher_folder, **wrong), cache, repair=True)
+    assert sorted(path.name for path in cache.rglob("*.safetensors")) == before
+    capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
+    trainer_of(tmp_path / "run", student_folder, None, teacher_cache=str(cache)).train()
+
+
+def test_a_folder_of_models_that_is_called_shards_is_left_alone(tmp_path, student_folder, teacher_folder):
+    mine = tmp_path / "cache" / "shards" / "model.safetensors"
+    mine.parent.mkdir(parents=True)
+    shutil.copy(student_folder / "model.safetensors", mine)
+    for repair in (True, False):
+        with pytest.raises(ValueError, match="is whole and belongs to something else"):
+            capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), tmp_path / "cache", repair=repair)
+    assert mine.exists()
+
+
+BROKEN_TEACHERS = {
+    "a pointer of Git LFS": ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+    "an empty file": ("model.safetensors", b"", "model.safetensors cannot be read"),
+    "a broken configuration": ("config.json", b"{", "config.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_TEACHERS)
+def test_a_broken_folder_of_a_teacher_that_is_not_loaded_is_named(
+    kind, cache, tmp_path, student_folder, teacher_folder
+):
+    name, content, message = BROKEN_TEACHERS[kind]
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"teacher file .*{message}"):
+        trainer_of(tmp_path / "out", student_folder, folder, teacher_cache=str(cache))
+
+
+@pytest.mark.parametrize("format_", ["hidden", "hidden_int8", "top_k", "sampled"])
+def test_a_teacher_that_is_not_finite_is_not_captured(format_, tmp_path, student_folder, make_model, tokenizer):
+    model = make_model(308, hidden_size=48, tied=False, seed=2)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    objective = "forward_kl" if format_ == "sampled" else "taid"
+    trainer = trainer_of(
+        tmp_path / "out", student_folder, tmp_path / "nan", teacher_cache_format=format_, objective=objective
+    )
+    with pytest.raises(ValueError, match=r"not finite on the row that begins with tokens \[.*in float32"):
+        capture(trainer, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("shards/*"))
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_is_named(tmp_path, student_folder, teacher_folder, monkeypatch):
+    trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder)
+
+    def full(*args):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    monkeypatch.setattr(trainer.teacher_tokenizer, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"no space left for the teacher cache in .*same command again"):
+        capture(trainer, tmp_path / "cache")
+
+
+def test_every_process_knows_of_every_data_set_even_without_a_share(tmp_path, student_folder, teacher_folder):
+    one = HELD_OUT.select([0])
+    trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder, held_out={"a": one, "b": HELD_OUT})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "num_processes", 2)
+        patch.setattr(type(trainer.accelerator), "process_index", 1)
+        found = taid.capture.rows_of(trainer)
+    assert {name: len(keys) for name, keys in found.items()} == {"train": 4, "a": 0, "b": 1}
 
 
 @pytest.mark.parametrize("left", ["head.safetensors.partial", "manifest.json.partial", "head.safetensors"])

@@ -71,3 +71,7 @@ def test_what_is_missing_is_named(options, tmp_path, capsys):
     status, said = run("plan", options | {"teacher_model_name_or_path": str(tmp_path / "empty")}, tmp_path, capsys)
     assert status == 2
     assert "the configuration of teacher" in said.err
+    status, said = run("plan", options | {"teacher_model_name_or_path": str(tmp_path / "none")}, tmp_path, capsys)
+    assert (status, said.err) == (2, f"taid: error: teacher folder {str(tmp_path / 'none')!r} does not exist\n")
+    status, said = run("plan", options, tmp_path, capsys, "--teacher_model_init_kwargs", '{"dtype": "bf16"}')
+    assert (status, said.err) == (2, "taid: error: teacher_model_init_kwargs: dtype 'bf16' is none of torch's\n")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prompt_server import PromptServer
 from taid import run_folder
 from taid.cache import Cache
 
@@ -190,3 +192,27 @@ def test_a_capture_needs_its_folder_and_no_other_at_work_in_it(recipe, tmp_path)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "is in use by another taid process" in err
+
+
+def test_two_processes_ask_one_server_and_captures_from_it_need_a_folder_only(recipe, tmp_path, teacher_folder):
+    model, tokenizer = (cls.from_pretrained(teacher_folder) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    with PromptServer(model, tokenizer, max_logprobs=-1) as server:
+        given = {"teacher_server_url": server.url, "teacher_top_k": 8}
+        one, two = tmp_path / "one", tmp_path / "two"
+        finish(command("train", "--config", recipe(one, **given)))
+        finish(command("train", "--config", recipe(two, per_device_train_batch_size=4, **given), processes=2))
+        for a, b in zip(metrics(one), metrics(two), strict=True):
+            for name in a.keys() - {"epoch"}:
+                assert abs(a[name] - b[name]) <= 1e-5 * abs(a[name]) + 1e-12, (name, a["step"])
+        path = recipe(tmp_path / "out", per_device_train_batch_size=4, teacher_cache_format="top_k", **given)
+        finish(command("cache", "--config", path, "--teacher_cache", tmp_path / "cache", processes=2))
+    finish(command("train", "--config", recipe(tmp_path / "alone", teacher_server_url=None, teacher_top_k=8),
+                   "--teacher_cache", tmp_path / "cache"))  # fmt: skip
+
+
+def test_fewer_rows_than_processes_do_not_hang_a_run_from_a_cache(recipe, tmp_path):
+    held_out = tmp_path / "one_row.jsonl"
+    held_out.write_text(json.dumps({"text": SENTENCE}) + "\n")
+    path = recipe(tmp_path / "run", per_device_train_batch_size=2, eval_dataset_name=str(held_out))
+    for arguments in (("cache",), ("train",)):
+        finish(command(*arguments, "--config", path, "--teacher_cache", tmp_path / "cache", processes=2))

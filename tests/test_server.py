@@ -1,5 +1,6 @@
 """A teacher on a server: what it says is what the same model says here; its faults are outlived, or named."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -267,6 +268,69 @@ def test_a_server_that_cannot_be_used_is_named_before_training(kind, serve, tmp_
     assert "\n" not in str(raised.value)
 
 
+ODD = {
+    "no index": {"choices": [{"text": ""}]},
+    "an index that is none": {"choices": [{"index": None}]},
+    "choices that are none": {"choices": [None]},
+    "text for a choice": {"choices": ["x"]},
+    "no choices": {"object": "error"},
+    "a list": [],
+    "a number": 5,
+    "deep": b"[" * 100_000,
+    "places that are none": {"choices": [{"index": 0, "prompt_logprobs": 3}]},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_but_valid_json_is_named(kind, serve):
+    server = serve()
+    server.spoil = lambda answer, number: ODD[kind] if isinstance(ODD[kind], bytes) else json.dumps(ODD[kind]).encode()
+    with pytest.raises(ValueError, match=r"the answer of the teacher's server .* cannot be used"):
+        Server(server.url).prompt_log_probs([[1, 2, 3]], 4)
+
+
+@pytest.mark.parametrize("body", [b'{"error": {"message": null}}', b'{"error": {"message": {}}}', b'{"error": []}',
+                                  b"two\nlines", b"", b'{"error": ' + b"[" * 100_000])  # fmt: skip
+def test_odd_refusals_are_one_line(body, serve):
+    server = serve(fault=lambda handler, number, _: handler.send(400, body) or True)
+    with pytest.raises(ValueError, match="answers 400: ") as raised:
+        Server(server.url).prompt_log_probs([[1, 2, 3]], 4)
+    assert "\n" not in str(raised.value)
+    server.fault = lambda handler, number, _: handler.send(302, b"", {"Location": "http://elsewhere"}) or True
+    with pytest.raises(ValueError, match=r"answers 302: .*redirects, which is not followed"):
+        Server(server.url).prompt_log_probs([[1, 2, 3]], 4)
+
+
+def test_a_server_may_not_send_us_to_sleep_for_hours(serve, monkeypatch, caplog):
+    monkeypatch.setattr(taid.server, "_LONGEST_WAIT", 0.0)
+    server = serve(fault=status(429, times=2, headers={"Retry-After": "3600"}))
+    Server(server.url).prompt_log_probs([[1, 2, 3]], 4)
+    assert caplog.text.count("the teacher's server: status 429; trying again in") == 2
+
+
+def test_a_server_that_does_not_name_its_tokens_is_warned_of(serve, tmp_path, student_folder, teacher_folder, caplog):
+    server = serve()
+
+    def spoil(answer, number):
+        for place in answer["choices"][0]["prompt_logprobs"][1:]:
+            for n, entry in enumerate(place.values()):
+                entry["decoded_token"] = n if n % 2 else None
+
+    server.spoil = spoil
+    trainer_of(tmp_path / "run", student_folder, teacher_folder, teacher_server_url=server.url)
+    assert "does not say what its tokens are (decoded_token)" in caplog.text
+
+
+def test_a_label_is_not_taken_for_one_of_the_likeliest(serve):
+    """Where the teacher's own token is among them, and the label is listed beside them."""
+    served = ServedTeacher(Server(serve().url), Vocabulary(tuple(range(300))), 2, rows=301)
+    listed = {i: {"logprob": p} for i, p in ((300, -0.5), (7, -1.5), (9, -3.0), (5, -9.0))}
+    assert served._of_position(listed, 5, asked=3)[0] == [7, 9]
+    del listed[9]
+    assert served._of_position(listed, 5, asked=2) is None  # 5 is the label, of an unknown rank
+    assert served._of_position(listed, 5, asked=3)[0] == [7, 5]
+
+
 def test_another_vocabulary_is_shown_with_both_lists(serve, tokenizer, tmp_path, student_folder, teacher_folder):
     server = serve()
     server.spoil = other_vocabulary(tokenizer)
@@ -295,7 +359,8 @@ def test_a_server_that_is_not_there_or_does_not_serve_the_model(serve, tmp_path,
         with_url("http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"does not serve 'qwen' \(it serves: teacher\)"):
         with_url(serve().url, teacher_server_model="qwen")
-    for url in ("localhost:8000", "ftp://host", "http://", "8000"):
+    for url in ("localhost:8000", "ftp://host", "http://", "8000", "http://[::1", "http://host:port", "http://host/#x",
+                "http://host ", "http://host:99999"):  # fmt: skip
         with pytest.raises(ValueError, match="teacher_server_url must be like http://localhost:8000"):
             with_url(url)
     assert with_url(serve().url + "/v1/").teacher.server.model == "teacher"
@@ -367,11 +432,24 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
     assert written == []
     assert key not in caplog.text + "".join(capsys.readouterr())
-    for answer in (f"the key {key} is not ours", f'{{"error": {{"message": "{key}"}}}}'):
+    answers = (f"the key {key} is not ours", json.dumps({"error": {"message": key}}), "x" * 390 + key)
+    for answer in answers:
         server.fault = lambda handler, number, body, answer=answer: handler.send(403, answer.encode()) or True
         with pytest.raises(ValueError, match=r"answers 403: .*\*\*\*") as raised:
             trainer_of(tmp_path / "run", student_folder, teacher_folder, teacher_server_url=server.url)
-        assert key not in str(raised.value)
+        assert key[:6] not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["sk-0123456789abcdef", 'sk-\\back"quote'])
+def test_no_part_of_a_key_is_shown_by_an_answer_that_is_cut(key, serve, monkeypatch):
+    monkeypatch.setenv(API_KEY, key)
+    for before in range(150, 210, 5):
+        server = serve()
+        text = json.dumps({"object": "x" * before + key})
+        server.spoil = lambda answer, number, text=text: text.encode()
+        with pytest.raises(ValueError, match="cannot be used") as raised:
+            Server(server.url).prompt_log_probs([[1, 2, 3]], 4)
+        assert "sk-" not in str(raised.value)
 
 
 def test_keys_in_the_address_or_that_are_none_are_refused_without_showing_them(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ class Writer:
         }
         data = {name: torch.cat([row[name] for row in rows]) for name in names}
         partial = self.folder / f"{uuid.uuid4().hex}.partial"  # machines may share a disk, and process numbers
-        with _disk_errors(self.folder.parent, partial):
+        with disk_errors(self.folder.parent, partial):
             save_file(index | data, partial, {"cache": self.identity})
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -96,11 +96,13 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path, partial: Path) -> Iterator[None]:
+def disk_errors(folder: Path, partial: Path | None = None) -> Iterator[None]:
+    """Say what to do where something of a cache cannot be written, and remove what was half-written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+    except Exception as error:  # safetensors and tokenizers have their own kinds of it
+        if partial is not None:
+            partial.unlink(missing_ok=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         raise OSError(
             f"{'no space left for' if full else 'cannot write'} the teacher cache in {folder}"
@@ -232,8 +234,8 @@ def _bounds(stops: Tensor) -> Tensor:
     return torch.stack([torch.cat([stops.new_zeros(1, stops.shape[1]), stops[:-1]]), stops])
 
 
-def is_whole(path: Path, of_cache: str) -> bool:
-    """Read all of a shard; whether each byte is what was written, for this cache."""
+def is_whole(path: Path, of_cache: str | None) -> bool:
+    """Read all of a shard; whether each byte is what was written, for this cache; of a foreign file, no."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("cache") != of_cache:
@@ -286,8 +288,10 @@ def start(folder: Path, manifest: dict[str, Any], head: Head | None, *, repair: 
         manifests.check(found, expected, folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards.mkdir(exist_ok=True)
-    for partial in [*folder.glob("*.partial"), *shards.glob("*.partial")]:  # of a capture that was killed
-        partial.unlink()
+    _require_own_shards(shards, identity(manifest))
+    partials = [path for path in shards.glob("*.partial") if len(path.stem) == 32]
+    for partial in [folder / f"{name}.partial" for name in (_HEAD, manifests.FILE)] + partials:  # a capture was killed
+        partial.unlink(missing_ok=True)
     damaged = []
     if repair:
         damaged = [path for path in sorted(shards.glob("*.safetensors")) if not is_whole(path, identity(manifest))]
@@ -298,12 +302,28 @@ def start(folder: Path, manifest: dict[str, Any], head: Head | None, *, repair: 
     if head is not None and (digest is None or not head_file.exists() or file_digest(head_file) != digest):
         partial = folder / f"{_HEAD}.partial"
         tensors = {"weight": head.weight, "bias": head.bias}
-        with _disk_errors(folder, partial):
+        with disk_errors(folder, partial):
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items() if t is not None}, partial)
             digest = file_digest(partial)
             os.replace(partial, head_file)
-    manifests.write(folder, {"shards": found.get("shards"), **manifest, "head_digest": digest})
+    with disk_errors(folder):
+        manifests.write(folder, {"shards": found.get("shards"), **manifest, "head_digest": digest})
     return damaged
+
+
+def _require_own_shards(shards: Path, of_cache: str) -> None:
+    """Raise a ValueError for a file that is whole, but not of this cache: it may have taken days to make."""
+    for path in sorted(shards.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                theirs, names = (file.metadata() or {}).get("cache"), file.keys()
+        except (OSError, SafetensorError):
+            continue  # damaged
+        if theirs != of_cache and (is_whole(path, theirs) or not set(_INDEX) <= set(names)):
+            raise ValueError(
+                f"teacher cache: {path} is whole and belongs to something else, of another teacher, precision or "
+                "format: use its recipe, or choose another folder, or move it away"
+            )
 
 
 def _is_ours(path: Path) -> bool:

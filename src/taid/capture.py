@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import sys
 import time
@@ -39,10 +40,10 @@ def rows_of(trainer: TAIDTrainer) -> dict[str, dict[bytes, int]]:
 
     On several processes, each has a share of them.
     """
-    found: dict[str, dict[bytes, int]] = {}
+    # Every data set has a name on every process, whether it has a share of it or not.
+    found: dict[str, dict[bytes, int]] = {name: {} for name in ("train", *_held_out(trainer))}
     for name, batch in _own_rows(trainer, _ROWS):
-        keys = found.setdefault(name, {})
-        keys.update((s.key, s.trained) for s in sequences(batch, shifted(batch["labels"])) if s.trained)
+        found[name].update((s.key, s.trained) for s in sequences(batch, shifted(batch["labels"])) if s.trained)
     return found
 
 
@@ -66,10 +67,10 @@ def _held_out(trainer: TAIDTrainer) -> dict[str, Any]:
 
 
 def first_row(trainer: TAIDTrainer) -> Sequence:
-    """A row of the training data, which may be a stream."""
-    row = next(iter(trainer.train_dataset))
-    batch = trainer.data_collator([{name: row[name] for name in _COLUMNS if name in row}])
-    return next(sequences(batch, shifted(batch["labels"])))
+    """The longest of the first rows of the training data, which may be a stream."""
+    rows = itertools.islice(iter(trainer.train_dataset), 16)
+    batch = trainer.data_collator([{name: row[name] for name in _COLUMNS if name in row} for row in rows])
+    return max(sequences(batch, shifted(batch["labels"])), key=lambda row: len(row.ids))
 
 
 def check_sparse(kind: type[TopK | Sampled], args: TAIDConfig) -> None:
@@ -162,7 +163,8 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
             head = source.teacher.head.head()
         for path in cache.start(folder, manifest, head, repair=repair):
             print(f"{path} is damaged and captured anew", flush=True)
-        trainer.teacher_tokenizer.save_pretrained(folder / "tokenizer")
+        with cache.disk_errors(folder):
+            trainer.teacher_tokenizer.save_pretrained(folder / "tokenizer")
     accelerator.wait_for_everyone()
     missing = _announce(source, folder)
     with tqdm(
@@ -209,8 +211,14 @@ class _Source:
             head = self.teacher.head.head(vocabulary.holes)
             for row in rows:
                 places = row.start + torch.from_numpy(row.positions).to(hidden.device)
-                of_row = vocabulary.position(labels[row.row, places])
-                yield row, self.format.record(hidden[row.row, places], of_row, head, row.key)
+                of_row, of_tokens = vocabulary.position(labels[row.row, places]), hidden[row.row, places]
+                if not of_tokens.isfinite().all():
+                    raise ValueError(
+                        f"the teacher's hidden states are not finite on the row that begins with tokens "
+                        f"{row.ids[:8].tolist()}, in {str(of_tokens.dtype).removeprefix('torch.')}: float16 overflows "
+                        "in many models, bfloat16 does not (teacher_model_init_kwargs' dtype, or bf16)"
+                    )
+                yield row, self.format.record(of_tokens, of_row, head, row.key)
 
 
 def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]]:

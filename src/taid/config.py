@@ -158,7 +158,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     teacher_server_model: str | None = field(
         default=None, metadata={"help": "The teacher's name on the server; the only one it serves by default."}
     )
-    teacher_server_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for an answer of it."})
+    teacher_server_timeout: float = field(default=120.0, metadata={"help": "Seconds without a byte of its answer."})
     teacher_server_compare: bool = field(
         default=False,
         metadata={

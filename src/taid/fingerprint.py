@@ -43,15 +43,18 @@ def of_model(name_or_path: str | None, revision: str | None) -> dict[str, str | 
     weights = sorted(folder.glob("*.safetensors")) if folder is not None else []
     if folder is None or not weights:
         return {"teacher_config": None, "teacher_weights": None}
-    digest = hashlib.sha256()
-    for path in weights:
-        _add_file(digest, path)
-    path = folder / "config.json"
-    path = path if path.exists() else folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    digest, path = hashlib.sha256(), folder / "config.json"
+    if not path.exists() and (folder / "adapter_config.json").exists():
+        path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for path in weights:
+            _add_file(digest, path)
+    except (OSError, ValueError, struct.error) as error:
+        raise ValueError(f"teacher file {path} cannot be read ({error}): copy the teacher's folder again") from error
     # What transformers notes of itself and of where the folder lay.
     config = {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
-    if path.name == "adapter_config.json":  # an adapter is nothing without its base
+    if "base_model_name_or_path" in config:  # an adapter is nothing without its base
         base = of_model(config.pop("base_model_name_or_path"), config.get("revision"))
         digest.update(str(base["teacher_weights"]).encode())
         config["base"] = base["teacher_config"]
@@ -80,7 +83,10 @@ def _add_file(digest: Any, path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(8)
-        header += file.read(struct.unpack("<Q", header)[0])
+        length = struct.unpack("<Q", header)[0]
+        if length > size:
+            raise ValueError("it is no safetensors file; is it a pointer of Git LFS?")
+        header += file.read(length)
         digest.update(size.to_bytes(8, "little") + header)
         blocks = -(-(size - len(header)) // _BLOCK)
         for number in range(min(blocks, _BLOCKS)):

@@ -31,14 +31,19 @@ def plan(student: str, revision: str | None, args: TAIDConfig, train_rows: Any, 
         if args.tokenizer_from == "student"
         else load_tokenizer(teacher, role="teacher", **origin)
     )
+    folder = Path(teacher).expanduser()
+    if teacher.startswith((".", "~", "/")) and not folder.is_dir():
+        raise ValueError(f"teacher folder {teacher!r} does not exist")
     try:
-        config = AutoConfig.from_pretrained(Path(teacher).expanduser() if Path(teacher).exists() else teacher, **origin)
+        config = AutoConfig.from_pretrained(folder if folder.is_dir() else teacher, **origin)
     except (OSError, ValueError) as error:
         raise ValueError(f"the configuration of teacher {teacher!r} could not be read: {error}") from error
     of_text = config.get_text_config()
     dtype: Any = teacher_init_kwargs(args)["dtype"]
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"teacher_model_init_kwargs: dtype {teacher_init_kwargs(args)['dtype']!r} is none of torch's")
     counts = _counts(tokenizer, args, train_rows, eval_rows)
     tokens = sum(trained for _, trained in counts.values())
     ids = min(len(set(tokenizer.get_vocab().values())), of_text.vocab_size)

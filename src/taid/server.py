@@ -7,13 +7,17 @@ a mapping of token ids to ``{"logprob": ..., "decoded_token": ...}``: of the tok
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
+
+logger = logging.getLogger(__name__)
 
 CONCURRENT = 8  # requests at a time
 API_KEY = "TEACHER_SERVER_API_KEY"
@@ -27,13 +31,17 @@ Listed = dict[int, dict[str, Any]]
 
 def check_url(url: str) -> None:
     """Raise a ValueError for what is no address of a server, or holds a secret."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:  # brackets that do not close, a port that is no number
+        raise ValueError("teacher_server_url must be like http://localhost:8000") from None
     if parts.username or parts.password or parts.query:
         raise ValueError(
             f"teacher_server_url holds credentials, which would be saved with the run: put the key into the "
             f"environment as {API_KEY}"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not usable or any(character in "#?" or character.isspace() for character in url):
         raise ValueError(f"teacher_server_url must be like http://localhost:8000, got {url!r}")
 
 
@@ -57,9 +65,9 @@ class Server:
         self._key = os.environ.get(API_KEY)
         if self._key and not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
             raise ValueError(f"{API_KEY} in the environment holds characters that no key has")
-        retries = urllib3.Retry(
+        retries = _Retry(
             _TRIES, allowed_methods=None, status_forcelist=_BUSY, raise_on_status=False, redirect=0,
-            backoff_factor=_BACKOFF, backoff_max=_LONGEST_WAIT,
+            backoff_factor=_BACKOFF, backoff_max=_LONGEST_WAIT, retry_after_max=int(_LONGEST_WAIT),
         )  # fmt: skip
         self._pool = urllib3.PoolManager(
             maxsize=CONCURRENT, retries=retries, timeout=urllib3.Timeout(connect=min(timeout, 10.0), read=timeout)
@@ -69,12 +77,15 @@ class Server:
     def _served(self, model: str | None) -> str:
         answer = self._request("GET", "/v1/models")
         entries = answer.get("data") if isinstance(answer, dict) else None
-        names = [entry.get("id") for entry in entries or () if isinstance(entry, dict)]
+        entries = entries if isinstance(entries, list) else []
+        names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
         if model is None and len(names) == 1:
             return str(names[0])
         if model not in names:
-            asked = "has several models: set teacher_server_model" if model is None else f"does not serve {model!r}"
-            raise ValueError(f"the teacher's server {self.url} {asked} (it serves: {', '.join(map(str, names))})")
+            asked = (
+                "does not have one model: set teacher_server_model" if model is None else f"does not serve {model!r}"
+            )
+            raise ValueError(f"the teacher's server {self.url} {asked} (it serves: {', '.join(names) or 'none'})")
         return str(model)
 
     def prompt_log_probs(self, prompts: list[list[int]], k: int) -> list[list[Listed]]:
@@ -86,12 +97,13 @@ class Server:
         """
         body = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
         answer = self._request("POST", "/v1/completions", body)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != len(prompts):
-            raise self._nonsense(f"{len(prompts)} prompts were sent, the answer is {_short(answer)}")
+        try:
+            choices = {choice["index"]: choice for choice in answer["choices"]}
+            ordered = [choices[number].get("prompt_logprobs") for number in range(len(prompts))]
+        except (AttributeError, KeyError, TypeError):
+            raise self._nonsense(f"{len(prompts)} prompts were sent, the answer is {_short(answer)}") from None
         found = []
-        for prompt, choice in zip(prompts, sorted(choices, key=lambda choice: choice["index"]), strict=True):
-            places = choice.get("prompt_logprobs")
+        for prompt, places in zip(prompts, ordered, strict=True):
             if places is None:
                 raise self._nonsense("it has no prompt_logprobs, which vLLM gives and few others do")
             if not isinstance(places, list) or len(places) != len(prompt):
@@ -123,17 +135,18 @@ class Server:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
             answer = self._pool.request(method, self.url + path, json=body, headers=headers, redirect=False)
+            text = self._without_key(answer.data.decode(errors="replace"))
         except urllib3.exceptions.HTTPError as error:
             raise ConnectionError(
                 f"the teacher's server {self.url} gave no answer in {_TRIES + 1} tries ({self._reason(error)}). Start "
                 "it again; a run continues with --resume_from_checkpoint, a capture with the same command"
             ) from None  # the chain would repeat the request
         if answer.status != 200:
-            raise self._refusal(answer)
+            raise self._refusal(answer.status, text)
         try:
-            return answer.json()
-        except ValueError:
-            raise self._nonsense(f"it is no JSON: {_short(answer.data[:200].decode(errors='replace'))}") from None
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise self._nonsense(f"it is no JSON: {_short(text)}") from None
 
     def _reason(self, error: Exception) -> str:
         reason = getattr(error, "reason", None) or error
@@ -141,27 +154,41 @@ class Server:
             return f"not within {self.timeout:g} s; teacher_server_timeout waits longer"
         return self._without_key(str(getattr(reason, "args", [reason])[-1]))
 
-    def _refusal(self, answer: Any) -> Exception:
-        text = answer.data.decode(errors="replace")
-        try:
+    def _refusal(self, status: int, text: str) -> Exception:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # else it is the text itself
             error = json.loads(text)["error"]
-            text = error["message"] if isinstance(error, dict) else str(error)
-        except (ValueError, KeyError, TypeError):
-            pass  # then it is the text itself
-        said = f"the teacher's server {self.url} answers {answer.status}: {self._without_key(text.strip()[:400])}"
-        if answer.status in (401, 403):
+            text = str(error["message"] if isinstance(error, dict) else error)
+        said = f"the teacher's server {self.url} answers {status}: {' '.join(text.split())[:400]}"
+        if 300 <= status < 400:
+            return ValueError(f"{said}. It redirects, which is not followed: set teacher_server_url to where it leads")
+        if status in (401, 403):
             return ValueError(f"{said}. Put its key into the environment as {API_KEY}")
-        if answer.status in _BUSY:
+        if status in _BUSY:
             return ConnectionError(f"{said}, {_TRIES + 1} times. A run continues with --resume_from_checkpoint")
         if "logprobs" in text:
             return ValueError(f"{said}. Start it with a larger --max-logprobs, or lower teacher_top_k")
         return ValueError(said)
 
     def _nonsense(self, what: str) -> ValueError:
-        return ValueError(f"the answer of the teacher's server {self.url} cannot be used: {self._without_key(what)}")
+        return ValueError(f"the answer of the teacher's server {self.url} cannot be used: {what}")
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        """Before anything is cut off it, and however a server escapes it."""
+        for form in (self._key, self._key and json.dumps(self._key)[1:-1]):
+            text = text.replace(form, "***") if form else text
+        return text
+
+
+class _Retry(urllib3.Retry):
+    """Says that it tries again; urllib3 does so for some of the reasons only."""
+
+    def increment(self, method: str | None = None, url: str | None = None, response: Any = None,
+                  error: Exception | None = None, *rest: Any, **more: Any) -> _Retry:  # fmt: skip
+        again = super().increment(method, url, response, error, *rest, **more)
+        reason = f"status {response.status}" if response is not None else type(error).__name__
+        wait = again.get_backoff_time()
+        logger.warning(f"the teacher's server: {reason}; trying again in {wait:.0f} s or as it asks for")
+        return again
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ of it (:mod:`taid.sparse`).
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from abc import ABC, abstractmethod
@@ -26,6 +27,9 @@ from taid.server import CONCURRENT, Listed, Server
 from taid.sparse import Sparse, TopK
 from taid.vocabulary import Vocabulary
 
+logger = logging.getLogger(__name__)
+
+_SPARE = 8
 _TOKENS = 4096  # of the prompts of a request; an answer of 4,096 tokens with k = 64 is 18 MB of JSON
 _ROUNDING = 1e-8  # what float32 leaves of the difference of 1 and a sum of probabilities
 # Total variation between a server and a local copy: bfloat16 moves the story teacher by 0.007, its student is 0.20 off.
@@ -194,11 +198,14 @@ class ServedTeacher(_RowTeacher):
         vocabulary: the ids that student and teacher share; tokens that the teacher alone has are left out, as they are
             of a local teacher.
         k: how many tokens a position.
+        rows: how many ids the teacher has; more than are shared where it has tokens of its own, or padding.
     """
 
-    def __init__(self, server: Server, vocabulary: Vocabulary, k: int) -> None:
+    def __init__(self, server: Server, vocabulary: Vocabulary, k: int, rows: int | None = None) -> None:
         super().__init__(vocabulary, threads=CONCURRENT)
-        self.server, self.k = server, min(k, len(vocabulary.ids))
+        self.server, self.k, self.rows = server, min(k, len(vocabulary.ids)), rows or len(vocabulary.ids)
+        # A few more, because some of the likeliest may be tokens that only the teacher has.
+        self.asked = min(self.k + _SPARE, self.rows) if self.rows > len(vocabulary.ids) else self.k
         self.kind = f"top_k {self.k}"
         self._shared = frozenset(vocabulary.ids)
 
@@ -213,21 +220,25 @@ class ServedTeacher(_RowTeacher):
             yield group
 
     def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
-        answers = self.server.prompt_log_probs([row.ids.tolist() for row in rows], self.k)
+        answers = self.server.prompt_log_probs([row.ids.tolist() for row in rows], self.asked)
         return {row.key: self._top_k(row, places) for row, places in zip(rows, answers, strict=True)}
 
     def _top_k(self, row: Sequence, places: list[Listed], asked: int | None = None) -> TopK:
-        asked = asked or self.k
-        found = [self._of_position(places[position], int(row.ids[position + 1])) for position in row.positions]
-        if None in found:  # tokens that only the teacher has are among the likeliest: ask for more
-            return self._top_k(row, self.server.prompt_log_probs([row.ids.tolist()], 2 * asked)[0], 2 * asked)
+        asked = asked or self.asked
+        found = [self._of_position(places[p], int(row.ids[p + 1]), asked) for p in row.positions]
+        if None in found:  # the few more were not enough
+            asked = min(2 * asked, max(self.rows, self.k + _SPARE))
+            return self._top_k(row, self.server.prompt_log_probs([row.ids.tolist()], asked)[0], asked)
         ids, *of_tokens = zip(*filter(None, found), strict=True)
         return TopK(self.vocabulary.position(torch.tensor(ids)), *map(torch.tensor, of_tokens))
 
-    def _of_position(self, listed: Listed, label: int) -> tuple[list[int], list[float], float, float] | None:
-        """Ids, log-probabilities, log of the rest and the label's; None where fewer than k listed tokens are shared."""
+    def _of_position(
+        self, listed: Listed, label: int, asked: int
+    ) -> tuple[list[int], list[float], float, float] | None:
+        """Ids, log-probabilities, log of the rest and the label's; None where fewer than k likeliest are shared."""
         shared = {i: entry["logprob"] for i, entry in listed.items() if i in self._shared}
-        if len(shared) < self.k:
+        # One more than was asked for is the label, which is not among the likeliest.
+        if len(shared) - (len(listed) > asked) < self.k:
             return None
         others = sum(math.exp(entry["logprob"]) for i, entry in listed.items() if i not in self._shared)
         log_shared = math.log(max(1 - others, _ROUNDING))
@@ -261,8 +272,14 @@ class ServedTeacher(_RowTeacher):
         Raises:
             ValueError: they are not; shows both.
         """
-        places = self.server.prompt_log_probs([row.ids.tolist()], self.k)[0]
+        places = self.server.prompt_log_probs([row.ids.tolist()], self.asked)[0]
         said = {i: e["decoded_token"] for place in places for i, e in place.items() if e.get("decoded_token")}
+        said = {i: text for i, text in said.items() if isinstance(text, str)}
+        if not said:
+            logger.warning(
+                f"the teacher's server {self.server.url} does not say what its tokens are (decoded_token): whether "
+                "they are those of the teacher's tokenizer is not known"
+            )
         names = {i: (tokenizer.decode([i]), tokenizer.convert_ids_to_tokens(i)) for i in said}
         # A token that is a part of a letter has no text, and servers differ on blanks around words.
         others = [
@@ -277,7 +294,7 @@ class ServedTeacher(_RowTeacher):
                 f"{list(ids)} are {list(ours)} here and {list(theirs)} there. Set teacher_model_name_or_path to the "
                 "model that is served"
             )
-        if local is not None:
+        if local is not None and places:
             self._compare(row, places, local)
 
     @torch.no_grad()

@@ -158,7 +158,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 model.to(self.args.device)
         if isinstance(elsewhere, Server):
             self._name_teacher(elsewhere.model)
-            served = ServedTeacher(elsewhere, self.vocabulary, self.args.teacher_top_k or 64)
+            rows = max(self.teacher_tokenizer.get_vocab().values()) + 1
+            served = ServedTeacher(elsewhere, self.vocabulary, self.args.teacher_top_k or 64, rows)
             capture.check_sparse(TopK, self.args)
             served.check(capture.first_row(self), self.teacher_tokenizer, model)
             return served
@@ -261,6 +262,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if self.teacher is not None and self.args.distillation_share > 0:
             self.teacher.prefetch(self._ahead)
         batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
+        if 0 < len(batches) < num_batches:
+            # transformers would not step here, and add these gradients to those of the next epoch's first step.
+            logger.warning(f"the last {len(batches)} batches of the stream are no whole step and are left out")
+            batches = []
         for batch in batches:
             batch["num_trained"] = int((batch["labels"][:, 1:] != -100).sum())
         count = self.accelerator.reduce(torch.tensor(sum(b["num_trained"] for b in batches), device=device), "sum")
