@@ -509,8 +509,10 @@ def test_a_student_with_another_tokenizer_is_refused_or_given_the_teacher_s(
 
 def test_the_end_of_a_stream_that_is_no_whole_step_is_left_out(tmp_path, student_folder, teacher_folder, caplog):
     """Else transformers would add its gradients to those of the next epoch's first step."""
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2, "train_sampling_strategy": "sequential",
-               "learning_rate": 0.0}  # fmt: skip
+    options = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2, "learning_rate": 0.0,
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
     stream = PROMPT_COMPLETION.to_iterable_dataset()
     _, found, _ = train(tmp_path / "stream", student_folder, teacher_folder, stream, **options)
     assert "the last 1 batches of the stream are no whole step and are left out" in caplog.text
