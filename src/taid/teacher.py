@@ -227,8 +227,10 @@ class ServedTeacher(_RowTeacher):
         asked = asked or self.asked
         found = [self._of_position(places[p], int(row.ids[p + 1]), asked) for p in row.positions]
         if None in found:  # the few more were not enough
-            asked = min(2 * asked, max(self.rows, self.k + _SPARE))
-            return self._top_k(row, self.server.prompt_log_probs([row.ids.tolist()], asked)[0], asked)
+            more = min(2 * asked, max(self.rows, self.k + _SPARE))
+            if more == asked:
+                raise ValueError(f"the teacher's server {self.server.url} lists too few tokens that the student has")
+            return self._top_k(row, self.server.prompt_log_probs([row.ids.tolist()], more)[0], more)
         ids, *of_tokens = zip(*filter(None, found), strict=True)
         return TopK(self.vocabulary.position(torch.tensor(ids)), *map(torch.tensor, of_tokens))
 
