@@ -67,7 +67,7 @@ class Server:
             raise ValueError(f"{API_KEY} in the environment holds characters that no key has")
         retries = _Retry(
             _TRIES, allowed_methods=None, status_forcelist=_BUSY, raise_on_status=False, redirect=0,
-            backoff_factor=_BACKOFF, backoff_max=_LONGEST_WAIT, retry_after_max=int(_LONGEST_WAIT),
+            backoff_factor=_BACKOFF, backoff_max=_LONGEST_WAIT,
         )  # fmt: skip
         self._pool = urllib3.PoolManager(
             maxsize=CONCURRENT, retries=retries, timeout=urllib3.Timeout(connect=min(timeout, 10.0), read=timeout)
@@ -180,7 +180,11 @@ class Server:
 
 
 class _Retry(urllib3.Retry):
-    """Says that it tries again; urllib3 does so for some of the reasons only."""
+    """Says that it tries again, which urllib3 does for some reasons only, and sleeps no longer than we let it."""
+
+    def get_retry_after(self, response: Any) -> float | None:
+        wait = super().get_retry_after(response)
+        return None if wait is None else min(wait, _LONGEST_WAIT)
 
     def increment(self, method: str | None = None, url: str | None = None, response: Any = None,
                   error: Exception | None = None, *rest: Any, **more: Any) -> _Retry:  # fmt: skip
