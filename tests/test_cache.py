@@ -98,6 +98,7 @@ def test_training_on_hidden_states_is_training_with_the_local_teacher(
     cached, found = train(tmp_path / "cached", student_folder, None, teacher_cache=str(make_cache()), **options)
     assert cached.teacher.kind == local.teacher.kind == "exact"
     assert cached.configuration["teacher_model_name_or_path"] == str(teacher_folder)  # for the report
+    assert cached.configuration["teacher_cache_format"] == "hidden"
     assert len(found) == len(expected) == 4 + 1
     for row, reference in zip(found, expected, strict=True):
         assert row.keys() == reference.keys()
@@ -293,7 +294,7 @@ SPOILED = {
     "a flipped bit in the manifest": (lambda c: flip(c / "manifest.json", 60), "manifest.json (is not what|cannot be)"),
     "another scale of the head": (lambda c: edit(c, '"scale": 1.0', '"scale": 3.0'), "is not what was written"),
     "no tokenizer": (lambda c: shutil.rmtree(c / "tokenizer"), "tokenizer is missing: `taid cache`"),
-    "no manifest": (lambda c: (c / "manifest.json").unlink(), "no manifest.json"),
+    "no manifest": (lambda c: (c / "manifest.json").unlink(), "has lost its manifest.json"),
     "a manifest cut short": (lambda c: (c / "manifest.json").write_text('{"layout": 1'), "cannot be read"),
     "a manifest of other content": (lambda c: (c / "manifest.json").write_text("[]"), "is not what was written"),
     "another layout": (lambda c: manifest(c, layout=99), "layout of the files was 99 .* is 2 now"),
@@ -415,6 +416,7 @@ def test_nothing_is_pickled_and_the_tensors_are_what_the_format_says(make_cache)
         "keys": torch.uint8, "stops": torch.int64, "checksums": torch.int64,
         "ids": torch.uint16, "log_probs": torch.float16, "of_token": torch.float32,
     }  # fmt: skip
+    assert shard(folder).stat().st_mode & 0o666 == (folder / "manifest.json").stat().st_mode & 0o666
     tokens = len(tensors["ids"])
     stored = sum(t.nbytes for n, t in tensors.items() if n in ("ids", "log_probs", "of_token"))
     each = Format("top_k", hidden_size=48, dtype=torch.float32, vocabulary_size=300, k=8).bytes_per_token()

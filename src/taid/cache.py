@@ -89,6 +89,7 @@ class Writer:
         partial = self.folder / f"{uuid.uuid4().hex}.partial"  # machines may share a disk, and process numbers
         with disk_errors(self.folder.parent, partial):
             save_file(index | data, partial, {"cache": self.identity})
+            partial.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets nobody else read it
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, self.folder / f"{_shard_name(partial, index)}.safetensors")
@@ -304,6 +305,7 @@ def start(folder: Path, manifest: dict[str, Any], head: Head | None, *, repair: 
         tensors = {"weight": head.weight, "bias": head.bias}
         with disk_errors(folder, partial):
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items() if t is not None}, partial)
+            partial.chmod(folder.stat().st_mode & 0o666)
             digest = file_digest(partial)
             os.replace(partial, head_file)
     with disk_errors(folder):

@@ -229,7 +229,8 @@ def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]
     there: dict[str, Any] = {}
     with contextlib.suppress(ValueError):  # no cache yet, or none that can be read
         there = manifests.read(folder)
-    name = args.teacher_cache_format or there.get("format", "hidden")
+    default = "top_k" if isinstance(teacher, ServedTeacher) else "hidden"
+    name = args.teacher_cache_format or there.get("format", default)
     manifest = manifest_of(trainer, format_=name) | {
         "k": min(args.teacher_top_k or there.get("k") or 64, ids) if name == "top_k" else None,
         "draws": args.teacher_cache_samples or there.get("draws") or 50 if name == "sampled" else None,
@@ -239,7 +240,7 @@ def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]
     }
     if isinstance(teacher, ServedTeacher):
         if name != "top_k":
-            raise ValueError(f"a server gives the likeliest tokens only: set teacher_cache_format: top_k, not {name}")
+            raise ValueError(f"a server gives the likeliest tokens only: leave teacher_cache_format: {name} away")
         rows = max(trainer.teacher_tokenizer.get_vocab().values()) + 1
         manifest = _of_a_server(manifest, teacher.server.model)
         manifest |= {"teacher_rows": rows, "hidden_size": 0, "dtype": str(torch.float32)}

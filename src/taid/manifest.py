@@ -48,6 +48,10 @@ def read(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         whole = isinstance(manifest, dict) and manifest.pop("digest", None) == _digest(manifest)
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / "shards").is_dir():
+            raise ValueError(
+                f"teacher cache {folder} has lost its {FILE}; `taid cache` with its recipe makes it"
+            ) from None
         raise ValueError(f"{folder} is no teacher cache: it has no {FILE}; `taid cache` makes one") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher cache: {path} cannot be read ({error}); {REPAIR}") from error

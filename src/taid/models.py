@@ -112,9 +112,10 @@ def _elsewhere(
     try:
         tokenizer = tokenizer or _load_tokenizer(name, "teacher", trust_remote_code=args.trust_remote_code, **revision)
     except ValueError as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{error}. A teacher on a server needs its tokenizer here: set teacher_model_name_or_path to a folder or "
-            "Hub name that holds it"
+            "a teacher on a server needs its tokenizer here: set teacher_model_name_or_path to a folder or Hub name "
+            f"that holds it ({reason})"
         ) from error
     if isinstance(teacher, str) and not args.teacher_server_compare:
         teacher = None

@@ -54,20 +54,20 @@ def plan(student: str, revision: str | None, args: TAIDConfig, train_rows: Any, 
         f"{of_text.vocab_size:,} output rows",
         *(f"{name}: {rows:,} different rows, {trained:,} trained tokens" for name, (rows, trained) in counts.items()),
         "",
-        f"{'a cache of':28}{'bytes a token':>15}{'size':>12}",
+        f"{'a cache of':33}{'bytes a token':>15}{'size':>12}",
     ]
     draws = args.teacher_cache_samples or 50
     for words, name, distinct in (
         ("hidden", "hidden", None),
         ("hidden_int8", "hidden_int8", None),
         (f"top_k, k = {min(args.teacher_top_k or 64, ids)}", "top_k", None),
-        (f"sampled, {draws} draws, {min(_DISTINCT, draws):g} ids", "sampled", min(_DISTINCT, draws)),
+        (f"sampled, {draws} draws, about {min(_DISTINCT, draws):g} ids", "sampled", min(_DISTINCT, draws)),
         (f"sampled, {draws} draws, at most", "sampled", None),
     ):
         format_ = Format(name, of_text.hidden_size, dtype, ids, min(args.teacher_top_k or 64, ids), draws)
         each = format_.bytes_per_token(distinct)
         size = tokens * each + (head if format_.needs_head else 0)
-        lines.append(f"{words:28}{each:15,.0f}{_bytes(size):>12}")
+        lines.append(f"{words:33}{each:15,.0f}{_bytes(size):>12}")
     return "\n".join(lines)
 
 

@@ -36,7 +36,8 @@ _METHODS = {
 }
 _IMPORTANT = (
     "objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio model_name_or_path "
-    "teacher_model_name_or_path dataset_name eval_dataset_name learning_rate max_steps num_train_epochs "
+    "teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name eval_dataset_name "
+    "learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps max_length seed output_dir"
 ).split()
 _HELD_OUT = ("loss", "cross_entropy", "kl", "teacher_cross_entropy", "entropy", "mean_token_accuracy", "tokens")

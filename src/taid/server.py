@@ -162,7 +162,10 @@ class Server:
         if 300 <= status < 400:
             return ValueError(f"{said}. It redirects, which is not followed: set teacher_server_url to where it leads")
         if status in (401, 403):
-            return ValueError(f"{said}. Put its key into the environment as {API_KEY}")
+            remedy = (
+                f"The key in {API_KEY} is refused" if self._key else f"Put its key into the environment as {API_KEY}"
+            )
+            return ValueError(f"{said}. {remedy}")
         if status in _BUSY:
             return ConnectionError(f"{said}, {_TRIES + 1} times. A run continues with --resume_from_checkpoint")
         if "logprobs" in text:

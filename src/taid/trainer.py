@@ -151,6 +151,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if isinstance(elsewhere, Cache):
             capture.require(self, elsewhere)
             self._name_teacher(elsewhere.manifest["teacher"])
+            self.args.teacher_cache_format = self.configuration["teacher_cache_format"] = elsewhere.format.name
             return CachedTeacher(elsewhere, self.vocabulary, self.args.device)
         if model is not None:
             model.requires_grad_(False).eval()
