@@ -116,7 +116,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert exit_info.value.code == 0
     assert capsys.readouterr().out == bare
-    for command in ("train", "report", "demo"):
+    for command in ("train", "cache", "plan", "report", "demo"):
         assert f"\n    {command} " in bare
 
 
@@ -126,7 +126,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert exit_info.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("taid: error: ")
-    assert "'trian' (choose from 'train', 'cache', 'report', 'demo')" in error
+    assert "'trian' (choose from 'train', 'cache', 'plan', 'report', 'demo')" in error
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
