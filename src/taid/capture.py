@@ -241,9 +241,8 @@ def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]
     if isinstance(teacher, ServedTeacher):
         if name != "top_k":
             raise ValueError(f"a server gives the likeliest tokens only: leave teacher_cache_format: {name} away")
-        rows = max(trainer.teacher_tokenizer.get_vocab().values()) + 1
         manifest = _of_a_server(manifest, teacher.server.model)
-        manifest |= {"teacher_rows": rows, "hidden_size": 0, "dtype": str(torch.float32)}
+        manifest |= {"teacher_rows": teacher.rows, "hidden_size": 0, "dtype": str(torch.float32)}
     elif teacher.head is not None:
         example = teacher.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=args.device)})
         of_hidden = {"hidden_size": example.shape[-1], "dtype": str(example.dtype), "server_model": None}
