@@ -18,7 +18,8 @@ OWN_FIELDS = """
 objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal jsd_beta skew head_mass
 dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
 teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url
-teacher_server_model teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from overwrite_output_dir
+teacher_server_model teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from train_tokens
+overwrite_output_dir
 """.split()
 
 
@@ -82,6 +83,7 @@ def test_the_defaults_are_the_papers():
         "teacher_server_compare": False,
         "teacher_top_k": None,
         "tokenizer_from": "student",
+        "train_tokens": None,
         "overwrite_output_dir": False,
     }
 
@@ -368,7 +370,7 @@ def test_null_for_alpha_is_refused_with_the_papers_value(read):
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in OWN_FIELDS if not name.startswith(("teacher_", "taid_alpha", "overwrite_"))],
+    [name for name in OWN_FIELDS if not name.startswith(("teacher_", "taid_alpha", "overwrite_", "train_tokens"))],
 )
 def test_null_for_an_option_that_needs_a_value_is_refused_by_its_name(read, name):
     with pytest.raises(ValueError, match=name.removeprefix("taid_")):

@@ -177,6 +177,13 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             "both keep their vectors."
         },
     )
+    train_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many tokens to train on, in place of max_steps; with packing, where a step has about "
+            "max_length tokens a row."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the run that output_dir holds and start anew."}
     )
@@ -232,6 +239,13 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
         if self.max_steps == 0:
             raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs, got 0")
+        if self.train_tokens is not None and self.train_tokens < 1:
+            raise ValueError(f"train_tokens must be positive, got {self.train_tokens}")
+        if self.train_tokens is not None and not (self.packing and self.max_length):
+            raise ValueError(
+                "train_tokens needs packing: true and a max_length, which give each row that many tokens; without them "
+                "set max_steps"
+            )
         if self.max_steps < 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"num_train_epochs must be positive where max_steps is not set, got {self.num_train_epochs}"
@@ -247,6 +261,21 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
         super().__post_init__()
+        if self.train_tokens is not None:
+            self.max_steps: int = self._steps_for(self.train_tokens)
+
+    def _steps_for(self, tokens: int) -> int:
+        """The steps that `tokens` are in rows of `max_length`: N is known before the first row is read."""
+        assert self.max_length is not None
+        processes = self.world_size // (self.parallelism_config.tp_size if self.parallelism_config else 1)
+        a_step = self.max_length * self.train_batch_size * self.gradient_accumulation_steps * processes
+        steps: int = math.ceil(tokens / a_step)
+        if self.max_steps not in (-1, steps):
+            raise ValueError(
+                f"train_tokens {tokens:,} are {steps:,} steps of {a_step:,} tokens, but max_steps is "
+                f"{self.max_steps:,}: set one of the two"
+            )
+        return steps
 
     def alpha_for(self, total_steps: int) -> float:
         """The step size of t in a run of `total_steps`."""
@@ -262,11 +291,26 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
 class DataArguments:
     """Where the rows come from."""
 
-    dataset_name: str | None = field(
+    dataset_name: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Training rows: a .jsonl, .json, .parquet or .txt file, a glob of them, a folder, or a Hub name. "
-            "Rows have `messages`, `prompt` and `completion`, or `text`; .txt files are split at blank lines."
+            "help": "Training rows: a .jsonl, .json, .parquet or .txt file (text also as .gz or .zst), a glob of them, "
+            "a folder, or a Hub name; several with streaming. Rows have `messages`, `prompt` and `completion`, or "
+            "`text`; .txt files are split at blank lines."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training rows as they are needed, from files larger than memory or disk; needs max_steps "
+            "or train_tokens."
+        },
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "With streaming: how often a row is drawn from each dataset_name, relative to the others; equally "
+            "by default."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
@@ -282,6 +326,35 @@ class DataArguments:
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split of a Hub data set or folder to evaluate on."}
     )
+
+    def __post_init__(self) -> None:
+        """Check what the rows' options say of each other.
+
+        Raises:
+            ValueError: several names or weights without `streaming`, or weights that do not fit the names.
+        """
+        names = self.names
+        if len(names) == 1:
+            self.dataset_name = names[0]  # type: ignore[assignment]  # one is a text, as in TRL's lora_target_modules
+        if not self.streaming and len(names) > 1:
+            raise ValueError(f"dataset_name has {len(names)} names: several need streaming: true")
+        weights = self.dataset_weights
+        if weights is None:
+            return
+        if not self.streaming:
+            raise ValueError("dataset_weights are the shares of a stream: set streaming: true, or leave them away")
+        if len(weights) != len(names):
+            raise ValueError(
+                f"dataset_weights {weights} are {len(weights)}, but dataset_name has {len(names)} "
+                f"name{'s' * (len(names) != 1)}: give one weight a name"
+            )
+        if not all(0.0 < weight < math.inf for weight in weights):
+            raise ValueError(f"dataset_weights must be positive numbers, got {weights}: leave a name out to draw none")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the training rows, one or several."""
+        return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name or []
 
 
 # What `taid train --help` shows of transformers' 120 training arguments; `--help_all` shows the rest.
