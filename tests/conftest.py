@@ -29,6 +29,11 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# Before transformers looks for torchvision.
+import torchvision_cpu  # noqa: E402, F401
+
+# isort: split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 

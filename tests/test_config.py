@@ -19,7 +19,7 @@ objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal
 dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
 teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url
 teacher_server_model teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from train_tokens
-overwrite_output_dir
+skip_bad_images overwrite_output_dir
 """.split()
 
 
@@ -84,6 +84,7 @@ def test_the_defaults_are_the_papers():
         "teacher_top_k": None,
         "tokenizer_from": "student",
         "train_tokens": None,
+        "skip_bad_images": False,
         "overwrite_output_dir": False,
     }
 
@@ -115,6 +116,7 @@ def test_the_defaults_are_the_papers():
         ("teacher_model_revision", "v1", "v1"),
         ("teacher_model_init_kwargs", '{"dtype": "bfloat16"}', {"dtype": "bfloat16"}),
         ("tokenizer_from", "teacher", "teacher"),
+        ("skip_bad_images", "true", True),
         ("overwrite_output_dir", "true", True),
         ("learning_rate", "1e-4", 1e-4),  # YAML 1.1 reads a number without a dot as text
         ("learning_rate", "2.5e-5", 2.5e-5),

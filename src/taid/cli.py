@@ -150,8 +150,9 @@ def _load_rows(data_arguments: DataArguments, args: TAIDConfig) -> tuple[Any, An
 
     def load(name: str | None, split: str) -> Any:
         return name and data.load_rows(
-            name, config=data_arguments.dataset_config, split=split, text_field=args.dataset_text_field
-        )
+            name, config=data_arguments.dataset_config, split=split, text_field=args.dataset_text_field,
+            skip_bad_images=args.skip_bad_images,
+        )  # fmt: skip
 
     return (
         load(data_arguments.dataset_name, data_arguments.dataset_train_split),
@@ -166,7 +167,8 @@ def _build_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from taid import config
-    from taid.models import load_model, load_tokenizer
+    from taid.images import has_images
+    from taid.models import load_model, load_processing_class
     from taid.progress import StepProgress
     from taid.trainer import TAIDTrainer
 
@@ -180,14 +182,14 @@ def _build_trainer(
         "quantization_config": get_quantization_config(model_arguments),
     }
     student = load_model(name, role="student", **(init_kwargs | (args.model_init_kwargs or {})))
-    tokenizer = load_tokenizer(name, role="student", **origin)
+    processing_class = load_processing_class(name, role="student", see=has_images(train_rows), **origin)
     try:
         trainer = TAIDTrainer(
             student,
             args=args,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            processing_class=tokenizer,
+            processing_class=processing_class,
             peft_config=get_peft_config(model_arguments),
         )
         trainer.get_optimizer_cls_and_kwargs(args, student)  # misses optim's package before a run is overwritten

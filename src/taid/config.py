@@ -46,6 +46,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "taid_adaptive": (True, False),
     "fused": (True, False),
     "teacher_server_compare": (True, False),
+    "skip_bad_images": (True, False),
 }
 _NUMBERS = (
     "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio "
@@ -183,6 +184,10 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             "help": "How many tokens to train on, in place of max_steps; with packing, where a step has about "
             "max_length tokens a row."
         },
+    )
+    skip_bad_images: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows whose images cannot be read or do not fit into max_length, and say so."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the run that output_dir holds and start anew."}

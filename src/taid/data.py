@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from taid import images
+
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # In the order in which a row with several of them is read; the other columns are dropped.
 _KINDS = (
     ("input_ids", "labels"),
@@ -21,20 +27,29 @@ _KINDS = (
     ("messages",),
     ("prompt", "completion"),
 )
-_COMPANIONS = ("tools", "chat_template_kwargs")
+_COMPANIONS = ("tools", "chat_template_kwargs", *images.COLUMNS)
 
 
-def load_rows(name: str, *, config: str | None = None, split: str = "train", text_field: str = "text") -> Dataset:
+def load_rows(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    skip_bad_images: bool = False,
+) -> Dataset:
     """Load rows and check every one of them.
 
     Args:
-        name: a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file, a glob of such files, a folder, or a Hub name.
+        name: a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file, also with ``.gz`` or ``.zst`` behind it, a glob of
+            such files, a folder, or a Hub name.
         config: configuration name of a Hub data set.
         split: split of a Hub data set or a folder; a single file or glob has one.
         text_field: the column that holds plain text.
+        skip_bad_images: leave out rows whose image files cannot be read.
 
     Returns:
-        Rows with ``messages``, ``prompt`` and ``completion``, ``input_ids``, or `text_field`.
+        Rows with ``messages``, ``prompt`` and ``completion``, ``input_ids``, or `text_field`, and their ``images``.
 
     Raises:
         FileNotFoundError: nothing at that place.
@@ -52,14 +67,17 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train", tex
         dataset = _load(name, files, config, split, text_field)
     if builder != "json":
         kind = _check_rows(_arrow_rows(name, dataset), name, text_field)
-    return dataset.select_columns([c for c in dataset.column_names if c in (*kind, *_COMPANIONS)])
+    dataset = dataset.select_columns([c for c in dataset.column_names if c in (*kind, *_COMPANIONS)])
+    if not images.has_images(dataset):
+        return dataset
+    return images.prepared(dataset, name, folder=files[0].parent if files else None, skip=skip_bad_images)
 
 
 def _load(name: str, files: list[Path], config: str | None, split: str, text_field: str) -> Dataset:
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     try:
-        builder = _BUILDERS[files[0].suffix] if files else load_dataset_builder(source, config).name
+        builder = _BUILDERS[file_type(files[0])] if files else load_dataset_builder(source, config).name
         options = {"sample_by": "paragraph"} if builder == "text" else {}
         if files:
             paths = [glob.escape(str(path)) for path in files]
@@ -71,7 +89,7 @@ def _load(name: str, files: list[Path], config: str | None, split: str, text_fie
     except (DatasetGenerationError, OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
         reason = str(error.__cause__ or error)
         if "corresponds to no data" in reason:
-            raise ValueError(_no_rows(name if files else f"{name}, split {split},")) from error
+            raise ValueError(no_rows(name if files else f"{name}, split {split},")) from error
         remedy = " Set dataset_train_split or dataset_test_split." if reason.startswith("Unknown split") else ""
         raise ValueError(f"{name} could not be read: {reason}{remedy}") from error
     if builder == "text":
@@ -81,13 +99,25 @@ def _load(name: str, files: list[Path], config: str | None, split: str, text_fie
     return dataset
 
 
-def _local_files(name: str) -> list[Path]:
-    """The files that `name` means, or none where it is a folder or a Hub name."""
+def file_type(path: Path) -> str:
+    """``.jsonl`` of ``rows.jsonl`` and of ``rows.jsonl.zst``; empty where a file of this name is not read."""
+    is_compressed = path.suffix in _COMPRESSIONS
+    suffix = path.with_suffix("").suffix if is_compressed else path.suffix
+    return suffix if suffix in _BUILDERS and not (is_compressed and suffix == ".parquet") else ""
+
+
+def local_files(name: str) -> list[Path]:
+    """The files that `name` means, or none where it is a folder or a Hub name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the files are empty, of several types, or of one that is not read.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return []
     is_glob = glob.has_magic(name) and not path.is_file()
-    if path.suffix not in _BUILDERS and not is_glob:
+    if not file_type(path) and not is_glob:
         if path.is_file():
             raise ValueError(f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_BUILDERS)}")
         return []
@@ -97,27 +127,60 @@ def _local_files(name: str) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"data file {file} does not exist")
-        if file.suffix != files[0].suffix or file.suffix not in _BUILDERS:
+        if not file_type(file) or file_type(file) != file_type(files[0]):
             raise ValueError(f"{name} must match files of one type among {', '.join(_BUILDERS)}; it matches {file}")
     if all(file.stat().st_size == 0 for file in files):
         raise ValueError(f"{name} is empty")
     return files
 
 
+def opened(path: Path) -> BinaryIO:
+    """A file as it is without its compression; nothing is unpacked to disk."""
+    compression = _COMPRESSIONS.get(path.suffix)
+    return (
+        io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
+        if compression
+        else (path.open("rb"))
+    )
+
+
+def numbered_lines(file: BinaryIO, path: Path, number: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines that are left in a file, and the number of each; `number` have been read."""
+    try:
+        for number, line in enumerate(file, start=number + 1):
+            yield number, line
+    except OSError as error:  # what Arrow raises for an archive
+        raise ValueError(f"{path}, after line {number}: {error}: the file is damaged or cut off") from error
+
+
+def decoded(line: bytes, place: str) -> str:
+    """A line as text."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 text: {error}: save the file as UTF-8") from error
+
+
+def json_row(line: bytes, place: str) -> Any:
+    """What a line of JSON Lines holds."""
+    text = decoded(line, place)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Each line of a text file with its number, from 1."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield number, line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 text: {error}: save the file as UTF-8") from error
+    with opened(path) as file:
+        for number, line in numbered_lines(file, path):
+            yield number, decoded(line, f"{path}, line {number}")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row of a JSON Lines file or a JSON array, with the place where it stands."""
     beginning = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
-    if path.suffix == ".json" and beginning.startswith("["):
+    if file_type(path) == ".json" and beginning.startswith("["):
         content = "".join(line for _, line in _lines(path))
         try:
             rows = json.loads(content)
@@ -125,40 +188,63 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path}: not JSON: {error}") from error
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
         return
-    for number, line in _lines(path):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            yield f"{path}, line {number}", row
+    with opened(path) as file:
+        for number, line in numbered_lines(file, path):
+            if line.strip():
+                yield (place := f"{path}, line {number}"), json_row(line, place)
 
 
 def _arrow_rows(name: str, dataset: Dataset) -> Iterator[tuple[str, Any]]:
     """Each row with its place. Arrow gives a column that a row lacks as None."""
     for number, row in enumerate(dataset):
-        yield f"{name}, row {number}", {column: value for column, value in row.items() if value is not None}
+        yield f"{name}, row {number}", without_none(row)
 
 
-def _check_rows(rows: Iterable[tuple[str, Any]], name: str, text_field: str) -> tuple[str, ...]:
-    """The columns that every row has; the trainer takes the first row's for those of all."""
-    first_kind: tuple[str, ...] = ()
-    first_place = first_form = ""
-    for place, row in rows:
-        kind = _check_row(row, place, text_field)
+def without_none(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's without the columns that it lacks."""
+    return {column: value for column, value in row.items() if value is not None}
+
+
+class RowCheck:
+    """Checks rows one by one, and that all are of one form; the trainer takes the first row's for those of all.
+
+    Args:
+        text_field: the column that holds plain text.
+    """
+
+    def __init__(self, text_field: str) -> None:
+        self.text_field = text_field
+        self.columns: tuple[str, ...] = ()
+        """What is read of a row, once there was one."""
+        self._first_place = self._first_form = ""
+
+    def __call__(self, row: Any, place: str) -> dict[str, Any]:
+        """The row without the columns that are not read.
+
+        Raises:
+            ValueError: the row is bad, or of another form than the first; names the place and what is wrong.
+        """
+        kind = _check_row(row, place, self.text_field)
         form = " and ".join(f"`{c}` as {'a list' if isinstance(row[c], list) else 'text'}" for c in kind)
-        if not first_kind:
-            first_kind, first_place, first_form = kind, place, form
-        elif form != first_form:
+        if not self.columns:
+            self.columns, self._first_place, self._first_form = (*kind, *_COMPANIONS), place, form
+        elif form != self._first_form:
             raise ValueError(
-                f"{place}: the row has {form}, but {first_place} has {first_form}: bring all rows into one form"
+                f"{place}: the row has {form}, but {self._first_place} has {self._first_form}: bring all rows into one "
+                "form"
             )
-    if not first_kind:
-        raise ValueError(_no_rows(name))
-    return first_kind
+        return {column: value for column, value in row.items() if column in self.columns}
+
+    def all(self, rows: Iterable[tuple[str, Any]], name: str) -> None:
+        """Check all rows of `name`, of which there must be one."""
+        for place, row in rows:
+            self(row, place)
+        if not self.columns:
+            raise ValueError(no_rows(name))
 
 
-def _no_rows(name: str) -> str:
+def no_rows(name: str) -> str:
+    """What is said of data without rows."""
     return f"{name} holds no rows: give data with at least one"
 
 

@@ -5,6 +5,7 @@ Weights load from safetensors only, and remote code runs only when asked for.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
+from transformers.utils import find_adapter_config_file
 
 from taid.vocabulary import Vocabulary, adopt_tokenizer
 
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
 # What from_pretrained raises for a folder, an argument or a package that is not as it should be.
 _ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError, LookupError)
 
+_ORIGIN = ("revision", "trust_remote_code")
+
 # Causal masks that old GPT-2, GPT-J and GPT-Neo files hold as weights; transformers itself ignores some of them only.
 _MASKS = re.compile(r"\.(attn|attention)\.((masked_)?bias|causal_mask)$")
 
@@ -35,26 +47,37 @@ class Pair:
 
     Attributes:
         student: the model that is trained.
-        tokenizer: the student's; the teacher's where the student was given it.
+        processing_class: the student's tokenizer, or its processor if it sees images; the teacher's where the student
+            was given it.
         teacher: a model; None where nothing is distilled, or where a cache or a server answers and nothing is compared.
-        teacher_tokenizer: None where there is no teacher at all.
+        teacher_processing_class: None where there is no teacher at all.
         vocabulary: the token ids that both predict.
         names: where the two came from, under the names of the configuration.
     """
 
     student: Any
-    tokenizer: Any
+    processing_class: Any
     teacher: Any
-    teacher_tokenizer: Any
+    teacher_processing_class: Any
     vocabulary: Vocabulary
     names: dict[str, str | None]
 
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        return tokenizer_of(self.processing_class)
+
+    @property
+    def teacher_tokenizer(self) -> Any:
+        """None where there is no teacher at all."""
+        return tokenizer_of(self.teacher_processing_class)
+
 
 def load_pair(
-    student: Any, teacher: Any, args: TAIDConfig, tokenizer: Any, teacher_tokenizer: Any,
-    elsewhere: Cache | Server | None = None,
+    student: Any, teacher: Any, args: TAIDConfig, processing_class: Any, teacher_processing_class: Any,
+    elsewhere: Cache | Server | None = None, *, see: bool = False,
 ) -> Pair:  # fmt: skip
-    """Load what is given by name, and match the vocabularies.
+    """Load what is given by name, and match the vocabularies; `see` where the rows have images.
 
     Where a cache or a server answers for the teacher, no teacher is loaded, unless it is compared with the server.
 
@@ -76,27 +99,50 @@ def load_pair(
         init_kwargs = remote | {"dtype": torch.float32} | (args.model_init_kwargs or {})
         student = load_model(student, role="student", **init_kwargs)
     args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
-    tokenizer = tokenizer or _tokenizer_of(names["model_name_or_path"], "student", "processing_class", **remote)
+    processing_class = processing_class or _processing_class_of(
+        names["model_name_or_path"], "student", "processing_class", see=see, **remote
+    )
+    tokenizer = tokenizer_of(processing_class)
+    if see:
+        _require_sight(student, processing_class, "student")
     if teacher is None and elsewhere is None:
-        return Pair(student, tokenizer, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
+        return Pair(student, processing_class, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
+    if see and (elsewhere is not None or args.tokenizer_from == "teacher"):
+        raise ValueError(
+            "rows with images need a teacher that is loaded here and has the student's tokens: teacher_cache, "
+            "teacher_server_url and tokenizer_from: teacher are for text"
+        )
 
     revision = {"revision": args.teacher_model_revision} if args.teacher_model_revision else {}
     if elsewhere is not None:
-        teacher, teacher_tokenizer, teacher_rows = _elsewhere(elsewhere, teacher, args, teacher_tokenizer, revision)
+        teacher, teacher_processing_class, teacher_rows = _elsewhere(
+            elsewhere, teacher, args, teacher_processing_class, revision
+        )
     if isinstance(teacher, str):
         teacher = load_model(teacher, role="teacher", **(remote | revision | teacher_init_kwargs(args)))
-    teacher_tokenizer = teacher_tokenizer or _tokenizer_of(
-        names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", **remote, **revision
+    teacher_processing_class = teacher_processing_class or _processing_class_of(
+        names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", see=see, **remote, **revision
     )
+    if see:
+        _require_sight(teacher, teacher_processing_class, "teacher")
+    teacher_tokenizer = tokenizer_of(teacher_processing_class)
     if args.tokenizer_from == "teacher":
         adopt_tokenizer(student, tokenizer, teacher_tokenizer)
-        tokenizer = teacher_tokenizer
+        tokenizer = processing_class = teacher_tokenizer
     rows = {
         "student_rows": output_rows(student),
         "teacher_rows": output_rows(teacher) if elsewhere is None else teacher_rows,
     }
     vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
-    return Pair(student, tokenizer, teacher, teacher_tokenizer, vocabulary, names)
+    return Pair(student, processing_class, teacher, teacher_processing_class, vocabulary, names)
+
+
+def _require_sight(model: Any, processing_class: Any, role: str) -> None:
+    if not sees(model.config) or not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"the rows have images, but the {role} ({type(model).__name__} with {type(processing_class).__name__}) "
+            "sees none: choose a vision-language model with its processor, or remove the images column"
+        )
 
 
 def _elsewhere(
@@ -128,13 +174,23 @@ def teacher_init_kwargs(args: TAIDConfig) -> dict[str, Any]:
     return dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]
 
 
+def sees(config: Any) -> bool:
+    """Whether a configuration is that of a vision-language model."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None) is not None
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer is its own."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
 def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
-    """Load a causal language model whose every weight is on disk.
+    """Load a causal or vision-language model whose every weight is on disk.
 
     Args:
         name_or_path: a folder written by ``save_pretrained``, or a Hub name.
         role: "student" or "teacher", for the messages.
-        **init_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (revision, dtype, ...).
+        **init_kwargs: passed to ``from_pretrained`` of transformers' auto classes (revision, dtype, ...).
 
     Raises:
         ValueError: the folder is missing, holds no safetensors, a truncated file, or weights that are not those of its
@@ -142,8 +198,10 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     """
     _check_folder(name_or_path, role)
     options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(os.path.expanduser(name_or_path), **options)
+        kind = AutoModelForImageTextToText if sees(load_config(name_or_path, **origin)) else AutoModelForCausalLM
+        model, info = kind.from_pretrained(os.path.expanduser(name_or_path), **options)
     except _ERRORS as error:
         raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
     remedy = "The folder is incomplete or its config.json belongs to another model."
@@ -165,9 +223,42 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     return model
 
 
+def load_config(name_or_path: str, **origin: Any) -> Any:
+    """The configuration of a model, or of the model that an adapter is for."""
+    name_or_path = os.path.expanduser(name_or_path)
+    if not (Path(name_or_path) / "config.json").is_file() and (adapter := find_adapter_config_file(name_or_path)):
+        name_or_path = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return AutoConfig.from_pretrained(name_or_path, **origin)
+
+
 def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     """Load the tokenizer that belongs to a model; raises a ValueError that names the model."""
     _check_folder(name_or_path, role)
+    return _load_tokenizer(name_or_path, role, **init_kwargs)
+
+
+def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **init_kwargs: Any) -> Any:
+    """Load the processor of a vision-language model, or the tokenizer of another.
+
+    Args:
+        name_or_path: a folder or a Hub name.
+        role: "student" or "teacher", for the messages.
+        see: whether its processor is needed; without images a tokenizer will do.
+        **init_kwargs: passed to ``from_pretrained`` (revision, trust_remote_code).
+
+    Raises:
+        ValueError: it cannot be loaded; names the model, and the package that it needs.
+    """
+    _check_folder(name_or_path, role)
+    try:
+        if sees(load_config(name_or_path, **init_kwargs)):
+            return AutoProcessor.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
+    except _ERRORS as error:
+        if see:
+            raise ValueError(
+                f"the processor of {role} {name_or_path!r} could not be loaded: {error}. (Most need torchvision, some "
+                "num2words: pip install torchvision num2words)"
+            ) from error
     return _load_tokenizer(name_or_path, role, **init_kwargs)
 
 
@@ -182,10 +273,10 @@ def _name(model: Any) -> str | None:
     return model if model is None or isinstance(model, str) else model.config._name_or_path
 
 
-def _tokenizer_of(name: str | None, role: str, argument: str, **init_kwargs: Any) -> Any:
+def _processing_class_of(name: str | None, role: str, argument: str, *, see: bool, **init_kwargs: Any) -> Any:
     if not name:
         raise ValueError(f"a {role} made in memory needs its tokenizer: pass {argument}")
-    return load_tokenizer(name, role=role, **init_kwargs)
+    return load_processing_class(name, role=role, see=see, **init_kwargs)
 
 
 def output_rows(model: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taid import vision
 from taid.config import TAIDConfig
 from taid.fused import DistillationLoss, distillation_loss, fused_distillation_loss
 from taid.heads import OutputHead
@@ -40,7 +41,7 @@ class PairLoss:
 
         Args:
             model: the student as its engine has wrapped it.
-            inputs: what both models are given.
+            inputs: what both models are given (:mod:`taid.vision` says what each takes of it).
             labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained.
             parameters: of the objective.
             with_teacher: whether the teacher is asked.
@@ -55,7 +56,8 @@ class PairLoss:
         with_teacher: bool, num_trained: int | None, of_student: dict[str, Any],
     ) -> tuple[Any, DistillationLoss]:  # fmt: skip
         ids = None if self.vocabulary.holes is None else self.vocabulary.holes.to(labels.device)
-        signal = self.teacher(inputs, labels) if self.teacher is not None and with_teacher else None
+        asked = self.teacher is not None and with_teacher
+        signal = self.teacher(vision.for_teacher(inputs), labels) if asked else None  # type: ignore[misc]
         of_teacher = signal if isinstance(signal, Hidden) else (signal, None)
         labels = torch.where(labels == -100, labels, self.vocabulary.position(labels))
         results: list[DistillationLoss] = []
@@ -70,7 +72,7 @@ class PairLoss:
             return result
 
         with self.student_head.replaced_by(loss_of):
-            outputs = model(**inputs, **of_student)
+            outputs = model(**vision.for_student(inputs), **of_student)
         return outputs, DistillationLoss(outputs.loss, results[0].sums)
 
     def _plain(
@@ -78,9 +80,10 @@ class PairLoss:
         with_teacher: bool, _: int | None, of_student: dict[str, Any],
     ) -> tuple[Any, DistillationLoss]:  # fmt: skip
         trained = labels != -100
-        outputs = model(**inputs, **of_student)
+        outputs = model(**vision.for_student(inputs), **of_student)
         assert outputs.logits.shape[:2] == labels.shape
-        teacher_NV = self.teacher.logits(inputs, labels) if self.teacher is not None and with_teacher else None
+        asked = self.teacher is not None and with_teacher
+        teacher_NV = self.teacher.logits(vision.for_teacher(inputs), labels) if asked else None  # type: ignore[union-attr]
         return outputs, distillation_loss(
             self.vocabulary.select(outputs.logits[trained]), teacher_NV, self.vocabulary.position(labels[trained]),
             self.args.objective, kd_ratio=self.args.distillation_share, **parameters,

@@ -16,16 +16,17 @@ import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import SFTTrainer
 
-from taid import capture, run_folder
+from taid import capture, images, run_folder, vision
 from taid.cache import Cache
 from taid.config import TAIDConfig, resolved
 from taid.models import load_pair
@@ -69,10 +70,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         teacher_model: the teacher, loaded or by name; ``args.teacher_model_name_or_path`` if None. ``objective: sft``
             needs none, and with one it still reports the KL to it when evaluating.
         args: a :class:`TAIDConfig`.
-        train_dataset: rows with ``messages``, ``prompt``/``completion``, ``text`` or ``input_ids``.
+        train_dataset: rows with ``messages``, ``prompt``/``completion``, ``text`` or ``input_ids``, and with ``images``
+            where both models see.
         eval_dataset: held-out rows, or a dict of them.
-        processing_class: the student's tokenizer; loaded with the student if None.
-        teacher_processing_class: the teacher's tokenizer; loaded with the teacher if None.
+        processing_class: the student's tokenizer or processor; loaded with the student if None.
+        teacher_processing_class: the teacher's; loaded with the teacher if None.
         peft_config: trains an adapter (LoRA, DoRA) instead of the student's own weights.
         callbacks: as in transformers.
         optimizers: as in transformers.
@@ -83,6 +85,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         FloatingPointError: loss or gradient of a step is not finite; raised before the optimizer moves.
     """
 
+    data_collator: Any
     _name = "TAID"
     _tag_names = ["trl", "taid"]  # noqa: RUF012
     _paper = {  # noqa: RUF012
@@ -100,8 +103,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         args: TAIDConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -112,21 +115,26 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             elsewhere = Cache(Path(args.teacher_cache).expanduser())
         elif args.teacher_server_url is not None:
             elsewhere = Server(args.teacher_server_url, args.teacher_server_model, args.teacher_server_timeout)
+        see = images.has_images(train_dataset)
         pair = load_pair(model, teacher_model or args.teacher_model_name_or_path, args, processing_class,
-                         teacher_processing_class, elsewhere)  # fmt: skip
+                         teacher_processing_class, elsewhere, see=see)  # fmt: skip
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
 
-        _require_chat_template(pair.tokenizer, args, train_dataset)
+        _require_chat_template(pair.processing_class, args, train_dataset)
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
         is_mixture_of_experts = hasattr(pair.student.config.get_text_config(), "output_router_logits")
-        if args.ddp_find_unused_parameters is None and not is_mixture_of_experts:
-            args.ddp_find_unused_parameters = False  # only experts can stay unused in a step
+        if args.ddp_find_unused_parameters is None and not is_mixture_of_experts and not see:
+            args.ddp_find_unused_parameters = False  # only experts, and eyes without an image, can stay unused
+        if see:
+            train_dataset = images.prepared(train_dataset, "the train data set", skip=args.skip_bad_images)
+            eval_dataset = _each(eval_dataset, lambda rows, name: images.prepared(
+                rows, f"the {name} data set", skip=args.skip_bad_images))  # fmt: skip
 
         super().__init__(
             model=pair.student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=pair.tokenizer, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
+            processing_class=pair.processing_class, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
@@ -134,6 +142,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
         self.vocabulary, self.teacher_tokenizer = pair.vocabulary, pair.teacher_tokenizer
         self.configuration = resolved(args) | pair.names
+        if see:
+            self.data_collator = vision.Collator(
+                self.data_collator, pair.teacher_processing_class, self.vocabulary, skip=args.skip_bad_images
+            )
         self._check_rows(pair.tokenizer)
         self.teacher = self._teacher(pair.teacher, elsewhere)
         self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args)
@@ -356,7 +368,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         )
         missing = -len(dataset) % (self.accelerator.num_processes * self.args.eval_batch_size)
         if isinstance(dataset, Dataset) and self.accelerator.num_processes > 1 and missing:
-            untrained = dataset.select([0] * missing).map(lambda row: {"labels": [-100] * len(row["labels"])})
+            untrained = dataset.select([0] * missing).map(
+                lambda row: {images.PLACE: vision.UNTRAINED}
+                if images.PLACE in row
+                else {"labels": [-100] * len(row["labels"])}
+            )
             dataset = concatenate_datasets([dataset, untrained.cast(dataset.features)])
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # it is meant for training
         try:
@@ -364,8 +380,34 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def _sees(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """The cross-entropy of student and teacher on a batch, in nats a token."""
+        inputs = self._prepare_inputs(batch)
+        labels = shifted(inputs.pop("labels"))
+        model, training = self.model_wrapped, self.model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                if self.teacher is not None:
+                    role = "teacher"
+                    self.teacher(vision.for_teacher(inputs), labels) if self.args.fused else None
+                role = "student"
+                _, (_, sums) = self._loss(
+                    model, inputs, labels, parameters=self._parameters(training=False),
+                    with_teacher=self.teacher is not None,
+                )  # fmt: skip
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            raise ValueError(f"the {role} cannot take what the student's processor makes of a row: {error}") from error
+        finally:
+            model.train(training)
+        trained = max(float(sums["trained"]), 1.0)
+        names = {"student": "cross_entropy", "teacher": "teacher_cross_entropy"}
+        return {role: float(sums[name]) / trained for role, name in names.items() if name in sums}
+
     def _begin(self) -> None:
         """Make the schedule, or take it up where the checkpoint left it."""
+        if isinstance(self.data_collator, vision.Collator):
+            vision.check_sight(iter(self.train_dataset), self.data_collator, self._sees)
         self._train_start = self._window_start = time.perf_counter()
         args = self.args
         if args.objective == "taid" and args.kd_ratio > 0:
@@ -450,6 +492,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._is_vision_dataset and images.PLACE not in self._signature_columns:
+            self._signature_columns += [images.PLACE, "chat_template_kwargs", "tools"]
+
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         if isinstance(dataset, Dataset) and not packing:
@@ -515,10 +562,17 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
             run_folder.append_metrics(Path(args.output_dir), {"step": state.global_step, **row})
 
 
-def _require_chat_template(tokenizer: Any, args: TAIDConfig, dataset: Any) -> None:
+def _each(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
+    """A held-out data set, each of a dict of them, or none, through a function of it and its name."""
+    if isinstance(dataset, dict):
+        return {name: function(rows, name) for name, rows in dataset.items()}
+    return dataset if dataset is None else function(dataset, "eval")
+
+
+def _require_chat_template(processing_class: Any, args: TAIDConfig, dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None) or []
     is_chat = "messages" in columns or ("prompt" in columns and isinstance(dataset[0]["prompt"], list))
-    if is_chat and tokenizer.chat_template is None and args.chat_template_path is None:
+    if is_chat and processing_class.chat_template is None and args.chat_template_path is None:
         raise ValueError(
             "the rows are conversations, but the student's tokenizer has no chat template: set chat_template_path to "
             "a Jinja file or to a model with the template you want"

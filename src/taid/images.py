@@ -1,0 +1,137 @@
+"""Rows with images: found and named where they cannot be read, decoded one batch at a time, exchanged for a test."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, IterableDataset, List
+from PIL import Image as Pixels
+from PIL import ImageOps
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("images", "image")
+PLACE = "place"
+"""The column that names a row in messages."""
+
+_ERRORS = (OSError, SyntaxError, ValueError, Pixels.DecompressionBombError, Pixels.DecompressionBombWarning)
+
+
+def has_images(dataset: Any) -> bool:
+    """Whether its rows have a column of images."""
+    return any(column in COLUMNS for column in getattr(dataset, "column_names", None) or ())
+
+
+def prepared(dataset: Any, name: str, *, folder: Path | None = None, skip: bool = False) -> Any:
+    """Give each row its place, and see that its image files are there.
+
+    Files are opened as far as their headers; images that lie in the rows themselves are read in training.
+
+    Args:
+        dataset: rows with ``image`` or ``images``: paths, what datasets' ``Image`` feature holds, or PIL images.
+        name: of the data set, for the places.
+        folder: what relative paths begin at.
+        skip: leave out rows whose images cannot be read, and say how many.
+
+    Returns:
+        The rows, their images not decoded, so that a broken one can be named.
+
+    Raises:
+        ValueError: an image cannot be read; names the row, the file and the remedy.
+    """
+    if PLACE in dataset.column_names:
+        return dataset
+    column = next(column for column in COLUMNS if column in dataset.column_names)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row, number: {PLACE: f"{name}, row {number}"}, with_indices=True)
+    feature = dataset.features[column]
+    inner = getattr(feature, "feature", feature)
+    if getattr(inner, "dtype", None) == "string":
+        dataset = dataset.map(lambda row: {column: _absolute(row[column], folder)}, keep_in_memory=True)
+    raw = Image(decode=False)
+    dataset = dataset.cast_column(column, raw if inner is feature else List(raw))
+    dataset = dataset.add_column(PLACE, [f"{name}, row {number}" for number in range(len(dataset))])
+    return _readable(dataset, column, skip=skip)
+
+
+def _absolute(value: Any, folder: Path | None) -> Any:
+    if isinstance(value, list):
+        return [_absolute(path, folder) for path in value]
+    path = Path(value or "").expanduser()
+    return value and str(path if path.is_absolute() or folder is None else folder / path)
+
+
+def _readable(dataset: Dataset, column: str, *, skip: bool) -> Dataset:
+    errors: dict[int, ValueError] = {}
+    for number, row in enumerate(dataset.select_columns([column, PLACE])):
+        try:
+            for image in of(row):
+                if image.get("bytes") is None:
+                    _open(image, row[PLACE]).close()
+        except ValueError as error:
+            if not skip:
+                raise
+            errors[number] = error
+    if errors:
+        if len(errors) == len(dataset):
+            raise next(iter(errors.values()))
+        logger.warning(f"{len(errors)} of {len(dataset)} rows are left out; the first: {next(iter(errors.values()))}")
+    return dataset.select([i for i in range(len(dataset)) if i not in errors]) if errors else dataset
+
+
+def of(row: dict[str, Any]) -> list[Any]:
+    """The images of a row, which may have none."""
+    images = row.get("images") or [row.get("image")]
+    return [image for image in images if image is not None]
+
+
+def decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a list of RGB images under ``images``.
+
+    Raises:
+        ValueError: one cannot be read, or is so large that it may be an attack; names the row, the file, the remedy.
+    """
+    place = row.get(PLACE, "a row")
+    images = [image if isinstance(image, Pixels.Image) else _open(image, place, load=True) for image in of(row)]
+    rest = {column: value for column, value in row.items() if column not in (*COLUMNS, PLACE)}
+    return rest | {"images": [ImageOps.exif_transpose(image).convert("RGB") for image in images]}
+
+
+def _open(image: Any, place: str, *, load: bool = False) -> Pixels.Image:
+    source = image.get("path") if image.get("bytes") is None else io.BytesIO(image["bytes"])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Pixels.DecompressionBombWarning)
+            opened = Pixels.open(source)
+            if load:
+                opened.load()
+    except _ERRORS as error:
+        name = f"image {image['path']}" if image.get("path") else "an image"
+        raise ValueError(
+            f"{place}: {name} cannot be read: {error}. Mend or remove the row, or leave such rows out with "
+            "skip_bad_images: true"
+        ) from error
+    return opened
+
+
+def exchanged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Decoded rows, each image replaced by the next one of another row, in its own size.
+
+    So the text, and how many places an image takes in it, stays what it was. Where all rows show the same, colours are
+    inverted instead.
+    """
+    images = [(number, image) for number, row in enumerate(rows) for image in row["images"]]
+
+    def others() -> Iterator[Pixels.Image]:
+        for place, (number, image) in enumerate(images):
+            following = [other for n, other in images[place + 1 :] + images[:place] if n != number]
+            different = (other.resize(image.size) for other in following if other.tobytes() != image.tobytes())
+            yield next(different, ImageOps.invert(image))
+
+    other = others()
+    return [row | {"images": [next(other) for _ in row["images"]]} for row in rows]
