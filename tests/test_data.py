@@ -416,7 +416,7 @@ def test_a_broken_parquet_file_is_named(write):
         load_rows(str(write("broken.parquet", b"PAR1 but not really")))
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl.gz", "rows.JSONL", "rows"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet.gz", "rows.JSONL", "rows"])
 def test_a_file_of_unknown_type_is_refused_with_the_known_ones(write, name):
     with pytest.raises(
         ValueError, match=rf"{name}: files of type .* are not read; use \.jsonl, \.json, \.parquet, \.txt"

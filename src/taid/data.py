@@ -54,20 +54,26 @@ def load_rows(
     Raises:
         FileNotFoundError: nothing at that place.
         ValueError: no rows, or a bad row: names the file and line (or row) and what is wrong with it.
+        ImportError: a ``.zst`` file, which `datasets` unpacks with the package zstandard.
     """
-    files = _local_files(name)
-    builder = _BUILDERS[files[0].suffix] if files else None
+    files = local_files(name)
+    if any(file.suffix == ".zst" for file in files) and importlib.util.find_spec("zstandard") is None:
+        raise ImportError(
+            f"{name}: to unpack .zst files needs: pip install zstandard; streaming: true needs no package"
+        )
+    builder = _BUILDERS[file_type(files[0])] if files else None
+    check = RowCheck(text_field)
     # Text is checked line by line where it lies, because Arrow's own message names no line.
     if builder == "json":
-        kind = _check_rows(itertools.chain.from_iterable(map(_json_rows, files)), name, text_field)
+        check.all(itertools.chain.from_iterable(map(_json_rows, files)), name)
     elif builder == "text":
         for _ in itertools.chain.from_iterable(map(_lines, files)):
             pass
     with PartialState().local_main_process_first():
         dataset = _load(name, files, config, split, text_field)
     if builder != "json":
-        kind = _check_rows(_arrow_rows(name, dataset), name, text_field)
-    dataset = dataset.select_columns([c for c in dataset.column_names if c in (*kind, *_COMPANIONS)])
+        check.all(_arrow_rows(name, dataset), name)
+    dataset = dataset.select_columns([c for c in dataset.column_names if c in check.columns])
     if not images.has_images(dataset):
         return dataset
     return images.prepared(dataset, name, folder=files[0].parent if files else None, skip=skip_bad_images)
@@ -147,7 +153,8 @@ def opened(path: Path) -> BinaryIO:
 def numbered_lines(file: BinaryIO, path: Path, number: int = 0) -> Iterator[tuple[int, bytes]]:
     """The lines that are left in a file, and the number of each; `number` have been read."""
     try:
-        for number, line in enumerate(file, start=number + 1):
+        for line in file:
+            number += 1
             yield number, line
     except OSError as error:  # what Arrow raises for an archive
         raise ValueError(f"{path}, after line {number}: {error}: the file is damaged or cut off") from error
