@@ -94,6 +94,8 @@ def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, 
     for name, value in required.items():
         if value is None:
             raise ValueError(f"{name} is not set: give it in the configuration or as --{name}")
+    if data_arguments.streaming and (command != "train" or args.teacher_cache is not None):
+        raise ValueError("the rows of a stream are not known beforehand, as a teacher_cache needs them: use a teacher")
     return model_arguments, data_arguments, args
 
 
@@ -146,7 +148,7 @@ def train(argv: Sequence[str]) -> None:
 
 def _load_rows(data_arguments: DataArguments, args: TAIDConfig) -> tuple[Any, Any]:
     """Rows to train on and held-out rows, or None for these."""
-    from taid import data
+    from taid import data, stream
 
     def load(name: str | None, split: str) -> Any:
         return name and data.load_rows(
@@ -154,10 +156,16 @@ def _load_rows(data_arguments: DataArguments, args: TAIDConfig) -> tuple[Any, An
             skip_bad_images=args.skip_bad_images,
         )  # fmt: skip
 
-    return (
-        load(data_arguments.dataset_name, data_arguments.dataset_train_split),
-        load(data_arguments.eval_dataset_name, data_arguments.dataset_test_split),
-    )
+    split, held_out = data_arguments.dataset_train_split, data_arguments.eval_dataset_name
+    train_rows = (
+        stream.open_stream(
+            data_arguments.names, args, weights=data_arguments.dataset_weights, config=data_arguments.dataset_config,
+            split=split,
+        )
+        if data_arguments.streaming
+        else load(data_arguments.names[0], split)
+    )  # fmt: skip
+    return train_rows, load(held_out, data_arguments.dataset_test_split)
 
 
 def _build_trainer(

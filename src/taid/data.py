@@ -70,7 +70,7 @@ def load_rows(
         for _ in itertools.chain.from_iterable(map(_lines, files)):
             pass
     with PartialState().local_main_process_first():
-        dataset = _load(name, files, config, split, text_field)
+        dataset = load(name, files, config, split, text_field)
     if builder != "json":
         check.all(_arrow_rows(name, dataset), name)
     dataset = dataset.select_columns([c for c in dataset.column_names if c in check.columns])
@@ -79,7 +79,10 @@ def load_rows(
     return images.prepared(dataset, name, folder=files[0].parent if files else None, skip=skip_bad_images)
 
 
-def _load(name: str, files: list[Path], config: str | None, split: str, text_field: str) -> Dataset:
+def load(
+    name: str, files: list[Path], config: str | None, split: str, text_field: str, *, streaming: bool = False
+) -> Any:
+    """What `datasets` makes of a name; with `streaming` an ``IterableDataset``."""
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     try:
@@ -89,7 +92,7 @@ def _load(name: str, files: list[Path], config: str | None, split: str, text_fie
             paths = [glob.escape(str(path)) for path in files]
             dataset = load_dataset(builder, data_files=paths, split="train", **options)
         else:
-            dataset = load_dataset(source, config, split=split, **options)
+            dataset = load_dataset(source, config, split=split, streaming=streaming, **options)
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{name} is neither a file, a glob, a folder nor a data set on the Hub") from error
     except (DatasetGenerationError, OSError, ValueError) as error:  # Arrow's own errors are ValueErrors

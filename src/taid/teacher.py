@@ -48,6 +48,8 @@ class Teacher(ABC):
 
     kind: str
     """What its answers are worth: "exact", or which part of a distribution they give."""
+    fetches = False
+    """Whether it is worth to say a step early what it is asked for."""
 
     @abstractmethod
     def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | Sparse:
@@ -115,6 +117,8 @@ class LocalTeacher(Teacher):
 
 class _RowTeacher(Teacher):
     """One that knows rows by themselves, wherever they are: threads ask for those that come next."""
+
+    fetches = True
 
     def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
         self.vocabulary = vocabulary

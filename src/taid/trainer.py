@@ -17,16 +17,18 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import SFTTrainer
 
-from taid import capture, images, run_folder, vision
+from taid import capture, images, run_folder, stream, vision
 from taid.cache import Cache
 from taid.config import TAIDConfig, resolved
 from taid.models import load_pair
@@ -36,6 +38,7 @@ from taid.sequences import shifted
 from taid.server import Server
 from taid.sparse import TopK
 from taid.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
+from taid.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +113,19 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or TAIDConfig()
+        self._stream = stream.of(train_dataset, eval_dataset, args)
+        train_dataset = self._stream.dataset if self._stream else train_dataset
+        see = images.has_images(train_dataset)
+        if see and (args.teacher_cache or args.teacher_server_url or args.tokenizer_from == "teacher"):
+            raise ValueError(
+                "rows with images need a teacher that is loaded here and has the student's tokens: teacher_cache, "
+                "teacher_server_url and tokenizer_from: teacher are for text"
+            )
         elsewhere: Cache | Server | None = None
         if args.teacher_cache is not None:
             elsewhere = Cache(Path(args.teacher_cache).expanduser())
         elif args.teacher_server_url is not None:
             elsewhere = Server(args.teacher_server_url, args.teacher_server_model, args.teacher_server_timeout)
-        see = images.has_images(train_dataset)
         pair = load_pair(model, teacher_model or args.teacher_model_name_or_path, args, processing_class,
                          teacher_processing_class, elsewhere, see=see)  # fmt: skip
         if getattr(peft_config, "is_prompt_learning", False):
@@ -152,6 +162,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._schedule: TAIDSchedule | CurriculumTemperature | None = None
         self._schedule_state: ScheduleState | TemperatureState | None = None
         self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
+        self._place: dict[str, Any] | None = None  # in the stream, behind the rows of this step
         self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
         self._window: dict[str, float] = defaultdict(float)  # since the last log, over all ranks
         self._train_start = self._window_start = self._seconds_before = 0.0
@@ -260,6 +271,21 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
+    def get_train_dataloader(self) -> Any:
+        """Batches of a stream say where they end, and begin where the checkpoint's do."""
+        if self._stream is None:
+            return super().get_train_dataloader()
+        shared = self.get_tp_size()  # ranks that split one model see the same rows
+        return stream.Batches(
+            self._stream, self.train_dataset, self.data_collator, size=self._train_batch_size,
+            rank=self.accelerator.process_index // shared, processes=self.accelerator.num_processes // shared,
+        )  # fmt: skip
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*args)
+        # A stream goes on by itself: transformers would read it again up to there, and skip.
+        return epochs, 0 if self._stream else batches
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers takes one step too many when it resumes a run that is already at its end
         if self.state.global_step < self.state.max_steps:
@@ -269,17 +295,16 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         """The micro-batches of a step, and the number of trained tokens in them on all ranks."""
         if epoch_iterator is not self._epoch:
             self._epoch, self._ahead = epoch_iterator, []
-        # One step more than is needed now, so that what the teacher says of it is fetched while this one is computed.
-        coming, _ = super().get_batch_samples(epoch_iterator, 2 * num_batches - len(self._ahead), device)
+        # One step more than is needed now, if what the teacher says of it is fetched while this one is computed.
+        ahead = self.teacher is not None and self.teacher.fetches and self.args.distillation_share > 0
+        wanted = (2 if ahead else 1) * num_batches
+        coming, _ = super().get_batch_samples(epoch_iterator, wanted - len(self._ahead), device)
         self._ahead += coming
-        if self.teacher is not None and self.args.distillation_share > 0:
+        if ahead and self.teacher is not None:
             self.teacher.prefetch(self._ahead)
         batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
-        if 0 < len(batches) < num_batches:
-            # transformers would not step here, and add these gradients to those of the next epoch's first step.
-            logger.warning(f"the last {len(batches)} batches of the stream are no whole step and are left out")
-            batches = []
         for batch in batches:
+            self._place = batch.pop("place", None)
             batch["num_trained"] = int((batch["labels"][:, 1:] != -100).sum())
         count = self.accelerator.reduce(torch.tensor(sum(b["num_trained"] for b in batches), device=device), "sum")
         return batches, (count // self.get_tp_size()).clamp(min=1)
@@ -423,6 +448,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         elif args.objective == "ctkd" and args.kd_ratio > 0:
             self._schedule = CurriculumTemperature(self.state.max_steps)
             self._schedule_state = self._schedule.initial_state()
+        if self._stream:
+            self._stream.start = None
         if self.state.global_step == 0:
             return
         saved = self.state.stateful_callbacks.get(type(self).__name__)
@@ -441,6 +468,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             )
         if self._schedule_state is not None:
             self._schedule_state = type(self._schedule_state)(**saved["schedule"])
+        if self._stream:
+            self._stream.start = saved["places"][self.accelerator.process_index]
         self._window = defaultdict(float, saved["window"])
         self._total_train_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
 
@@ -453,6 +482,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         names += _RUN_DEFINING
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         identity = {name: self.configuration.get(name) for name in names}
+        if self._stream:
+            # A place counts prepared rows, and is that of one process among so many.
+            identity |= {name: self.configuration.get(name) for name in ("dataset_weights", "packing_strategy")}
+            identity |= {"files of the stream": self._stream.identity(), "processes": self.args.world_size}
         signal = self.teacher.kind if self.teacher is not None and self.args.distillation_share > 0 else None
         return identity | {"total_steps": self.state.max_steps, "rows_per_step": rows, "teacher_signal": signal}
 
@@ -461,6 +494,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             "identity": self._identity(),
             "schedule": None if self._schedule_state is None else self._schedule_state.to_dict(),
             "window": dict(self._window),
+            "places": gather_object([self._place]) if self._stream else None,
             "num_tokens": self._total_train_tokens,
             "seconds": self._seconds_before + time.perf_counter() - self._train_start,
         }
@@ -520,18 +554,18 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         all_shared = set(tokenizer.get_vocab().values()) <= set(self.vocabulary.ids)
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **named}.items():
-            if (
-                not isinstance(dataset, Dataset)
-                or "input_ids" not in dataset.column_names
-                or self._skip_prepare_dataset
-            ):
+            is_stream = self._stream is not None and name == "train"  # of which the first chunk is looked at
+            is_known = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
+            if not (is_stream or is_known) or self._skip_prepare_dataset:
                 continue
             if not any(label != -100 for row in dataset for label in row["labels"][1:]):
                 raise ValueError(
                     f"the {name} data set has no trained token: every row is shorter than two tokens, or all of its "
                     "labels are -100"
                 )
-            if not all_shared:
+            if not all_shared and is_stream:
+                self.train_dataset: Any = dataset.map(partial(_require_shared, self.vocabulary, tokenizer))
+            elif not all_shared:
                 self.vocabulary.require_shared(dataset["input_ids"], tokenizer, f"the {name} data set")
 
 
@@ -552,6 +586,8 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
             run_folder.truncate_metrics(folder, state.global_step)
 
     def on_step_end(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._stream:  # transformers counts from where it resumed
+            state.epoch = state.global_step / state.max_steps
         if state.global_step >= state.max_steps:  # or the last steps would be missing from metrics.jsonl
             control.should_log = True
 
@@ -570,13 +606,18 @@ def _each(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
 
 
 def _require_chat_template(processing_class: Any, args: TAIDConfig, dataset: Any) -> None:
-    columns = getattr(dataset, "column_names", None) or []
-    is_chat = "messages" in columns or ("prompt" in columns and isinstance(dataset[0]["prompt"], list))
+    row: dict[str, Any] = next(iter(dataset or [{}]), {})
+    is_chat = "messages" in row or isinstance(row.get("prompt"), list)
     if is_chat and processing_class.chat_template is None and args.chat_template_path is None:
         raise ValueError(
             "the rows are conversations, but the student's tokenizer has no chat template: set chat_template_path to "
             "a Jinja file or to a model with the template you want"
         )
+
+
+def _require_shared(vocabulary: Vocabulary, tokenizer: Any, row: dict[str, Any]) -> dict[str, Any]:
+    vocabulary.require_shared([row["input_ids"]], tokenizer, "the stream's chunk in hand")
+    return row
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,442 @@
+"""Rows as they are needed, from files larger than memory or disk, and the place in them where a killed run goes on.
+
+A stream is read in chunks of 1,000 rows a process. TRL prepares a chunk as it prepares a whole data set: it tokenizes,
+cuts and packs, so that no packed row has parts of two chunks. A place in a stream therefore is: where each source stood
+before the chunk, the number of the chunk, which seeds its draws from the sources, and how many of its prepared rows
+have been trained on. To go on there, one chunk is prepared again, wherever it lies.
+
+(`datasets.IterableDataset.state_dict` is not asked for the place behind TRL's preparation: by its own documentation,
+batched maps in Arrow's format, which packing is, may skip a batch.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import IterableDataset
+
+from taid import data, images
+
+if TYPE_CHECKING:
+    from taid.config import TAIDConfig
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1_000  # rows of a process; as many as TRL packs at a time
+_BLOCK = 1 << 20
+
+
+def open_stream(
+    names: Sequence[str], args: TAIDConfig, *, weights: Sequence[float] | None = None, config: str | None = None,
+    split: str = "train",
+) -> Stream:  # fmt: skip
+    """The rows of `names` as one stream; nothing is read but the first chunk.
+
+    Args:
+        names: each a ``.jsonl`` (one object a line; also ``.json``), ``.txt`` or ``.parquet`` file, text also with
+            ``.gz`` or ``.zst`` behind it, a glob of files of one type, a folder, or a Hub name.
+        args: the run's.
+        weights: how often a row is drawn from each, relative to the others; equally by default.
+        config: configuration name of a Hub data set.
+        split: split of a Hub data set or a folder.
+
+    Raises:
+        FileNotFoundError: nothing at that place.
+        ValueError: an option that a stream does not go together with, a file that is no archive, no rows, or a bad row
+            among the first; names the place and the remedy.
+    """
+    check_options(args)
+    text_field = args.dataset_text_field
+    sources: list[Source] = []
+    for name in names:
+        files = data.local_files(name)
+        sources.append(
+            Files(name, files, text_field) if files
+            else Rows(name, data.load(name, [], config, split, text_field, streaming=True))
+        )  # fmt: skip
+    return Stream(sources, weights, seed=_seed(args), text_field=text_field)
+
+
+def of(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None:
+    """The stream that the training rows of a trainer are; None for rows that are all known.
+
+    An ``IterableDataset`` of `datasets` becomes one; its rows are not checked.
+
+    Raises:
+        ValueError: an option that a stream does not go together with, a data set that does not go on exactly where its
+            own ``state_dict`` says, as none with a shuffle buffer does, or held-out rows that are a stream.
+    """
+    for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
+        if isinstance(rows, IterableDataset | Stream):
+            raise ValueError(
+                "held-out rows are a stream: take the first of them, as Dataset.from_list(list(rows.take(1000)))"
+            )
+    if not isinstance(train_rows, IterableDataset | Stream):
+        return None
+    check_options(args)
+    if isinstance(train_rows, Stream):
+        return train_rows
+    if images.has_images(train_rows):
+        raise ValueError("rows with images are not streamed: give a Dataset, not an IterableDataset")
+    return Stream([Rows("the training data", train_rows)], seed=_seed(args))
+
+
+def check_options(args: TAIDConfig) -> None:
+    """Raise a ValueError for an option with which a stream has no end, or could not be continued exactly."""
+    if args.max_steps < 0:
+        raise ValueError(
+            "a stream has no length: set max_steps, or with packing: true train_tokens, from which the schedules of t "
+            "and of the learning rate follow"
+        )
+    buffer = "the rows in its buffer would be lost when a run is resumed"
+    refused = {
+        "shuffle_dataset": (args.shuffle_dataset, f"{buffer}: shuffle the files beforehand"),
+        "dataloader_num_workers": (args.dataloader_num_workers, f"{buffer}: rows are read in the training process"),
+        "train_sampling_strategy": (args.train_sampling_strategy == "group_by_length", "lengths are not known ahead"),
+        "ignore_data_skip": (args.ignore_data_skip, "a resumed run would begin the stream anew"),
+        "split_batches": (args.accelerator_config.split_batches, "each process takes per_device_train_batch_size rows"),
+    }
+    for name, (is_set, why) in refused.items():
+        if is_set:
+            raise ValueError(f"{name} does not go together with a stream: {why}; leave it away")
+
+
+def _seed(args: TAIDConfig) -> int:
+    return int(args.seed if args.data_seed is None else args.data_seed)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+class Source(ABC):
+    """The rows of one name in their order."""
+
+    name: str
+
+    @abstractmethod
+    def records(self, at: Any) -> Iterator[tuple[str, Any]]:
+        """The rows from a place that :meth:`at` gave, or all for None: where each stands, and what stands there."""
+
+    @abstractmethod
+    def at(self) -> Any:
+        """The place behind the last record, as JSON holds it."""
+
+    @abstractmethod
+    def row(self, record: Any, place: str) -> Any:
+        """The row that a record is; others than this process's are not read so far."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """What must be the same for a place to be the same."""
+
+
+class Files(Source):
+    """Local files, which are read from where they are, without unpacking.
+
+    Args:
+        name: what the user calls them.
+        files: all of one type.
+        text_field: the column that the paragraphs of ``.txt`` become.
+
+    Raises:
+        ValueError: a file is not what its name says.
+    """
+
+    def __init__(self, name: str, files: list[Path], text_field: str) -> None:
+        self.name, self.files, self.text_field = name, files, text_field
+        self.type = data.file_type(files[0])
+        self._at = [0, 0, 0]  # file, byte (without compression) or row behind the last record, and its line
+        for path in files:
+            if self.type == ".parquet":
+                _parquet(path).close()
+            else:
+                with data.opened(path) as file:
+                    next(data.numbered_lines(file, path), None)
+
+    def records(self, at: Any) -> Iterator[tuple[str, Any]]:
+        """See :class:`Source`."""
+        self._at = list(at or (0, 0, 0))
+        if self._at[0] >= len(self.files):
+            raise ValueError(
+                f"{self.name} has {len(self.files)} files; the checkpoint stands in another: resume with all"
+            )
+        return self._records(*self._at)
+
+    def _records(self, file: int, offset: int, number: int) -> Iterator[tuple[str, Any]]:
+        for index in range(file, len(self.files)):
+            path = self.files[index]
+            read = self._rows if self.type == ".parquet" else self._text
+            for end, place, record in read(path, offset, number):
+                self._at = [index, end, place]
+                yield f"{path}, {'row' if self.type == '.parquet' else 'line'} {place}", record
+            offset = number = 0
+
+    def _text(self, path: Path, offset: int, lines: int) -> Iterator[tuple[int, int, bytes]]:
+        """Lines, or paragraphs, each with the byte and the line where it ends."""
+        paragraph: list[bytes] = []
+        with data.opened(path) as file:
+            _go_to(file, offset, path)
+            number = lines
+            for number, line in data.numbered_lines(file, path, lines):
+                offset += len(line)
+                is_blank = not line.strip()
+                if self.type != ".txt" and not is_blank:
+                    yield offset, number, line
+                elif not is_blank:
+                    paragraph.append(line)
+                elif paragraph:
+                    yield offset, number, b"".join(paragraph)
+                    paragraph = []
+        if paragraph:
+            yield offset, number, b"".join(paragraph)
+
+    def _rows(self, path: Path, row: int, _: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Rows, each with the number of the next one and its own."""
+        with _parquet(path) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if first + count <= row:
+                    first += count
+                    continue
+                for batch in file.iter_batches(batch_size=CHUNK, row_groups=[group]):
+                    for number, values in enumerate(batch.slice(max(row - first, 0)).to_pylist(), max(row, first)):
+                        yield number + 1, number, values
+                    first += len(batch)
+
+    def at(self) -> list[int]:
+        """See :class:`Source`."""
+        return list(self._at)
+
+    def row(self, record: Any, place: str) -> Any:
+        """See :class:`Source`."""
+        if self.type == ".parquet":
+            return data.without_none(record)
+        if self.type == ".txt":
+            return {self.text_field: data.decoded(record, place).strip("\r\n")}
+        return data.json_row(record, place)
+
+    def identity(self) -> str:
+        """See :class:`Source`."""
+        return "\n".join(path.name for path in self.files)
+
+
+class Rows(Source):
+    """What `datasets` streams: a folder, a data set on the Hub, or one that was made in Python.
+
+    Raises:
+        ValueError: it does not go on exactly where its own ``state_dict`` says.
+    """
+
+    def __init__(self, name: str, dataset: IterableDataset) -> None:
+        self.name, self.dataset = name, dataset
+        self._number, self._state = 0, None  # rows before the next one, and the state to begin with until one is read
+        first = list(itertools.islice(self.records(None), 4))
+        next(self.records(None), None)
+        again = list(itertools.islice(self.records(self.at()), 3))
+        if first[1:] != again:
+            raise ValueError(
+                f"{name} does not go on where its state_dict says, so a resumed run would lose rows (a shuffle "
+                "buffer?): take .shuffle() away, and shuffle the files beforehand"
+            )
+
+    def records(self, at: Any) -> Iterator[tuple[str, Any]]:
+        """See :class:`Source`."""
+        self._number, self._state = at or (0, None)
+        self.dataset.load_state_dict(self._state)
+        return self._records()
+
+    def _records(self) -> Iterator[tuple[str, Any]]:
+        for row in self.dataset:
+            self._number, self._state = self._number + 1, None
+            yield f"{self.name}, row {self._number - 1}", row
+
+    def at(self) -> Any:
+        """See :class:`Source`."""
+        if not self._number:
+            return None
+        return [self._number, self._state or self.dataset.state_dict()]
+
+    def row(self, record: Any, place: str) -> Any:
+        """See :class:`Source`."""
+        return data.without_none(record)
+
+    def identity(self) -> str:
+        """See :class:`Source`."""
+        return str(self.dataset.num_shards)
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} could not be read: {error}") from error
+
+
+def _go_to(file: BinaryIO, offset: int, path: Path) -> None:
+    """Go to the beginning of the line at `offset`; an archive is decompressed up to there, but not read."""
+    if not offset:
+        return
+    if file.seekable():
+        file.seek(offset - 1)
+    else:
+        left = offset - 1
+        while left and (block := file.read(min(left, _BLOCK))):
+            left -= len(block)
+    last = file.read(1)
+    if last != b"\n" and (not last or file.read(1)):
+        raise ValueError(
+            f"{path} has changed since the checkpoint: no line begins at byte {offset:,}: resume with the old file"
+        )
+
+
+# --- the stream -------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Rows of one or several sources, without end: a source whose rows have all been seen begins anew.
+
+    Rows of one source come in their order. Of several, each row's source is drawn with its weight. Of two processes,
+    each takes every second row, so that they see different ones, and together those that one process would see.
+
+    Args:
+        sources: where rows come from.
+        weights: how often a row is drawn from each, relative to the others.
+        seed: of these draws.
+        text_field: the column that holds plain text; None leaves rows unchecked.
+
+    Raises:
+        ValueError: no rows, or a bad one among the first.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float] | None = None, *, seed: int = 0,
+        text_field: str | None = None,
+    ) -> None:  # fmt: skip
+        self.sources, self.seed = sources, seed
+        shares = np.array(weights or [1.0] * len(sources))
+        self.shares = shares / shares.sum()
+        self.start: dict[str, Any] | None = None
+        """The place to go on from; None is the beginning."""
+        self._check = None if text_field is None else data.RowCheck(text_field)
+        for source in sources:
+            place, record = next(source.records(None), ("", None))
+            if not place:
+                raise ValueError(data.no_rows(source.name))
+            self._row(source, record, place)
+        self._in_hand = in_hand = next(self._chunks(None, 0, 1))[1]
+
+        def rows() -> Iterator[dict[str, Any]]:
+            yield from in_hand
+
+        self.dataset = IterableDataset.from_generator(rows)
+        """The rows of the chunk in hand: what TRL prepares, chunk after chunk."""
+
+    def _row(self, source: Source, record: Any, place: str) -> dict[str, Any]:
+        row = source.row(record, place)
+        if self._check is None:
+            return dict(row)
+        if isinstance(row, dict) and set(images.COLUMNS) & row.keys():
+            raise ValueError(f"{place}: rows with images are not streamed: set streaming: false")
+        return self._check(row, place)
+
+    def _draws(self, chunk: int, size: int) -> list[int]:
+        """The source of each row of a chunk."""
+        if len(self.sources) == 1:
+            return [0] * size
+        draws: list[int] = (
+            np.random.default_rng((self.seed, chunk)).choice(len(self.shares), size, p=self.shares).tolist()
+        )
+        return draws
+
+    def _chunks(
+        self, start: dict[str, Any] | None, rank: int, processes: int
+    ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Chunk after chunk: the place before it, and this process's rows in it."""
+        number = start["chunk"] if start else 0
+        passes = list(start["passes"]) if start else [0] * len(self.sources)
+        at = start["sources"] if start else [None] * len(self.sources)
+        records = [source.records(place) for source, place in zip(self.sources, at, strict=True)]
+        while True:
+            before = {"chunk": number, "passes": list(passes), "sources": [source.at() for source in self.sources]}
+            rows = []
+            for index, drawn in enumerate(self._draws(number, CHUNK * processes)):
+                source = self.sources[drawn]
+                found = next(records[drawn], None)
+                if found is None:
+                    passes[drawn] += 1
+                    records[drawn] = source.records(None)
+                    if rank == 0:
+                        logger.info(f"{source.name}: all rows have been read {passes[drawn]} times; it begins anew")
+                    if len(self.sources) == 1:  # so that no packed row has parts of two passes
+                        break
+                    found = next(records[drawn])
+                if index % processes == rank:
+                    rows.append(self._row(source, found[1], found[0]))
+            number += 1
+            yield before, rows
+
+    def prepared(
+        self, dataset: IterableDataset, rank: int = 0, processes: int = 1
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """This process's rows as TRL prepares them, from :attr:`start`, each with the place behind it.
+
+        Args:
+            dataset: what TRL has made of :attr:`dataset`.
+            rank: of this process among those that see different rows.
+            processes: how many they are.
+        """
+        seen, empty = (self.start or {}).get("prepared", 0), 0
+        for before, chunk in self._chunks(self.start, rank, processes):
+            self._in_hand[:] = chunk
+            rows = list(dataset) if chunk else []
+            empty = 0 if rows else empty + 1
+            if empty == 2:  # one alone may be the end of a source
+                names = ", ".join(source.name for source in self.sources)
+                raise ValueError(
+                    f"{names}: no row with a trained token is left for process {rank} of {processes}: give more rows, "
+                    "or a larger max_length"
+                )
+            for number, row in enumerate(rows[seen:], start=seen + 1):
+                yield row, before | {"prepared": number}
+            seen = 0
+
+    def identity(self) -> str:
+        """What must be the same for a place to be the same: which files there are, in which order."""
+        names = "\n\n".join(source.identity() for source in self.sources)
+        return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
+
+
+class Batches:
+    """Batches of a stream, each with the place behind its last row as ``place``; without end.
+
+    Args:
+        stream: where they come from.
+        dataset: what TRL has made of ``stream.dataset``.
+        collate: makes a batch of rows.
+        size: rows a batch.
+        rank: of this process among those that see different rows.
+        processes: how many they are.
+    """
+
+    def __init__(
+        self, stream: Stream, dataset: IterableDataset, collate: Callable[[list[Any]], dict[str, Any]], *, size: int,
+        rank: int, processes: int,
+    ) -> None:  # fmt: skip
+        self.stream, self.dataset, self.collate, self.batch_size = stream, dataset, collate, size
+        self.rank, self.processes = rank, processes
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = self.stream.prepared(self.dataset, self.rank, self.processes)
+        while True:
+            taken = list(itertools.islice(rows, self.batch_size))
+            yield self.collate([row for row, _ in taken]) | {"place": taken[-1][1]}
