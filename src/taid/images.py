@@ -72,7 +72,7 @@ def _readable(dataset: Dataset, column: str, *, skip: bool) -> Dataset:
         try:
             for image in of(row):
                 if image.get("bytes") is None:
-                    _open(image, row[PLACE]).close()
+                    _open(image, row[PLACE])
         except ValueError as error:
             if not skip:
                 raise
@@ -103,11 +103,11 @@ def decoded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open(image: Any, place: str, *, load: bool = False) -> Pixels.Image:
-    source = image.get("path") if image.get("bytes") is None else io.BytesIO(image["bytes"])
+    content = image.get("bytes")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(image["path"], "rb") if content is None else io.BytesIO(content) as file:
             warnings.simplefilter("error", Pixels.DecompressionBombWarning)
-            opened = Pixels.open(source)
+            opened = Pixels.open(file)
             if load:
                 opened.load()
     except _ERRORS as error:

@@ -107,11 +107,6 @@ def load_pair(
         _require_sight(student, processing_class, "student")
     if teacher is None and elsewhere is None:
         return Pair(student, processing_class, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
-    if see and (elsewhere is not None or args.tokenizer_from == "teacher"):
-        raise ValueError(
-            "rows with images need a teacher that is loaded here and has the student's tokens: teacher_cache, "
-            "teacher_server_url and tokenizer_from: teacher are for text"
-        )
 
     revision = {"revision": args.teacher_model_revision} if args.teacher_model_revision else {}
     if elsewhere is not None:

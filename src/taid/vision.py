@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -172,12 +172,11 @@ def check_sight(
     Raises:
         ValueError: a row cannot be read, a model cannot take it, or a model does not notice.
     """
-    first = list(itertools.islice((row for row in itertools.islice(rows, _LOOKED_AT) if images.of(row)), _SHOWN))
+    first = list(itertools.islice(_readable(itertools.islice(rows, _LOOKED_AT), skip=collator.skip), _SHOWN))
     if not first:
         logger.warning(f"none of the first {_LOOKED_AT} rows has an image: whether the models see is not tested")
         return
-    own = measure(collator(first))  # names a row that cannot be read
-    others = measure(collator(images.exchanged([images.decoded(row) for row in first])))
+    own, others = measure(collator(first)), measure(collator(images.exchanged(first)))
     for role, loss in own.items():
         logger.info(f"{role}: {loss:.4f} nats a token on {len(first)} rows, {others[role]:.4f} with other rows' images")
         if abs(loss - others[role]) <= _NOTICED * abs(loss):
@@ -185,6 +184,17 @@ def check_sight(
                 f"the {role} is blind: its loss of the first {len(first)} rows is {loss:.6f} nats a token with their "
                 "own images and the same with others. Do its attention mask, processor and weights take the images in?"
             )
+
+
+def _readable(rows: Iterable[dict[str, Any]], *, skip: bool) -> Iterator[dict[str, Any]]:
+    """Of some rows those with images, decoded; raises a ValueError where one cannot be read, unless it is skipped."""
+    for row in rows:
+        try:
+            if images.of(row):
+                yield images.decoded(row)
+        except ValueError:
+            if not skip:
+                raise
 
 
 def _without_absent(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,509 @@
+"""Vision-language pairs: one number a step, the same images for both, images never trained on, and no blind run."""
+
+import io
+import json
+import logging
+import os
+import random
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+import torch
+from datasets import Dataset, Image, List
+from peft import LoraConfig
+from PIL import Image as Pixels
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from taid import TAIDConfig, TAIDTrainer, images, objectives, vision
+from taid.data import load_rows
+from taid.vocabulary import Vocabulary
+from vision_models import ARCHITECTURES, make_processor, make_vision_model
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
+
+
+def picture(seed, width=16, height=16):
+    noise = random.Random(seed)
+    return Pixels.frombytes("RGB", (width, height), bytes(noise.randrange(256) for _ in range(3 * width * height)))
+
+
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+# One image, two of different sizes, none.
+ROWS = [
+    {
+        "images": [picture(i, 16 + 8 * n, 16 - 4 * n) for n in range((1, 2, 0, 1)[i % 4])],
+        "messages": chat("Which?", word),
+    }
+    for i, word in enumerate(WORDS)
+]
+
+
+def config(folder, **options):
+    options = {
+        "taid_alpha": 0.8, "taid_beta": 0.5, "max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 0.3,
+        "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 1e9, "max_length": 256, "bf16": False,
+        "activation_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+        "use_cpu": True, "disable_tqdm": True,
+    } | options  # fmt: skip
+    return TAIDConfig(output_dir=str(folder), **options)
+
+
+def make(folder, architecture="llava", rows=ROWS, held_out=None, student=None, teacher=None, teachers=None, **options):
+    processor = make_processor(architecture)
+    return TAIDTrainer(
+        student or make_vision_model(architecture, processor),
+        teacher or make_vision_model(architecture, processor, hidden_size=64, seed=1),
+        config(folder, **options),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        eval_dataset=held_out and Dataset.from_list(held_out),
+        processing_class=processor,
+        teacher_processing_class=teachers or processor,
+    )
+
+
+def steps(trainer):
+    trainer.train()
+    names = ("kl", "loss", "grad_norm", "t")
+    return [tuple(row[name] for name in names) for row in trainer.state.log_history if "loss" in row]
+
+
+def collator(architecture="llava", teacher=None, processor=None, max_length=None, skip=False, **options):
+    processor = processor or make_processor(architecture)
+    of_trl = DataCollatorForVisionLanguageModeling(processor, max_length=max_length, **options)
+    vocabulary = Vocabulary.of(processor.tokenizer, 10_000)
+    return vision.Collator(of_trl, teacher or processor, vocabulary, skip=skip)
+
+
+# --- one number a step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_learns_and_its_numbers_do_not_depend_on_fusion_or_on_how_the_rows_are_split(
+    tmp_path, architecture
+):
+    whole = steps(make(tmp_path / "whole", architecture))
+    assert whole[-1][0] < whole[0][0]
+    for name, options in {
+        "plain": {"fused": False},
+        "rows": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    }.items():
+        torch.testing.assert_close(steps(make(tmp_path / name, architecture, **options)), whole, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_loss_is_the_objective_of_both_models_own_logits(tmp_path, architecture):
+    trainer = make(tmp_path, architecture, objective="forward_kl", max_steps=1, learning_rate=1e-9)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        student, teacher = (model(**batch).logits[:, :-1] for model in (trainer.model, trainer.teacher.model))
+    of_tokens = objectives.forward_kl(student[labels != -100], teacher[labels != -100])
+    assert first_loss(trainer) == pytest.approx(of_tokens.mean().item(), rel=1e-5)
+
+
+def first_loss(trainer):
+    trainer.train()
+    return next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+
+
+def test_an_adapter_in_both_towers_learns(tmp_path):
+    processor = make_processor("qwen2_vl")
+    trainer = TAIDTrainer(
+        make_vision_model("qwen2_vl", processor), make_vision_model("qwen2_vl", processor, hidden_size=64, seed=1),
+        config(tmp_path, max_steps=4), train_dataset=Dataset.from_list(ROWS), processing_class=processor,
+        teacher_processing_class=processor, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv"]),
+    )  # fmt: skip
+    losses = steps(trainer)
+    assert losses[-1][0] < losses[0][0]
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert any(".visual." in name for name in trained)
+    assert all("lora_" in name for name in trained)
+
+
+def test_evaluation_counts_every_row_once(tmp_path):
+    trainer = make(tmp_path, held_out=ROWS[:5], per_device_eval_batch_size=2)
+    measured = trainer.evaluate()
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(5)])
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        logits = trainer.model(**batch).logits[:, :-1]
+    expected = F.cross_entropy(logits[labels != -100], labels[labels != -100])
+    assert measured["eval_cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
+    assert measured["eval_tokens"] == (labels != -100).sum()
+
+
+def test_rows_that_fill_a_batch_are_not_trained_on():
+    rows = [{**ROWS[0], "place": "row 0"}, {**ROWS[3], "place": vision.UNTRAINED}]
+    labels = collator()(rows)["labels"]
+    assert (labels[0] != -100).any()
+    assert (labels[1] == -100).all()
+
+
+# --- images are never trained on --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_of_images_are_not_trained_and_all_others_are(architecture):
+    collate = collator(architecture)
+    batch = collate([dict(row) for row in ROWS])
+    processor = collate.collator.processor
+    special = set(processor.tokenizer.added_tokens_decoder) - {0, 1, 2}  # all that images bring
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        for token, seen, label in zip(ids.tolist(), mask.tolist(), labels.tolist(), strict=True):
+            assert label == (-100 if token in special or not seen else token)
+    assert (batch["input_ids"] == processor.image_token_id).any()
+
+
+def test_an_ending_that_touches_an_image_is_trained():
+    collate = collator("llava")
+    image, end, text = collate.image_ids[0], 2, 70
+    ids = torch.tensor([[text, end, image, image, 1, text, image], [image, text, 1, end, text, text, text]])
+    of_images = [[False, False, True, True, True, False, True], [True, False, False, False, False, False, False]]
+    assert collate.of_images(ids).tolist() == of_images
+
+
+def test_only_the_completion_is_trained_where_there_is_one():
+    rows = [{"images": row["images"], "prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in ROWS]
+    collate = collator("internvl", completion_only_loss=True)
+    batch = collate(rows)
+    tokenizer = collate.collator.processor.tokenizer
+    for labels, word in zip(batch["labels"], WORDS, strict=True):
+        said = tokenizer.decode(labels[labels != -100])
+        assert word in said
+        assert "Which" not in said
+
+
+def test_parts_of_a_message_do_not_get_the_keys_of_others():
+    """Arrow fills a struct: a text part comes back with an image of None, which many templates take for an image."""
+    parts = [{"type": "image"}, {"type": "text", "text": "Which?"}]
+    row = {"images": [picture(0)], "messages": [{"role": "user", "content": parts}, *chat("", "alpha")[1:]]}
+    row["messages"][1]["content"] = [{"type": "text", "text": "alpha"}]
+    through_arrow = Dataset.from_list([row])[0]
+    assert through_arrow["messages"][0]["content"][0] == {"type": "image", "text": None}
+    collate = collator("qwen2_vl")
+    template = collate.collator.processor.chat_template.replace("part['type'] == 'image'", "not 'text' in part")
+    collate.collator.processor.chat_template = template
+    assert (collate([through_arrow])["input_ids"] == collate([row])["input_ids"]).all()
+
+
+# --- what the two models are shown ------------------------------------------------------------------------------------
+
+
+def test_a_teacher_with_other_pixels_gets_its_own_of_the_same_images(tmp_path):
+    ours, theirs = make_processor("llava"), make_processor("llava")
+    theirs.image_processor.image_mean, theirs.image_processor.image_std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    batch = collator("llava", processor=ours, teacher=theirs)([dict(row) for row in ROWS])
+    flat = [image for row in ROWS for image in row["images"]]
+    torch.testing.assert_close(
+        vision.for_teacher(batch)["pixel_values"], theirs.image_processor(flat, return_tensors="pt")["pixel_values"]
+    )
+    torch.testing.assert_close(
+        vision.for_student(batch)["pixel_values"], ours.image_processor(flat, return_tensors="pt")["pixel_values"]
+    )
+    assert set(vision.for_student(batch)) == set(vision.for_teacher(batch))
+
+    trainer = make(tmp_path, teachers=theirs, objective="forward_kl", max_steps=1, learning_rate=1e-9)
+    labels = (batch := trainer.data_collator([trainer.train_dataset[i] for i in range(8)])).pop("labels")[:, 1:]
+    with torch.no_grad():
+        student = trainer.model(**vision.for_student(batch)).logits[:, :-1]
+        teacher = trainer.teacher.model(**vision.for_teacher(batch)).logits[:, :-1]
+    expected = objectives.forward_kl(student[labels != -100], teacher[labels != -100]).mean().item()
+    assert first_loss(trainer) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_processor_is_asked_once():
+    batch = collator("qwen2_vl", teacher=make_processor("qwen2_vl"))([dict(row) for row in ROWS])
+    assert not any(name.startswith("teacher_") for name in batch)
+    assert vision.for_teacher(batch) is batch
+
+
+def test_a_teacher_whose_images_take_another_number_of_tokens_is_refused_and_the_row_named():
+    collate = collator("internvl", teacher=make_processor("internvl", tiles=1))
+    with pytest.raises(
+        ValueError, match=r"of the demo, row 1: the student's processor makes \d+ tokens .* the teacher's \d+"
+    ):
+        collate([{**ROWS[1], "place": "of the demo, row 1"}])
+
+
+def test_a_token_that_the_teacher_does_not_know_is_named():
+    processor = make_processor("llava")
+    collate = vision.Collator(
+        DataCollatorForVisionLanguageModeling(processor), processor, Vocabulary(tuple(range(1, 301))), skip=False
+    )
+    collate.shared_ids = collate.shared_ids[collate.shared_ids != processor.image_token_id]
+    with pytest.raises(ValueError, match="row 0 of a batch contains token '<image>'"):
+        collate([dict(ROWS[0])])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_server_url": "http://localhost:1"}, "teacher_server_url and tokenizer_from: teacher are for text"),
+        ({"tokenizer_from": "teacher"}, "tokenizer_from: teacher are for text"),
+        ({"packing": True}, "Packing is not supported for vision datasets"),
+        ({"padding_free": True}, "Padding-free training is yet not supported for vision"),
+    ],
+)
+def test_what_does_not_go_with_images_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+def test_a_model_that_cannot_see_is_refused(tmp_path, make_model, tokenizer):
+    with pytest.raises(ValueError, match=r"the rows have images, but the teacher .* sees none"):
+        make(tmp_path, teacher=make_model(300), teachers=tokenizer)
+
+
+def test_a_vision_language_pair_trains_on_text_alone(tmp_path):
+    trainer = make(tmp_path, "qwen2_5_vl", [{"text": f"the letter {word}"} for word in WORDS])
+    losses = steps(trainer)
+    assert losses[-1][0] < losses[0][0]
+
+
+# --- blind runs -------------------------------------------------------------------------------------------------------
+
+
+def blind(model):
+    """Images come to nothing: what a processor that drops pixels, or a broken merge, does."""
+    with torch.no_grad():
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_blind_model_is_found_before_the_first_step(tmp_path, role, fused):
+    model = blind(make_vision_model("llava", make_processor("llava")))
+    trainer = make(tmp_path, **{role: model}, fused=fused)
+    with pytest.raises(ValueError, match=f"the {role} is blind: its loss of the first 4 rows is .* nats a token"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_images_that_are_not_attended_to_are_found(tmp_path):
+    trainer = make(tmp_path, "internvl")
+    collate = trainer.data_collator.collator
+
+    def without_attention(rows):
+        batch = collate(rows)
+        batch["attention_mask"][torch.isin(batch["input_ids"], torch.tensor([3]))] = 0
+        return batch
+
+    trainer.data_collator.collator = without_attention
+    with pytest.raises(ValueError, match="is blind"):
+        trainer.train()
+
+
+def test_what_the_models_lose_by_other_images_is_logged(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "taid")
+    make(tmp_path, max_steps=1).train()
+    said = [r.message for r in caplog.records if "with other rows' images" in r.message]
+    assert [line.split(":")[0] for line in said] == ["student", "teacher"]
+
+
+def test_a_model_that_cannot_take_the_pixels_is_named(tmp_path):
+    other = make_vision_model("llava", make_processor("llava"), size=32)
+    with pytest.raises(ValueError, match="the teacher cannot take what the student's processor makes of a row"):
+        make(tmp_path, teacher=other).train()
+
+
+def test_images_are_exchanged_in_their_own_sizes():
+    rows = [images.decoded(row) for row in ROWS]
+    others = images.exchanged(rows)
+    for row, other in zip(rows, others, strict=True):
+        assert [image.size for image in row["images"]] == [image.size for image in other["images"]]
+        assert all(a.tobytes() != b.tobytes() for a, b in zip(row["images"], other["images"], strict=True))
+        assert row["messages"] == other["messages"]
+    assert others[0]["images"][0].tobytes() == rows[1]["images"][0].resize((16, 16)).tobytes()
+
+
+def test_where_all_rows_show_the_same_image_it_is_inverted():
+    same = [{"images": [picture(0)]}, {"images": [picture(0)]}]
+    assert images.exchanged(same)[0]["images"][0].tobytes() == bytes(255 - b for b in picture(0).tobytes())
+
+
+# --- rows that cannot be used -----------------------------------------------------------------------------------------
+
+
+def png(width, height):
+    """A PNG of a size that it does not hold."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+BROKEN = {
+    "no image": b"this is text",
+    "cut": encoded(picture(1, 64, 64))[:3000],
+    "huge": png(30_000, 30_000),
+    "too large": png(10_000, 10_000),
+    "empty": b"",
+}
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """Write rows whose images are files beside the rows; the content of one may be given."""
+
+    def write(broken=None, at=2, missing=False):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        lines = []
+        for number, word in enumerate(WORDS):
+            name = f"images/{number}.png"
+            (tmp_path / name).write_bytes(broken if number == at and broken is not None else encoded(picture(number)))
+            if number == at and missing:
+                (tmp_path / name).unlink()
+            lines.append(json.dumps({"images": [name], "messages": chat("Which?", word)}) + "\n")
+        (tmp_path / "rows.jsonl").write_text("".join(lines))
+        return tmp_path / "rows.jsonl"
+
+    return write
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path, rows_file, kind):
+    path = rows_file(BROKEN[kind])
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 2: image .*images/2.png cannot be read: .*skip_bad_images"):
+        make(tmp_path / "run", rows=load_rows(str(path)), max_steps=1).train()
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "missing"])
+def test_such_rows_are_left_out_when_asked_and_the_others_count_alike(tmp_path, rows_file, kind, caplog):
+    good = [row for number, row in enumerate(Dataset.from_list(plain_rows())) if number != 2]
+    expected = steps(make(tmp_path / "good", rows=good, max_steps=1))
+    path = rows_file(BROKEN.get(kind), missing=kind == "missing")
+    rows = load_rows(str(path), skip_bad_images=True)
+    loss = steps(make(tmp_path / "run", rows=rows, max_steps=1, skip_bad_images=True))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+    assert "images/2.png cannot be read" in caplog.text
+    assert "row 2" in caplog.text
+
+
+def plain_rows():
+    return [{"images": [picture(i)], "messages": chat("Which?", word)} for i, word in enumerate(WORDS)]
+
+
+def test_a_missing_file_is_named_before_a_model_is_loaded(rows_file):
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 2: image .*images/2.png cannot be read: .*No such file"):
+        load_rows(str(rows_file(missing=True)))
+
+
+def test_rows_of_which_no_image_can_be_read_are_an_error_even_when_asked(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"images": ["nothing.png"], "messages": chat("Which?", "alpha")}) + "\n")
+    with pytest.raises(ValueError, match=r"row 0: image .*nothing.png cannot be read"):
+        load_rows(str(path), skip_bad_images=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_max_length_that_cuts_into_an_image_is_an_error_that_names_row_and_length(architecture):
+    with pytest.raises(ValueError, match=r"row 1 of a batch: max_length 12 cuts into its images; the row has \d+ tok"):
+        collator(architecture, max_length=12)([dict(row) for row in (ROWS[2], ROWS[1])])
+
+
+def test_a_max_length_that_cuts_text_only_cuts_it():
+    collate = collator("llava", max_length=30)
+    batch = collate([dict(ROWS[0])])
+    whole = collator("llava")([dict(ROWS[0])])
+    assert batch["input_ids"].tolist() == whole["input_ids"][:, :30].tolist()
+    assert batch["labels"].tolist() == whole["labels"][:, :30].tolist()
+    assert torch.equal(batch["pixel_values"], whole["pixel_values"])
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt", "text"])
+def test_a_row_that_is_too_long_is_left_out_when_asked(form, caplog):
+    def as_form(row):
+        said = {
+            "messages": {"messages": row["messages"]},
+            "prompt": {"prompt": row["messages"][:1], "completion": row["messages"][1:]},
+            "text": {"text": "<image>" * len(row["images"]) + "Which? alpha"},
+        }
+        return {"images": row["images"], **said[form]}
+
+    max_length = 24 if form == "text" else 36
+    collate = collator("llava", max_length=max_length, skip=True, completion_only_loss=form == "prompt")
+    batch = collate([as_form(ROWS[1]), as_form(ROWS[0])])
+    assert (batch["labels"][0] == -100).all()
+    assert (batch["labels"][1] != -100).any()
+    alone = collate([as_form(ROWS[0])])["labels"]
+    assert batch["labels"][1][batch["labels"][1] != -100].tolist() == alone[alone != -100].tolist()
+    assert f"max_length {max_length} cuts into its images" in caplog.text
+
+
+def test_a_placeholder_in_the_text_of_a_row_is_named():
+    rows = [dict(ROWS[0]), {"images": [picture(0)], "messages": chat("Which <image>?", "alpha"), "place": "f, row 7"}]
+    with pytest.raises(ValueError, match="f, row 7: the student's processor cannot take this row"):
+        collator("llava")(rows)
+
+
+def test_images_of_every_kind_and_mode_are_read(tmp_path):
+    grey = picture(0).convert("L")
+    for number, mode in enumerate(("L", "RGBA", "P", "1", "CMYK")):
+        kind = "TIFF" if mode == "CMYK" else "PNG"
+        picture(number).convert(mode).save(tmp_path / f"{mode}.{kind.lower()}", kind)
+        row = images.decoded({"images": [{"path": str(tmp_path / f"{mode}.{kind.lower()}"), "bytes": None}]})
+        assert row["images"][0].mode == "RGB"
+    assert images.decoded({"image": grey})["images"][0].tobytes() == grey.convert("RGB").tobytes()
+    assert images.decoded({"image": None})["images"] == []
+
+
+def test_a_picture_that_says_how_it_is_turned_is_turned(tmp_path):
+    turned = Pixels.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    picture(0, 20, 10).save(tmp_path / "a.jpg", exif=turned)
+    assert images.decoded({"image": {"path": str(tmp_path / "a.jpg"), "bytes": None}})["images"][0].size == (10, 20)
+
+
+def test_parquet_with_images_inside_is_read(tmp_path):
+    data = Dataset.from_list(plain_rows()).cast_column("images", List(Image()))
+    data.to_parquet(tmp_path / "rows.parquet")
+    rows = load_rows(str(tmp_path / "rows.parquet"))
+    assert [row["place"] for row in rows] == [f"{tmp_path}/rows.parquet, row {i}" for i in range(8)]
+    assert images.decoded(rows[3])["images"][0].tobytes() == picture(3).tobytes()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cli
+def test_a_run_through_the_command_line_leaves_a_model_with_its_processor(tmp_path, rows_file):
+    processor = make_processor("smolvlm")
+    for name, options in {"student": {}, "teacher": {"hidden_size": 64, "seed": 1}}.items():
+        make_vision_model("smolvlm", processor, **options).save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    arguments = {
+        "model_name_or_path": tmp_path / "student", "teacher_model_name_or_path": tmp_path / "teacher",
+        "dataset_name": rows_file(), "eval_dataset_name": rows_file(), "output_dir": tmp_path / "run", "max_steps": 2,
+        "use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1, "max_length": 512,
+    }  # fmt: skip
+    options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    program = "import sys, torchvision_cpu; from taid.cli import main; sys.exit(main())"
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", *options], capture_output=True, text=True, timeout=300, check=False,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "with other rows' images" in done.stderr
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    assert type(AutoProcessor.from_pretrained(tmp_path / "run")).__name__ == "SmolVLMProcessor"
+    before = AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
