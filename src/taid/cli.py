@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.set_defaults(run=_report)
+    export = commands.add_parser("export", help="merge an adapter, or write GGUF with llama.cpp's converter")
+    export.add_argument("model", type=Path, metavar="MODEL", help="the output_dir of a run, or another model's folder")
+    export.add_argument("--format", required=True, choices=["merged-lora", "gguf"])
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="the new folder")
+    export.add_argument("--llama_cpp", type=Path, metavar="DIR", help="a llama.cpp folder; PATH is searched without it")
+    export.add_argument("--quantization", metavar="TYPE", help="a type of llama-quantize, as Q4_K_M (gguf only)")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(run=_export)
     demo = commands.add_parser("demo", help="distil on this Python's own standard library, in minutes")
     demo.add_argument("--output_dir", type=Path, default=Path("taid-demo"), help="default: %(default)s")
     demo.add_argument("--steps", type=int, default=150, help="optimizer steps a method (default: %(default)s)")
@@ -242,6 +250,17 @@ def _report(options: argparse.Namespace) -> None:
     from taid.report import write_report
 
     print(write_report(options.run_dir))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from taid.export import export
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    asked = {name: getattr(options, name) for name in ("llama_cpp", "quantization", "overwrite")}
+    print(f"exported: {export(options.model, options.output, options.format, **asked)}")
 
 
 def _demo(options: argparse.Namespace) -> None:
