@@ -128,6 +128,23 @@ def test_an_adapter_in_both_towers_learns(tmp_path):
     assert all("lora_" in name for name in trained)
 
 
+def test_fine_tuning_needs_no_teacher(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "taid")
+    processor = make_processor("idefics3")
+    trainer = TAIDTrainer(
+        make_vision_model("idefics3", processor), None, config(tmp_path, objective="sft", max_steps=1),
+        train_dataset=Dataset.from_list(ROWS), processing_class=processor,
+    )  # fmt: skip
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        logits = trainer.model(**batch).logits[:, :-1]
+    expected = F.cross_entropy(logits[labels != -100], labels[labels != -100])
+    assert first_loss(trainer) == pytest.approx(expected.item(), rel=1e-5)
+    assert "student: " in caplog.text
+    assert "teacher: " not in caplog.text
+
+
 def test_evaluation_counts_every_row_once(tmp_path):
     trainer = make(tmp_path, held_out=ROWS[:5], per_device_eval_batch_size=2)
     measured = trainer.evaluate()

@@ -96,20 +96,23 @@ def make_processor(architecture: str, *, tokens: int = 300, size: int = _SIZE, t
 
 def make_vision_model(
     architecture: str, processor: Any, *, hidden_size: int = 32, layers: int = 2, vision_size: int = 32,
-    vision_layers: int = 2, size: int = _SIZE, seed: int = 0, padded_to: int | None = None,
+    vision_layers: int = 2, size: int = _SIZE, seed: int = 0, padded_to: int | None = None, spread: float = 0.2,
 ) -> Any:  # fmt: skip
-    """A random model for a processor made by :func:`make_processor`, of `size` pixels a tile."""
+    """A random model for a processor made by :func:`make_processor`, of `size` pixels a tile.
+
+    `spread` is that of its weights: with the usual 0.02 every distribution is uniform, and every divergence zero.
+    """
     tokenizer = processor.tokenizer
     text: dict[str, Any] = {
         "vocab_size": padded_to or len(tokenizer), "hidden_size": hidden_size, "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
-        "initializer_range": 0.2, "tie_word_embeddings": False,
+        "initializer_range": spread, "tie_word_embeddings": False,
     }  # fmt: skip
     image_id = processor.image_token_id
     vision = {
         "hidden_size": vision_size, "intermediate_size": 2 * vision_size, "num_hidden_layers": vision_layers,
-        "num_attention_heads": 4, "image_size": size, "patch_size": 4, "initializer_range": 0.2,
+        "num_attention_heads": 4, "image_size": size, "patch_size": 4, "initializer_range": spread,
     }  # fmt: skip
     ids = {"image_token_id": image_id, "tie_word_embeddings": False}
     if architecture.startswith("qwen2"):
@@ -120,13 +123,13 @@ def make_vision_model(
         text["rope_parameters"] = {**rope, "rope_theta": 10_000.0}
         if architecture == "qwen2_vl":
             tower = {"embed_dim": vision_size, "hidden_size": hidden_size, "depth": vision_layers, "num_heads": 4,
-                     "patch_size": 4, "spatial_merge_size": 2, "mlp_ratio": 2, "initializer_range": 0.2}  # fmt: skip
+                     "patch_size": 4, "spatial_merge_size": 2, "mlp_ratio": 2, "initializer_range": spread}  # fmt: skip
             config: Any = Qwen2VLConfig(text_config=text, vision_config=tower, **ids)
         else:
             tower = {"hidden_size": vision_size, "out_hidden_size": hidden_size, "depth": vision_layers,
                      "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "intermediate_size": 2 * vision_size,
                      "window_size": 16, "fullatt_block_indexes": [vision_layers - 1],
-                     "initializer_range": 0.2}  # fmt: skip
+                     "initializer_range": spread}  # fmt: skip
             config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids)
     elif architecture == "internvl":
         vision |= {"image_size": [size, size], "patch_size": [4, 4]}

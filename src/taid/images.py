@@ -98,7 +98,7 @@ def decoded(row: dict[str, Any]) -> dict[str, Any]:
     """
     place = row.get(PLACE, "a row")
     images = [image if isinstance(image, Pixels.Image) else _open(image, place, load=True) for image in of(row)]
-    rest = {column: value for column, value in row.items() if column not in (*COLUMNS, PLACE)}
+    rest = {column: value for column, value in row.items() if column not in COLUMNS}
     return rest | {"images": [ImageOps.exif_transpose(image).convert("RGB") for image in images]}
 
 

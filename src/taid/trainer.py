@@ -288,8 +288,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers takes one step too many when it resumes a run that is already at its end
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+        try:
+            if self.state.global_step < self.state.max_steps:
+                super()._run_epoch(*args, **kwargs)
+        finally:
+            self._epoch, self._ahead = None, []  # or a stream would prepare rows that nobody waits for
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and the number of trained tokens in them on all ranks."""
@@ -426,8 +429,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         finally:
             model.train(training)
         trained = max(float(sums["trained"]), 1.0)
-        names = {"student": "cross_entropy", "teacher": "teacher_cross_entropy"}
-        return {role: float(sums[name]) / trained for role, name in names.items() if name in sums}
+        names = {"student": "cross_entropy"}
+        names |= {"teacher": "teacher_cross_entropy"} if self.teacher is not None else {}
+        return {role: float(sums[name]) / trained for role, name in names.items()}
 
     def _begin(self) -> None:
         """Make the schedule, or take it up where the checkpoint left it."""

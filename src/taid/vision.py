@@ -74,7 +74,7 @@ class Collator:
 
     def _decoded(self, row: dict[str, Any], number: int, untrained: set[int]) -> dict[str, Any]:
         try:
-            row = images.decoded(row)
+            row = {column: value for column, value in images.decoded(row).items() if column != images.PLACE}
         except ValueError as error:
             if not self.skip:
                 raise
