@@ -3,7 +3,7 @@
     python benchmarks/characters.py --images omniglot_small.zip --out runs/characters
 
 1. Rows: pictures of Latin and Greek letters by twenty writers, sixteen of them for training (each letter drawn anew a
-   few times, turned, moved and stretched a little), four held out. To "Which?" the answer is "Greek gamma".
+   few times, turned, moved and stretched a little), four held out. To "Which?" the answer is "γ".
 2. `teacher` and `start`: an InternVL of 1.7 M weights trained on the labels, and one of 0.3 M that is stopped early.
 3. From that start: SFT, forward KL and TAID, on the same rows in the same order.
 4. Held out, each of them with its images, with those of other rows in their place, and without any: cross-entropy of
@@ -37,11 +37,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from taid import TAIDConfig, TAIDTrainer
 from vision_models import make_processor, make_vision_model
 
-GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi "
-    "psi omega"
-).split()
-NAMES = {"Latin": list("abcdefghijklmnopqrstuvwxyz"), "Greek": GREEK}
+NAMES = {"Latin": "abcdefghijklmnopqrstuvwxyz", "Greek": "αβγδεζηθικλμνξοπρστυφχψω"}
 SIDE, DRAWN_ANEW, WRITERS_HELD_OUT = 24, 8, 4
 QUESTION = [{"role": "user", "content": "Which?"}]
 SHAPES = {
@@ -77,7 +73,7 @@ def drawings(archive: Path) -> tuple[Dataset, dict[str, Dataset]]:
             if alphabet not in NAMES:
                 continue
             ink = ImageOps.invert(Pixels.open(io.BytesIO(files.read(path))).convert("L"))
-            name = f"{alphabet} {NAMES[alphabet][int(character.removeprefix('character')) - 1]}"
+            name = NAMES[alphabet][int(character.removeprefix("character")) - 1]
             if int(drawing.split("_")[1].removesuffix(".png")) > 20 - WRITERS_HELD_OUT:
                 held_out.append(row(ink, name))
             else:
@@ -173,7 +169,7 @@ def main() -> None:
     rows, held_out = drawings(options.images)
     results, models = {}, {}
     for name, epochs in (("teacher", options.teacher_epochs), ("start", options.start_epochs)):
-        model = make_vision_model("internvl", processor, size=SIDE, spread=0.02, **SHAPES[name])
+        model = make_vision_model("internvl", processor, size=SIDE, spread=0.06, **SHAPES[name])
         trainer = train(
             options.out / name, model, None, processor, rows, objective="sft", num_train_epochs=epochs,
             **({"lr_scheduler_type": "constant_with_warmup"} if name == "start" else {}),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from taid import TAIDConfig, TAIDTrainer, images, objectives, vision
+from taid import TAIDConfig, TAIDTrainer, images, objectives, run_folder, vision
 from taid.data import load_rows
 from taid.vocabulary import Vocabulary
 from vision_models import ARCHITECTURES, make_processor, make_vision_model
@@ -501,26 +501,36 @@ def test_parquet_with_images_inside_is_read(tmp_path):
 
 
 @pytest.mark.cli
-def test_a_run_through_the_command_line_leaves_a_model_with_its_processor(tmp_path, rows_file):
-    processor = make_processor("smolvlm")
+def test_a_run_through_the_command_line_leaves_a_model_with_its_processor_and_two_processes_give_what_one_gives(
+    tmp_path, rows_file
+):
+    processor = make_processor("idefics3")
     for name, options in {"student": {}, "teacher": {"hidden_size": 64, "seed": 1}}.items():
-        make_vision_model("smolvlm", processor, **options).save_pretrained(tmp_path / name)
+        make_vision_model("idefics3", processor, **options).save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
     arguments = {
         "model_name_or_path": tmp_path / "student", "teacher_model_name_or_path": tmp_path / "teacher",
-        "dataset_name": rows_file(), "eval_dataset_name": rows_file(), "output_dir": tmp_path / "run", "max_steps": 2,
-        "use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1, "max_length": 512,
+        "dataset_name": rows_file(), "eval_dataset_name": rows_file(), "max_steps": 2, "max_length": 512,
+        "learning_rate": 0.3, "optim": "sgd", "lr_scheduler_type": "constant", "use_cpu": True, "bf16": False,
+        "activation_checkpointing": False, "report_to": "none", "logging_steps": 1, "per_device_eval_batch_size": 3,
     }  # fmt: skip
-    options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
-    program = "import sys, torchvision_cpu; from taid.cli import main; sys.exit(main())"
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, "train", *options], capture_output=True, text=True, timeout=300, check=False,
-        env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "with other rows' images" in done.stderr
-    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
-    assert type(AutoProcessor.from_pretrained(tmp_path / "run")).__name__ == "SmolVLMProcessor"
+    for folder, launcher, rows in (("one", [], 8), ("two", ["accelerate.commands.launch", "--multi_gpu", "-m"], 4)):
+        options = arguments | {"output_dir": tmp_path / folder, "per_device_train_batch_size": rows}
+        launcher = [*launcher[:-1], "--num_processes", "2", *launcher[-1:]] if launcher else []
+        command = [sys.executable, "-m", *launcher, "taid", "train"]
+        command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "with other rows' images" in done.stderr
+
+    one, two = (run_folder.read_metrics(tmp_path / folder) for folder in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"epoch", "seconds", "tokens_per_second"}:
+            assert abs(a[name] - b[name]) <= 1e-5 * abs(a[name]) + 1e-12, (name, a["step"])
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "one")
+    assert type(AutoProcessor.from_pretrained(tmp_path / "one")).__name__ == "Idefics3Processor"
     before = AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
     assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
