@@ -1,6 +1,7 @@
-"""A language model behind HTTP that says how likely each token of a prompt is: vLLM's completions with prompt_logprobs.
+"""Language models behind HTTP: retries, masked keys, and messages that name the place.
 
-The wire format is that of the OpenAI API with vLLM's extension: ``POST /v1/completions`` with ``prompt_logprobs: k``
+:class:`Endpoint` is any server with the OpenAI API. :class:`Server` asks one how likely each token of a prompt is, by
+vLLM's extension of that API: ``POST /v1/completions`` with ``prompt_logprobs: k``
 and prompts of token ids; each choice of the answer has ``prompt_logprobs``, for each token of its prompt but the first
 a mapping of token ids to ``{"logprob": ..., "decoded_token": ...}``: of the token itself and the k likeliest.
 """
@@ -12,6 +13,7 @@ import json
 import logging
 import math
 import os
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,24 +31,160 @@ Listed = dict[int, dict[str, Any]]
 """Of one token of a prompt: by token id, what the server says of it; ``logprob`` is a number."""
 
 
-def check_url(url: str) -> None:
+@dataclass(frozen=True)
+class Place:
+    """What a server is called in messages, and where the user sets what is wrong with it.
+
+    Attributes:
+        name: "the teacher's server".
+        url: the option that holds its address; so `model` and `timeout`.
+        api_key: the environment variable that holds its key.
+        start_again: what to do when it has died.
+        busy: what to do when it stays busy.
+    """
+
+    name: str
+    url: str
+    model: str
+    timeout: str
+    api_key: str
+    start_again: str
+    busy: str
+
+
+TEACHER = Place(
+    "the teacher's server", "teacher_server_url", "teacher_server_model", "teacher_server_timeout", API_KEY,
+    "Start it again; a run continues with --resume_from_checkpoint, a capture with the same command",
+    "A run continues with --resume_from_checkpoint",
+)  # fmt: skip
+
+
+def check_url(url: str, place: Place = TEACHER) -> None:
     """Raise a ValueError for what is no address of a server, or holds a secret."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:  # brackets that do not close, a port that is no number
-        raise ValueError("teacher_server_url must be like http://localhost:8000") from None
+        raise ValueError(f"{place.url} must be like http://localhost:8000") from None
     if parts.username or parts.password or parts.query:
         raise ValueError(
-            f"teacher_server_url holds credentials, which would be saved with the run: put the key into the "
-            f"environment as {API_KEY}"
+            f"{place.url} holds credentials, which would be saved with the run: put the key into the environment as "
+            f"{place.api_key}"
         )
     if not usable or any(character in "#?" or character.isspace() for character in url):
-        raise ValueError(f"teacher_server_url must be like http://localhost:8000, got {url!r}")
+        raise ValueError(f"{place.url} must be like http://localhost:8000, got {url!r}")
+
+
+class UnusableAnswerError(ValueError):
+    """An answer that cannot be used, from a server that answers."""
+
+
+class Endpoint:
+    """A server with the OpenAI API that is there.
+
+    Args:
+        url: with or without ``/v1``.
+        model: its name on the server; the only one that is served if None.
+        timeout: seconds to wait for an answer.
+        place: for messages.
+
+    Raises:
+        ValueError: the address is none, or the model is not served.
+        ConnectionError: it cannot be reached.
+    """
+
+    def __init__(self, url: str, model: str | None, timeout: float, place: Place) -> None:
+        check_url(url, place)
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeout, self.place = timeout, place
+        self._key = os.environ.get(place.api_key)
+        if self._key and not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
+            raise ValueError(f"{place.api_key} in the environment holds characters that no key has")
+        retries = _Retry(
+            _TRIES, allowed_methods=None, status_forcelist=_BUSY, raise_on_status=False, redirect=0,
+            backoff_factor=_BACKOFF, backoff_max=_LONGEST_WAIT,
+        )  # fmt: skip
+        retries.name = place.name
+        self._pool = urllib3.PoolManager(
+            maxsize=CONCURRENT, retries=retries, timeout=urllib3.Timeout(connect=min(timeout, 10.0), read=timeout)
+        )
+        self.model = self._served(model)
+
+    def _served(self, model: str | None) -> str:
+        answer = self.request("GET", "/v1/models")
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        entries = entries if isinstance(entries, list) else []
+        names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+        if model is None and len(names) == 1:
+            return str(names[0])
+        if model not in names:
+            asked = f"does not have one model: set {self.place.model}" if model is None else f"does not serve {model!r}"
+            raise ValueError(f"{self.place.name} {self.url} {asked} (it serves: {', '.join(names) or 'none'})")
+        return str(model)
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON of an answer.
+
+        Raises:
+            UnusableAnswerError: it is none.
+            ValueError: the server refuses.
+            ConnectionError: it cannot be reached, or gave no answer after several tries.
+        """
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        try:
+            answer = self._pool.request(method, self.url + path, json=body, headers=headers, redirect=False)
+            text = self._without_key(answer.data.decode(errors="replace"))
+        except urllib3.exceptions.HTTPError as error:
+            raise ConnectionError(
+                f"{self.place.name} {self.url} gave no answer in {_TRIES + 1} tries ({self._reason(error)}). "
+                f"{self.place.start_again}"
+            ) from None  # the chain would repeat the request
+        if answer.status != 200:
+            raise self._refusal(answer.status, text)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise self.nonsense(f"it is no JSON: {short(text)}") from None
+
+    def _reason(self, error: Exception) -> str:
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, urllib3.exceptions.ReadTimeoutError):
+            return f"not within {self.timeout:g} s; {self.place.timeout} waits longer"
+        return self._without_key(str(getattr(reason, "args", [reason])[-1]))
+
+    def _refusal(self, status: int, text: str) -> Exception:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # else it is the text itself
+            error = json.loads(text)["error"]
+            text = str(error["message"] if isinstance(error, dict) else error)
+        said = f"{self.place.name} {self.url} answers {status}: {' '.join(text.split())[:400]}"
+        if 300 <= status < 400:
+            return ValueError(f"{said}. It redirects, which is not followed: set {self.place.url} to where it leads")
+        if status in (401, 403):
+            remedy = (
+                f"The key in {self.place.api_key} is refused"
+                if self._key
+                else f"Put its key into the environment as {self.place.api_key}"
+            )
+            return ValueError(f"{said}. {remedy}")
+        if status in _BUSY:
+            return ConnectionError(f"{said}, {_TRIES + 1} times. {self.place.busy}")
+        if "logprobs" in text:
+            return ValueError(f"{said}. Start it with a larger --max-logprobs, or lower teacher_top_k")
+        return ValueError(said)
+
+    def nonsense(self, what: str) -> UnusableAnswerError:
+        """The error for an answer that is not what was asked for."""
+        return UnusableAnswerError(f"the answer of {self.place.name} {self.url} cannot be used: {what}")
+
+    def _without_key(self, text: str) -> str:
+        """Before anything is cut off it, and however a server escapes it."""
+        for form in (self._key, self._key and json.dumps(self._key)[1:-1]):
+            text = text.replace(form, "***") if form else text
+        return text
 
 
 class Server:
-    """A server that is there.
+    """A server with the OpenAI API and vLLM's extension: what it says of the tokens of prompts.
 
     Args:
         url: with or without ``/v1``.
@@ -59,34 +197,8 @@ class Server:
     """
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 120.0) -> None:
-        check_url(url)
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.timeout = timeout
-        self._key = os.environ.get(API_KEY)
-        if self._key and not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
-            raise ValueError(f"{API_KEY} in the environment holds characters that no key has")
-        retries = _Retry(
-            _TRIES, allowed_methods=None, status_forcelist=_BUSY, raise_on_status=False, redirect=0,
-            backoff_factor=_BACKOFF, backoff_max=_LONGEST_WAIT,
-        )  # fmt: skip
-        self._pool = urllib3.PoolManager(
-            maxsize=CONCURRENT, retries=retries, timeout=urllib3.Timeout(connect=min(timeout, 10.0), read=timeout)
-        )
-        self.model = self._served(model)
-
-    def _served(self, model: str | None) -> str:
-        answer = self._request("GET", "/v1/models")
-        entries = answer.get("data") if isinstance(answer, dict) else None
-        entries = entries if isinstance(entries, list) else []
-        names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
-        if model is None and len(names) == 1:
-            return str(names[0])
-        if model not in names:
-            asked = (
-                "does not have one model: set teacher_server_model" if model is None else f"does not serve {model!r}"
-            )
-            raise ValueError(f"the teacher's server {self.url} {asked} (it serves: {', '.join(names) or 'none'})")
-        return str(model)
+        self._endpoint = Endpoint(url, model, timeout, TEACHER)
+        self.url, self.model = self._endpoint.url, self._endpoint.model
 
     def prompt_log_probs(self, prompts: list[list[int]], k: int) -> list[list[Listed]]:
         """For each prompt and each of its tokens but the first: the token itself and the k likeliest.
@@ -96,18 +208,18 @@ class Server:
             ConnectionError: it cannot be reached, or gave no answer after several tries.
         """
         body = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
-        answer = self._request("POST", "/v1/completions", body)
+        answer = self._endpoint.request("POST", "/v1/completions", body)
         try:
             choices = {choice["index"]: choice for choice in answer["choices"]}
             ordered = [choices[number].get("prompt_logprobs") for number in range(len(prompts))]
         except (AttributeError, KeyError, TypeError):
-            raise self._nonsense(f"{len(prompts)} prompts were sent, the answer is {_short(answer)}") from None
+            raise self._endpoint.nonsense(f"{len(prompts)} prompts were sent, the answer is {short(answer)}") from None
         found = []
         for prompt, places in zip(prompts, ordered, strict=True):
             if places is None:
-                raise self._nonsense("it has no prompt_logprobs, which vLLM gives and few others do")
+                raise self._endpoint.nonsense("it has no prompt_logprobs, which vLLM gives and few others do")
             if not isinstance(places, list) or len(places) != len(prompt):
-                raise self._nonsense(f"a prompt of {len(prompt)} tokens has prompt_logprobs {_short(places)}")
+                raise self._endpoint.nonsense(f"a prompt of {len(prompt)} tokens has prompt_logprobs {short(places)}")
             found.append([self._listed(place, token, k) for place, token in zip(places[1:], prompt[1:], strict=True)])
         return found
 
@@ -115,75 +227,33 @@ class Server:
         try:
             listed = {int(name): {**entry, "logprob": float(entry["logprob"])} for name, entry in place.items()}
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise self._nonsense(f"the log-probabilities of a token are {_short(place)}") from None
+            raise self._endpoint.nonsense(f"the log-probabilities of a token are {short(place)}") from None
         log_probs = [entry["logprob"] for entry in listed.values()]
         if any(math.isnan(x) or x > 1e-3 for x in log_probs) or sum(map(math.exp, log_probs)) > 1.001:
-            raise self._nonsense(f"these are no log-probabilities: {_short(place)}")
+            raise self._endpoint.nonsense(f"these are no log-probabilities: {short(place)}")
         if token not in listed:
-            raise self._nonsense(
-                f"it says nothing of token {token}, which was sent, but of {_short(sorted(listed))}: it has another "
+            raise self._endpoint.nonsense(
+                f"it says nothing of token {token}, which was sent, but of {short(sorted(listed))}: it has another "
                 "tokenizer or changes prompts"
             )
         if len(listed) < k:
-            raise self._nonsense(
+            raise self._endpoint.nonsense(
                 f"{k} tokens a position were asked for, it gives {len(listed)}: start it with --max-logprobs {k}, or "
                 "lower teacher_top_k"
             )
         return listed
 
-    def _request(self, method: str, path: str, body: Any = None) -> Any:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        try:
-            answer = self._pool.request(method, self.url + path, json=body, headers=headers, redirect=False)
-            text = self._without_key(answer.data.decode(errors="replace"))
-        except urllib3.exceptions.HTTPError as error:
-            raise ConnectionError(
-                f"the teacher's server {self.url} gave no answer in {_TRIES + 1} tries ({self._reason(error)}). Start "
-                "it again; a run continues with --resume_from_checkpoint, a capture with the same command"
-            ) from None  # the chain would repeat the request
-        if answer.status != 200:
-            raise self._refusal(answer.status, text)
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            raise self._nonsense(f"it is no JSON: {_short(text)}") from None
-
-    def _reason(self, error: Exception) -> str:
-        reason = getattr(error, "reason", None) or error
-        if isinstance(reason, urllib3.exceptions.ReadTimeoutError):
-            return f"not within {self.timeout:g} s; teacher_server_timeout waits longer"
-        return self._without_key(str(getattr(reason, "args", [reason])[-1]))
-
-    def _refusal(self, status: int, text: str) -> Exception:
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # else it is the text itself
-            error = json.loads(text)["error"]
-            text = str(error["message"] if isinstance(error, dict) else error)
-        said = f"the teacher's server {self.url} answers {status}: {' '.join(text.split())[:400]}"
-        if 300 <= status < 400:
-            return ValueError(f"{said}. It redirects, which is not followed: set teacher_server_url to where it leads")
-        if status in (401, 403):
-            remedy = (
-                f"The key in {API_KEY} is refused" if self._key else f"Put its key into the environment as {API_KEY}"
-            )
-            return ValueError(f"{said}. {remedy}")
-        if status in _BUSY:
-            return ConnectionError(f"{said}, {_TRIES + 1} times. A run continues with --resume_from_checkpoint")
-        if "logprobs" in text:
-            return ValueError(f"{said}. Start it with a larger --max-logprobs, or lower teacher_top_k")
-        return ValueError(said)
-
-    def _nonsense(self, what: str) -> ValueError:
-        return ValueError(f"the answer of the teacher's server {self.url} cannot be used: {what}")
-
-    def _without_key(self, text: str) -> str:
-        """Before anything is cut off it, and however a server escapes it."""
-        for form in (self._key, self._key and json.dumps(self._key)[1:-1]):
-            text = text.replace(form, "***") if form else text
-        return text
-
 
 class _Retry(urllib3.Retry):
     """Says that it tries again, which urllib3 does for some reasons only, and sleeps no longer than we let it."""
+
+    name = ""
+    """Of the server."""
+
+    def new(self, **changes: Any) -> _Retry:
+        again = super().new(**changes)
+        again.name = self.name
+        return again
 
     def get_retry_after(self, response: Any) -> float | None:
         wait = super().get_retry_after(response)
@@ -194,10 +264,11 @@ class _Retry(urllib3.Retry):
         again = super().increment(method, url, response, error, *rest, **more)
         reason = f"status {response.status}" if response is not None else type(error).__name__
         wait = again.get_backoff_time()
-        logger.warning(f"the teacher's server: {reason}; trying again in {wait:.0f} s or as it asks for")
+        logger.warning(f"{self.name}: {reason}; trying again in {wait:.0f} s or as it asks for")
         return again
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """What is shown of an answer."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} ..."
