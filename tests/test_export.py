@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from taid import TAIDConfig, TAIDTrainer
 from taid.cli import main
@@ -23,14 +25,14 @@ IDS = torch.tensor([[0, 5, 17, 200, 33, 4, 270]])
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory, student_folder, teacher_folder, make_rows):
-    """adapter(name, **lora): a student of two really trained steps, as `taid train` leaves it."""
+    """adapter(name, **lora): the folder of a really trained student as `taid train` leaves it, and the student."""
     from datasets import Dataset
 
-    def make(name: str, *, student: Path = student_folder, **lora: object) -> Path:
+    def make(name: str, *, student: Path = student_folder, teacher: Path = teacher_folder, **lora: object) -> Any:
         folder = tmp_path_factory.mktemp("adapters") / name
         arguments = {"tokenizer_from": lora.pop("tokenizer_from", "student")}
         trainer = TAIDTrainer(
-            str(student), str(teacher_folder),
+            str(student), str(teacher),
             TAIDConfig(output_dir=str(folder), max_steps=2, learning_rate=5e-2, use_cpu=True, bf16=False,
                        per_device_train_batch_size=4, save_strategy="no", report_to="none", **arguments),
             Dataset.from_list(make_rows("text", 8)),
@@ -38,7 +40,7 @@ def adapter(tmp_path_factory, student_folder, teacher_folder, make_rows):
         )  # fmt: skip
         trainer.train()
         trainer.save_model()
-        return folder
+        return folder, trainer.model
 
     return make
 
@@ -81,7 +83,7 @@ def test_a_merged_adapter_says_what_the_adapter_says(name, adapter, student_fold
     if name == "a tied head":
         folder = never_trained(tmp_path / "run", student_folder, **ADAPTERS[name])
     else:
-        folder = adapter("run", **ADAPTERS[name])
+        folder = adapter("run", **ADAPTERS[name])[0]
     merged = export(folder, tmp_path / "merged", "merged-lora")
     assert (
         f"the same greedy text: {NEW_TOKENS * len(PROMPTS)} of {NEW_TOKENS * len(PROMPTS)}" in capsys.readouterr().out
@@ -106,11 +108,32 @@ def test_a_merged_adapter_says_what_the_adapter_says(name, adapter, student_fold
     assert tied == (name in ("lora", "dora"))
 
 
+@pytest.mark.parametrize("rows", [310, 300])
+def test_a_student_that_took_its_teachers_tokenizer_is_merged_with_its_new_embeddings(
+    rows, adapter, tokenizer, make_model, tmp_path
+):
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = sorted(bpe["model"]["vocab"], key=bpe["model"]["vocab"].get)
+    words = words[:3] + words[:2:-1] + [f"<{n}>" for n in range(rows - 300)]  # other ids, and some more
+    bpe["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(bpe)), eos_token="<|endoftext|>",
+                                    pad_token="<|endoftext|>")  # fmt: skip
+    other.save_pretrained(tmp_path / "teacher")
+    make_model(rows, seed=7).save_pretrained(tmp_path / "teacher")
+    folder, trained = adapter(
+        "run", teacher=tmp_path / "teacher", tokenizer_from="teacher", target_modules=["q_proj", "v_proj"]
+    )
+    merged = AutoModelForCausalLM.from_pretrained(export(folder, tmp_path / "merged", "merged-lora"))
+    assert merged.get_input_embeddings().weight.shape[0] == rows
+    torch.testing.assert_close(logits(merged), logits(trained.eval()), rtol=0, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == other.get_vocab()
+
+
 def test_a_merged_model_is_stored_in_its_base_models_dtype(adapter, student_folder, tmp_path, capsys):
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(student_folder).bfloat16().save_pretrained(half)
     AutoTokenizer.from_pretrained(student_folder).save_pretrained(half)
-    folder = adapter("run", student=half, target_modules=["q_proj", "up_proj"])
+    folder = adapter("run", student=half, target_modules=["q_proj", "up_proj"])[0]
     merged = AutoModelForCausalLM.from_pretrained(export(folder, tmp_path / "merged", "merged-lora"), dtype="auto")
     assert merged.dtype == torch.bfloat16
     once = as_adapter(folder, half).merge_and_unload()  # in float32, and rounded a single time
@@ -120,7 +143,7 @@ def test_a_merged_model_is_stored_in_its_base_models_dtype(adapter, student_fold
 
 
 def test_a_merge_that_does_not_answer_alike_is_not_kept(adapter, tmp_path, monkeypatch):
-    folder = adapter("run", target_modules=["q_proj", "up_proj"])
+    folder = adapter("run", target_modules=["q_proj", "up_proj"])[0]
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
     monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", lambda self, **_: self.unload())
     with pytest.raises(
@@ -244,7 +267,7 @@ def test_a_killed_export_leaves_nothing_under_its_name_and_the_next_one_works(st
 
 def test_mistakes_are_named_before_anything_is_written(adapter, student_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    lora = adapter("run", target_modules=["q_proj"])
+    lora = adapter("run", target_modules=["q_proj"])[0]
     own_code = tmp_path / "own_code"
     own_code.mkdir()
     (own_code / "config.json").write_text('{"auto_map": {"AutoConfig": "configuration.Config"}}')

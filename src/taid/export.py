@@ -174,6 +174,7 @@ def _fit_embeddings(base: Any, source: Path, tokenizer: Any) -> None:
         rows = {file.get_slice(key).get_shape()[0] for key in keys}
     if rows and rows != {base.get_input_embeddings().weight.shape[0]}:
         base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    if tokenizer.get_vocab() != load_tokenizer(base.name_or_path, role="base model").get_vocab():
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(base.config.get_text_config(), token, getattr(tokenizer, token))
             setattr(base.generation_config, token, getattr(tokenizer, token))

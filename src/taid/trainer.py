@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -146,6 +146,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             model=pair.student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=pair.processing_class, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
+        if args.tokenizer_from == "teacher" and is_peft_model(self.model):
+            # peft saves embeddings that have another size, not those whose rows have moved.
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=True)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
