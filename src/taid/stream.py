@@ -16,6 +16,7 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset
+from datasets.iterable_dataset import BufferShuffledExamplesIterable
 
 from taid import data, images
 
@@ -72,8 +74,8 @@ def of(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None:
     An ``IterableDataset`` of `datasets` becomes one; its rows are not checked.
 
     Raises:
-        ValueError: an option that a stream does not go together with, a data set that does not go on exactly where its
-            own ``state_dict`` says, as none with a shuffle buffer does, or held-out rows that are a stream.
+        ValueError: an option that a stream does not go together with, a data set with a shuffle buffer, or held-out
+            rows that are a stream.
     """
     for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
         if isinstance(rows, IterableDataset | Stream):
@@ -223,6 +225,8 @@ class Files(Source):
             return data.without_none(record)
         if self.type == ".txt":
             return {self.text_field: data.decoded(record, place).strip("\r\n")}
+        if place.endswith("line 1") and record.lstrip().startswith(b"["):
+            raise ValueError(f"{place}: a JSON array: a stream has one JSON object a line (JSON Lines)")
         return data.json_row(record, place)
 
     def identity(self) -> str:
@@ -234,19 +238,16 @@ class Rows(Source):
     """What `datasets` streams: a folder, a data set on the Hub, or one that was made in Python.
 
     Raises:
-        ValueError: it does not go on exactly where its own ``state_dict`` says.
+        ValueError: it has a shuffle buffer.
     """
 
     def __init__(self, name: str, dataset: IterableDataset) -> None:
         self.name, self.dataset = name, dataset
         self._number, self._state = 0, None  # rows before the next one, and the state to begin with until one is read
-        first = list(itertools.islice(self.records(None), 4))
-        next(self.records(None), None)
-        again = list(itertools.islice(self.records(self.at()), 3))
-        if first[1:] != again:
+        if _is_buffered(dataset._ex_iterable):
             raise ValueError(
-                f"{name} does not go on where its state_dict says, so a resumed run would lose rows (a shuffle "
-                "buffer?): take .shuffle() away, and shuffle the files beforehand"
+                f"{name} is shuffled in a buffer, whose rows its state_dict does not keep, so a resumed run would lose "
+                "them: take .shuffle() away, and shuffle the files beforehand"
             )
 
     def records(self, at: Any) -> Iterator[tuple[str, Any]]:
@@ -273,6 +274,12 @@ class Rows(Source):
     def identity(self) -> str:
         """See :class:`Source`."""
         return str(self.dataset.num_shards)
+
+
+def _is_buffered(rows: Any) -> bool:
+    """Whether a shuffle buffer is among the steps that `datasets` takes to a row."""
+    before = [vars(rows).get("ex_iterable"), *vars(rows).get("ex_iterables", ())]
+    return isinstance(rows, BufferShuffledExamplesIterable) or any(map(_is_buffered, filter(None, before)))
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
@@ -375,8 +382,6 @@ class Stream:
                 if found is None:
                     passes[drawn] += 1
                     records[drawn] = source.records(None)
-                    if rank == 0:
-                        logger.info(f"{source.name}: all rows have been read {passes[drawn]} times; it begins anew")
                     if len(self.sources) == 1:  # so that no packed row has parts of two passes
                         break
                     found = next(records[drawn])
@@ -395,20 +400,35 @@ class Stream:
             rank: of this process among those that see different rows.
             processes: how many they are.
         """
-        seen, empty = (self.start or {}).get("prepared", 0), 0
-        for before, chunk in self._chunks(self.start, rank, processes):
-            self._in_hand[:] = chunk
-            rows = list(dataset) if chunk else []
-            empty = 0 if rows else empty + 1
-            if empty == 2:  # one alone may be the end of a source
-                names = ", ".join(source.name for source in self.sources)
-                raise ValueError(
-                    f"{names}: no row with a trained token is left for process {rank} of {processes}: give more rows, "
-                    "or a larger max_length"
-                )
-            for number, row in enumerate(rows[seen:], start=seen + 1):
-                yield row, before | {"prepared": number}
-            seen = 0
+        chunks = self._chunks(self.start, rank, processes)
+
+        def prepare() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            before, self._in_hand[:] = next(chunks)
+            return before, list(dataset) if self._in_hand else []
+
+        seen, empty, passes = (self.start or {}).get("prepared", 0), 0, (self.start or {}).get("passes")
+        with ThreadPoolExecutor(1) as thread:  # prepares the next chunk while this one is trained on
+            try:
+                coming = thread.submit(prepare)
+                while empty < 2:  # one alone may be the end of a source
+                    before, rows = coming.result()
+                    coming = thread.submit(prepare)
+                    if rank == 0 and before["passes"] != passes:
+                        self._say_passes(passes := before["passes"])
+                    for number, row in enumerate(rows[seen:], start=seen + 1):
+                        yield row, before | {"prepared": number}
+                    seen, empty = 0, 0 if rows else empty + 1
+            finally:
+                self._in_hand.clear()  # the chunk in preparation ends here
+        raise ValueError(
+            f"{', '.join(source.name for source in self.sources)}: no row with a trained token is left for process "
+            f"{rank} of {processes}: give more rows, or a larger max_length"
+        )
+
+    def _say_passes(self, passes: list[int]) -> None:
+        for source, times in zip(self.sources, passes, strict=True):
+            if times:
+                logger.info(f"{source.name}: its rows have all been seen {times} times, and begin anew")
 
     def identity(self) -> str:
         """What must be the same for a place to be the same: which files there are, in which order."""

@@ -81,6 +81,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         peft_config: trains an adapter (LoRA, DoRA) instead of the student's own weights.
         callbacks: as in transformers.
         optimizers: as in transformers.
+        objective: a function of your own instead of ``args.objective``, of the student's and the teacher's logits
+            ``[N, V]`` in float32, that gives the loss of N tokens ``[N]`` in nats; differentiated by autograd.
 
     Raises:
         ValueError: student and teacher do not fit, no trained token is left, or an option does not go together with
@@ -111,8 +113,12 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         args = args or TAIDConfig()
+        if objective is not None:
+            name: Any = getattr(objective, "__name__", type(objective).__name__)
+            args.fused, args.objective = False, name
         self._stream = stream.of(train_dataset, eval_dataset, args)
         train_dataset = self._stream.dataset if self._stream else train_dataset
         see = images.has_images(train_dataset)
@@ -161,7 +167,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             )
         self._check_rows(pair.tokenizer)
         self.teacher = self._teacher(pair.teacher, elsewhere)
-        self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args)
+        self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
         self._schedule: TAIDSchedule | CurriculumTemperature | None = None
         self._schedule_state: ScheduleState | TemperatureState | None = None
         self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
