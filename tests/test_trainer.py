@@ -55,6 +55,31 @@ def relative(a, b):
     return abs(a - b) / max(abs(b), 1e-12)
 
 
+# --- an objective of one's own ----------------------------------------------------------------------------------------
+
+
+def my_kl(student_logits, teacher_logits):
+    teacher_log_probs = teacher_logits.log_softmax(-1)
+    return F.kl_div(student_logits.log_softmax(-1), teacher_log_probs, log_target=True, reduction="none").sum(-1)
+
+
+def test_an_objective_of_ones_own_trains_like_the_one_that_it_is(tmp_path, student_folder, teacher_folder):
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "kd_ratio": 0.7}
+    options = {"objective": my_kl}
+    own, rows, _ = train(tmp_path / "own", student_folder, teacher_folder, model_options=options, **split)
+    _, expected, _ = train(tmp_path / "named", student_folder, teacher_folder, objective="forward_kl", **split)
+    for a, b in zip(rows, expected, strict=True):
+        assert max(relative(a[name], b[name]) for name in ("loss", "grad_norm", "kl", "cross_entropy")) < 1e-5
+    assert own.configuration["objective"] == "my_kl"
+    assert "t" not in rows[0]
+
+
+@pytest.mark.parametrize("wrong", [lambda z, p: z.sum(), lambda z, p: z - p])
+def test_an_objective_that_gives_no_value_a_token_is_named(tmp_path, student_folder, teacher_folder, wrong):
+    with pytest.raises(ValueError, match=r"an objective gives one value a token, \[\d+\]; yours gave"):
+        train(tmp_path, student_folder, teacher_folder, model_options={"objective": wrong})
+
+
 # --- one number a step ------------------------------------------------------------------------------------------------
 
 SPLITS = {

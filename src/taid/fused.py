@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def distillation_loss(
     student_NV: Tensor,
     teacher_NV: Tensor | Sparse | None,
     labels_N: Tensor,
-    objective: str = "taid",
+    objective: str | Callable[[Tensor, Tensor], Tensor] = "taid",
     *,
     kd_ratio: float = 1.0,
     **parameters: Any,
@@ -101,13 +102,16 @@ def distillation_loss(
         student_NV: the student's logits.
         teacher_NV: the teacher's, or its :class:`TopK` or :class:`Sampled`; None for the label's cross-entropy alone.
         labels_N: the tokens to predict, int64.
-        objective: the name of a function of :mod:`taid.objectives`, or "sft".
+        objective: the name of a function of :mod:`taid.objectives`, "sft", or a function of your own of both logits
+            that gives N values.
         kd_ratio: share of the objective; the rest is cross-entropy to the labels.
         **parameters: those of the objective.
 
     Raises:
-        ValueError: as :func:`fused_distillation_loss`.
+        ValueError: as :func:`fused_distillation_loss`, or your own function gives something else.
     """
+    own = objective if callable(objective) else None
+    objective = "forward_kl" if callable(objective) else objective  # what is asked of the teacher is the same
     task = RowTask.of(objective, kd_ratio, parameters, Finish(), Finish())
     V = student_NV.shape[-1]
     if labels_N.device.type == "cpu" and labels_N.numel() and not 0 <= labels_N.min() <= labels_N.max() < V:
@@ -127,6 +131,10 @@ def distillation_loss(
         elif teacher_NV is not None:
             columns["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
     if isinstance(teacher_NV, Sparse) and share > 0:
+        if own is not None:
+            raise ValueError(
+                "an objective of your own needs the teacher's whole distribution, not its top k or samples"
+            )
         teacher_NV.check_objective(objective)
     if isinstance(teacher_NV, TopK):  # from here on, of k + 1 outcomes
         student_NV, teacher_NV = teacher_NV.outcomes(student_NV)
@@ -138,14 +146,17 @@ def distillation_loss(
         given = task.parameters | ({"labels": labels_N} if objective == "dkd" else {})
         if objective == "ctkd" and torch.is_grad_enabled():
             given["temperature"] = torch.as_tensor(given["temperature"]).detach().to(student_NV).requires_grad_()
-        columns["objective"] = getattr(objectives, objective)(student_NV, teacher_NV, **given)
+        columns["objective"] = (own or getattr(objectives, objective))(student_NV, teacher_NV, **given)
+        if columns["objective"].shape != zero.shape:
+            shapes = [list(values.shape) for values in (zero, columns["objective"])]
+            raise ValueError(f"an objective gives one value a token, {shapes[0]}; yours gave {shapes[1]}")
         if objective == "ctkd" and torch.is_grad_enabled():
             total = columns["objective"].sum()
             gradient = torch.autograd.grad(total, given["temperature"], retain_graph=True)[0]
             columns["temperature_gradient"] = torch.cat([gradient[None], zero])
     with torch.no_grad():
         if teacher_NV is not None:
-            same = objective == "forward_kl" and share > 0
+            same = objective == "forward_kl" and own is None and share > 0
             columns["kl"] = columns["objective"] if same else objectives.forward_kl(student_NV, teacher_NV)
             if objective == "taid" and share > 0:
                 target_NV = objectives.interpolated_log_probs(student_NV, teacher_NV, **task.parameters).exp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ class PairLoss:
         teacher: None where nothing is distilled.
         vocabulary: the ids that both predict.
         args: objective, kd_ratio and whether it is fused.
+        objective: a function of both logits instead of the one that is named; never fused.
 
     Raises:
         ValueError: the student's output head cannot be fused; says why and the remedy.
     """
 
-    def __init__(self, student: Any, teacher: Teacher | None, vocabulary: Vocabulary, args: TAIDConfig) -> None:
-        self.teacher, self.vocabulary, self.args = teacher, vocabulary, args
+    def __init__(
+        self, student: Any, teacher: Teacher | None, vocabulary: Vocabulary, args: TAIDConfig,
+        objective: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.teacher, self.vocabulary, self.args, self.objective = teacher, vocabulary, args, objective
         if args.fused:
             self.student_head = OutputHead(student, "student")
 
@@ -86,5 +91,5 @@ class PairLoss:
         teacher_NV = self.teacher.logits(vision.for_teacher(inputs), labels) if asked else None  # type: ignore[union-attr]
         return outputs, distillation_loss(
             self.vocabulary.select(outputs.logits[trained]), teacher_NV, self.vocabulary.position(labels[trained]),
-            self.args.objective, kd_ratio=self.args.distillation_share, **parameters,
+            self.objective or self.args.objective, kd_ratio=self.args.distillation_share, **parameters,
         )  # fmt: skip
