@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="distil a teacher into a student (taid train --help)")
     commands.add_parser("cache", help="keep what the teacher says of a run's rows on disk (taid cache --help)")
     commands.add_parser("plan", help="how large a cache is for a recipe, before anything is loaded (taid plan --help)")
+    _add_evaluate(commands)
     report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.set_defaults(run=_report)
@@ -77,6 +78,37 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=150, help="optimizer steps a method (default: %(default)s)")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="held-out measures, benchmark tasks and a judge's grades")
+    add = evaluate.add_argument
+    add("model", metavar="MODEL", help="a folder with safetensors (also of an adapter) or a Hub name")
+    add("--teacher", metavar="MODEL", help="gives the KL to it, and its own row")
+    add("--before", metavar="MODEL", help="the student before training, for a row of its own")
+    add("--data", metavar="NAME", help="held-out rows: a file, glob, folder or Hub name, as dataset_name")
+    add("--dataset_config", metavar="NAME", help="configuration of a Hub data set")
+    add("--split", default="test", help="split of a Hub data set or folder (default: %(default)s)")
+    add("--dataset_text_field", default="text", metavar="NAME", help="the column of plain text (default: %(default)s)")
+    add("--max_length", type=int, default=1024, metavar="N", help="rows are cut to N tokens (default: %(default)s)")
+    add("--assistant_only_loss", action="store_true", help="in chats only the assistant's tokens count")
+    add("--chat_template_path", metavar="FILE", help="a chat template for a tokenizer without one")
+    add("--batch_size", type=int, default=8, metavar="N", help="rows, or requests of a task (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of all models; auto is that of each checkpoint (default: %(default)s)")  # fmt: skip
+    add("--use_cpu", action="store_true", help="even where there is a GPU")
+    add("--tasks", metavar="A,B", help="tasks of lm-eval, comma-separated; taid-paper is the paper's set")
+    add("--num_fewshot", type=int, metavar="N", help="examples before each question, where a task leaves it open")
+    add("--limit", type=float, metavar="N", help="only the first N questions of a task, for trying it out")
+    add("--include_path", metavar="DIR", help="a folder with task files of your own")
+    add("--judge_url", metavar="URL", help="a server with the OpenAI API, which grades answers; its key, if it wants "
+        "one, is JUDGE_API_KEY in the environment")  # fmt: skip
+    add("--judge_model", metavar="NAME", help="the judge's name on the server")
+    add("--judge_timeout", type=float, default=120.0, metavar="S", help="seconds without a byte (default: %(default)s)")
+    add("--prompts", metavar="FILE", help=".jsonl with `prompt`, `messages` or `turns` a row")
+    add("--max_new_tokens", type=int, default=1024, metavar="N", help="of an answer (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, TAIDConfig]:
@@ -261,6 +293,21 @@ def _export(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     asked = {name: getattr(options, name) for name in ("llama_cpp", "quantization", "overwrite")}
     print(f"exported: {export(options.model, options.output, options.format, **asked)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    from taid.evaluation import run
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user can act on them
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("taid").setLevel(logging.INFO)
+    run(options)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,0 +1,408 @@
+"""``taid evaluate``: what a finished student is worth, on held-out rows, on benchmark tasks and to a judge.
+
+Held-out measures are :meth:`taid.TAIDTrainer.evaluate`'s, so that a trained token is what it is in training; tasks are
+lm-eval's, and their numbers the ones that its own command prints; the judge is :mod:`taid.judge`. What is wrong with
+the arguments, the rows, the names of tasks or the judge's server is said before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import logging
+import math
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from taid import run_folder
+
+if TYPE_CHECKING:
+    from taid.config import TAIDConfig
+    from taid.judge import Judge
+
+logger = logging.getLogger(__name__)
+
+FILE = "evaluation.json"
+_MARK = "taid_evaluation"
+PAPER = "taid-paper"
+# Six few-shot tasks, as the Open LLM Leaderboard asked them; why these: docs/evaluate.md.
+_PAPER_TASKS = {
+    "arc_challenge": 25,
+    "hellaswag": 10,
+    "mmlu": 5,
+    "truthfulqa_mc2": 0,
+    "winogrande": 5,
+    "gsm8k": 5,
+}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a model makes of held-out rows; means are over their trained tokens.
+
+    Attributes:
+        cross_entropy: -log q(y), nats a token, over the ids that the student and the teacher share.
+        perplexity: exp(cross_entropy).
+        bits_per_byte: cross_entropy * tokens / (ln 2 * bytes); nothing of it depends on how the text was split into
+            tokens. None where the trained tokens are no text.
+        kl: KL(p || q) of the teacher p and the model q, nats a token, over the shared ids; None without a teacher.
+        accuracy: the share of tokens that are the model's likeliest.
+        tokens: how many were trained.
+        bytes: of the text that they decode to (:func:`bytes_of`).
+    """
+
+    cross_entropy: float
+    perplexity: float
+    bits_per_byte: float | None
+    kl: float | None
+    accuracy: float
+    tokens: int
+    bytes: int
+
+
+def bytes_of(input_ids: list[int], labels: list[int], tokenizer: Any) -> int:
+    """The bytes of the text that the trained tokens of a row decode to, in UTF-8.
+
+    Trained are the tokens whose label is not -100; the first of a row is not, because nothing predicts it. A run of
+    trained tokens is worth the bytes by which the row's text up to its end is longer than that up to its beginning, so
+    that a space at the seam is counted. Special tokens, an end of text say, decode to nothing: their loss counts and
+    they have no bytes. Where a run begins or ends within a character, decoding gives U+FFFD, of three bytes, for it.
+    """
+
+    def until(end: int) -> int:
+        text = tokenizer.decode(input_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode())
+
+    trained = [False, *(label != -100 for label in labels[1:]), False]
+    starts = [place for place in range(1, len(trained)) if trained[place] and not trained[place - 1]]
+    ends = [place for place in range(1, len(trained)) if trained[place - 1] and not trained[place]]
+    return sum(until(end) - until(start) for start, end in zip(starts, ends, strict=True))
+
+
+def held_out(
+    student: Any, tokenizer: Any, rows: Any, args: TAIDConfig, teacher: Any = None, teacher_tokenizer: Any = None
+) -> Measures:
+    """Evaluate a model on rows.
+
+    Args:
+        student: the model.
+        tokenizer: its own; makes the rows' tokens and applies its chat template.
+        rows: as :func:`taid.data.load_rows` gives them.
+        args: `objective` is "sft"; batch size, max_length and which tokens are trained.
+        teacher: what the KL is to; it may differ from the student in nothing but padding and special tokens.
+        teacher_tokenizer: the teacher's.
+
+    Raises:
+        ValueError: the rows have no trained token, or student and teacher have different tokenizers.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+
+    from taid.models import tokenizer_of
+    from taid.trainer import TAIDTrainer
+
+    trainer = TAIDTrainer(
+        student, teacher, args, train_dataset=rows, processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+    )  # fmt: skip
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    found = trainer.evaluate(trainer.train_dataset)
+    prepared = trainer.train_dataset.select_columns(["input_ids", "labels"])
+    size = sum(bytes_of(row["input_ids"], row["labels"], tokenizer_of(tokenizer)) for row in prepared)
+    cross_entropy, tokens = found["eval_cross_entropy"], found["eval_tokens"]
+    return Measures(
+        cross_entropy=cross_entropy,
+        perplexity=math.exp(min(cross_entropy, 700.0)),
+        bits_per_byte=cross_entropy * tokens / (math.log(2) * size) if size else None,
+        kl=found.get("eval_kl"),
+        accuracy=found["eval_mean_token_accuracy"],
+        tokens=tokens,
+        bytes=size,
+    )
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that lm-eval knows.
+
+    Attributes:
+        specs: what its ``simple_evaluate`` takes: names, and for the paper's set a group with shots of its own.
+        manager: its index of them.
+    """
+
+    specs: list[str | dict[str, Any]]
+    manager: Any
+
+    @classmethod
+    def named(cls, names: list[str], include_path: str | None = None) -> Tasks:
+        """Find tasks, groups and tags by their names; `taid-paper` is the paper's set.
+
+        Raises:
+            ImportError: lm-eval is not installed.
+            ValueError: there is no such task; names it, and one that it may be.
+            FileNotFoundError: `include_path` is no folder.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ImportError("tasks need lm-eval: pip install 'taid[evaluation]' (or lm-eval==0.4.13)")
+        if include_path is not None and not Path(include_path).expanduser().is_dir():
+            raise FileNotFoundError(f"include_path {include_path}: there is no such folder")
+        if not names:
+            raise ValueError("tasks is empty: name some, as in --tasks lambada_openai,hellaswag")
+        from lm_eval.tasks import TaskManager
+
+        folder = None if include_path is None else str(Path(include_path).expanduser())
+        manager = TaskManager(include_path=folder)
+        group = {"group": PAPER, "task": [{"task": name, "num_fewshot": n} for name, n in _PAPER_TASKS.items()]}
+        specs: list[str | dict[str, Any]] = []
+        for name in names:
+            found = [name] if name == PAPER else manager.match_tasks([name])
+            if not found:
+                near = difflib.get_close_matches(name, [PAPER, *manager.all_tasks], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"task {name!r} does not exist in lm-eval {metadata.version('lm_eval')}{hint} "
+                    "(lm-eval ls tasks lists them; a folder with your own is include_path)"
+                )
+            specs += [group if task == PAPER else task for task in found]
+        return cls(specs, manager)
+
+    def run(
+        self, model: Any, tokenizer: Any, *, num_fewshot: int | None = None, limit: float | None = None,
+        batch_size: int = 1,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """What ``lm_eval --model hf --model_args pretrained=FOLDER`` prints of the folder that `model` is from.
+
+        Returns:
+            A row for each metric of each task: `task`, `metric`, `filter`, `value`, `stderr` (None where lm-eval gives
+            none), `n_shot` and `higher_is_better`.
+        """
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=self.specs,
+            num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, log_samples=False, task_manager=self.manager,
+        )  # fmt: skip
+        return task_rows(found)
+
+
+def task_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics in lm-eval's results, one a row."""
+    rows = []
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            name, comma, kind = key.partition(",")
+            if not comma or name.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{name}_stderr,{kind}")
+            rows.append(
+                {
+                    "task": task,
+                    "metric": name,
+                    "filter": kind,
+                    "value": float(value),
+                    "stderr": float(error) if isinstance(error, int | float) else None,
+                    "n_shot": found["n-shot"].get(task),
+                    "higher_is_better": found["higher_is_better"].get(task, {}).get(name),
+                }
+            )
+    return rows
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(options: Namespace) -> dict[str, Any]:
+    """Do what ``taid evaluate`` was asked for, print tables, and write `output` after each part.
+
+    Returns:
+        What stands in `output`.
+
+    Raises:
+        ValueError: options that do not go together, a file that is no evaluation, a bad row, an unknown task, models
+            that cannot be loaded or do not fit each other.
+        ImportError: a package that an option needs is not installed.
+        ConnectionError: the judge cannot be reached.
+    """
+    from accelerate import PartialState
+
+    from taid import data
+    from taid.judge import table as judge_table
+
+    _check(options)
+    is_main = PartialState().process_index == 0
+    judge = _judge(options) if options.judge_url and is_main else None
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    tasks = Tasks.named(names, options.include_path) if options.tasks is not None and is_main else None
+    rows = options.data and data.load_rows(
+        options.data, config=options.dataset_config, split=options.split, text_field=options.dataset_text_field
+    )
+    result: dict[str, Any] = {_MARK: 1, "taid_version": metadata.version("taid")}
+    result |= {name: getattr(options, name) for name in ("model", "teacher", "before", "data")}
+    # What is no terminal would cut the tables at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with _configured(options) as args:
+        model, tokenizer = _load(options, options.model, "student")
+        if rows:
+            result["held_out"] = _compare(options, model, tokenizer, rows, args)
+        if not is_main:
+            return result
+        if rows:
+            console.print(held_out_table(result["held_out"]))
+            _write(options.output, result)
+        model.to(args.device).eval()
+        if tasks is not None:
+            result["tasks"] = tasks.run(
+                model, tokenizer, num_fewshot=options.num_fewshot, limit=options.limit, batch_size=options.batch_size
+            )
+            console.print(task_table(result["tasks"]))
+            _write(options.output, result)
+        if judge is not None:
+            result["judge"] = judge.grade(model, tokenizer)
+            console.print(judge_table(result["judge"]))
+            _write(options.output, result)
+    return result
+
+
+def _check(options: Namespace) -> None:
+    """What the options say of each other."""
+    if options.data is None and options.tasks is None and options.judge_url is None:
+        raise ValueError("nothing to evaluate: give held-out rows as --data, tasks as --tasks, or a judge")
+    for name in ("teacher", "before"):
+        if getattr(options, name) is not None and options.data is None:
+            raise ValueError(f"--{name} is compared on held-out rows: give them as --data")
+    for name in ("num_fewshot", "limit", "include_path"):
+        if getattr(options, name) is not None and options.tasks is None:
+            raise ValueError(f"--{name} is for tasks: name some with --tasks")
+    for name in ("batch_size", "max_length", "limit"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise ValueError(f"--{name} must be positive, got {value}")
+    asked = {name: getattr(options, name) for name in ("judge_url", "judge_model", "prompts")}
+    if any(asked.values()):
+        for name, value in (asked | {"output": options.output}).items():
+            if value is None:
+                raise ValueError(
+                    f"a judge needs --judge_url, --judge_model, --prompts and --output: --{name} is not set"
+                )
+    if options.output is not None:
+        check_output(options.output)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a place where an evaluation cannot be written.
+
+    Raises:
+        ValueError: it is a folder, or a file that is no evaluation, which would be lost.
+        FileNotFoundError: its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a file in it, as {path / FILE}")
+    if not path.exists():
+        return
+    try:
+        is_evaluation = _MARK in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        is_evaluation = False
+    if not is_evaluation:
+        raise ValueError(f"--output {path} is a file that taid evaluate did not write: choose another name")
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        run_folder.write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def _judge(options: Namespace) -> Judge:
+    from taid.judge import Judge, read_prompts
+
+    return Judge(
+        options.judge_url, options.judge_model, read_prompts(options.prompts),
+        options.output.with_suffix(".judged.jsonl"), timeout=options.judge_timeout,
+        max_new_tokens=options.max_new_tokens, student=options.model,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _configured(options: Namespace) -> Iterator[TAIDConfig]:
+    """The trainer's arguments; it makes its folder, which nobody needs."""
+    from taid.config import TAIDConfig
+
+    with tempfile.TemporaryDirectory(prefix="taid-evaluate-") as folder:
+        yield TAIDConfig(
+            output_dir=folder, objective="sft", max_length=options.max_length, use_cpu=options.use_cpu, bf16=False,
+            per_device_eval_batch_size=options.batch_size, assistant_only_loss=options.assistant_only_loss,
+            chat_template_path=options.chat_template_path, dataset_text_field=options.dataset_text_field,
+            activation_checkpointing=False, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+
+
+def _load(options: Namespace, name: str, role: str) -> tuple[Any, Any]:
+    from taid.models import load_model, load_processing_class
+
+    tokenizer = load_processing_class(name, role=role)
+    return load_model(name, role=role, dtype=options.dtype), tokenizer
+
+
+def _compare(options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TAIDConfig) -> dict[str, Any]:
+    """The measures of the student before, the student and the teacher, each that is given."""
+    pairs = {"student": (model, tokenizer)}
+    if options.before is not None:
+        pairs = {"student before": _load(options, options.before, "student")} | pairs
+    teacher = (None, None) if options.teacher is None else _load(options, options.teacher, "teacher")
+    found = {name: asdict(held_out(*pair, rows, args, *teacher)) for name, pair in pairs.items()}
+    if options.teacher is not None:
+        # Beside the student, so that the ids are the shared ones, and on the student's rows.
+        of_teacher = held_out(teacher[0], tokenizer, rows, args, model, teacher[1])
+        found["teacher"] = asdict(of_teacher) | {"kl": 0.0}
+    return found
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def held_out_table(found: dict[str, dict[str, Any]]) -> Table:
+    """Measures by model."""
+    table = Table(title="Held out", title_justify="left")
+    table.add_column("")
+    for heading in ("nats/token", "perplexity", "bits/byte", "KL to teacher", "accuracy", "tokens", "bytes"):
+        table.add_column(heading, justify="right")
+    for name, of in found.items():
+        bits, kl = of["bits_per_byte"], of["kl"]
+        table.add_row(
+            name, f"{of['cross_entropy']:.4f}", f"{of['perplexity']:.4g}", "" if bits is None else f"{bits:.4f}",
+            "" if kl is None else f"{kl:.4f}", f"{of['accuracy']:.2%}", f"{of['tokens']:,}", f"{of['bytes']:,}",
+        )  # fmt: skip
+    return table
+
+
+def task_table(rows: list[dict[str, Any]]) -> Table:
+    """The metrics of tasks."""
+    table = Table(title="Tasks (lm-eval)", title_justify="left")
+    for heading in ("task", "metric", "filter"):
+        table.add_column(heading)
+    for heading in ("shots", "value", "± stderr"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        table.add_row(
+            row["task"], row["metric"], row["filter"], "" if row["n_shot"] is None else str(row["n_shot"]),
+            f"{row['value']:.4f}", error,
+        )  # fmt: skip
+    return table
