@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -327,14 +328,38 @@ def test_rows_that_are_no_token_get_no_probability_and_no_gradient(tmp_path, tea
     assert torch.equal(student.lm_head.weight[len(tokenizer) :], before[len(tokenizer) :])
 
 
-def test_the_router_loss_of_a_mixture_of_experts_is_kept(tmp_path, teacher_folder, tokenizer):
+def make_mixture(tokenizer):
     torch.manual_seed(0)
     shape = MixtralConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5,
     )  # fmt: skip
-    model = MixtralForCausalLM(shape)
-    model.save_pretrained(tmp_path / "moe")
+    return MixtralForCausalLM(shape)
+
+
+def test_a_mixture_of_experts_is_resumed_and_its_best_checkpoint_loaded(tmp_path, teacher_folder, tokenizer):
+    """Experts have other names on disk than in memory, by which transformers loads: it would begin anew."""
+    options = {"max_steps": 6, "per_device_train_batch_size": 3, "optim": "adamw_torch", "learning_rate": 1e-3,
+               "save_strategy": "steps", "save_steps": 2, "model_options": {"processing_class": tokenizer}}  # fmt: skip
+    train(tmp_path / "alone", make_mixture(tokenizer), teacher_folder, **options)
+    shutil.copytree(tmp_path / "alone" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    shutil.copy(tmp_path / "alone" / "metrics.jsonl", tmp_path / "again")
+    settings = config(tmp_path / "again", **{k: v for k, v in options.items() if k != "model_options"})
+    again = TAIDTrainer(make_mixture(tokenizer), str(teacher_folder), settings, PROMPT_COMPLETION,
+                        processing_class=tokenizer)  # fmt: skip
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-2"))
+    weights = [(tmp_path / name / "checkpoint-6" / "model.safetensors").read_bytes() for name in ("alone", "again")]
+    assert weights[0] == weights[1]
+
+    options |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 3.0}
+    trainer, _, _ = train(tmp_path / "best", make_mixture(tokenizer), teacher_folder, held_out=HELD_OUT, **options)
+    best = MixtralForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in best.state_dict().items())
+
+
+def test_the_router_loss_of_a_mixture_of_experts_is_kept(tmp_path, teacher_folder, tokenizer):
+    make_mixture(tokenizer).save_pretrained(tmp_path / "moe")
     runs = []
     for coefficient in (0.5, 0.0):
         student = MixtralForCausalLM.from_pretrained(tmp_path / "moe")

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -126,6 +127,25 @@ def test_an_adapter_in_both_towers_learns(tmp_path):
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert any(".visual." in name for name in trained)
     assert all("lora_" in name for name in trained)
+
+
+def test_workers_make_the_same_batches(tmp_path):
+    alone = steps(make(tmp_path / "alone", "idefics3", per_device_train_batch_size=3))
+    assert steps(make(tmp_path / "two", "idefics3", per_device_train_batch_size=3, dataloader_num_workers=2)) == alone
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_resumed_run_ends_like_one_left_alone_byte_for_byte(tmp_path, architecture):
+    """transformers loads by the names in memory, and on disk a vision tower has others."""
+    options = {"max_steps": 6, "per_device_train_batch_size": 3, "optim": "adamw_torch", "learning_rate": 1e-3}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    alone = make(tmp_path / "alone", architecture, **options)
+    alone.train()
+    shutil.copytree(tmp_path / "alone" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    again = make(tmp_path / "again", architecture, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-2"))
+    weights = (f"checkpoint-{step}/model.safetensors" for step in (4, 6))
+    assert all((tmp_path / "again" / w).read_bytes() == (tmp_path / "alone" / w).read_bytes() for w in weights)
 
 
 def test_fine_tuning_needs_no_teacher(tmp_path, caplog):

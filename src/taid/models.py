@@ -218,6 +218,26 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     return model
 
 
+def load_renamed_weights(model: Any, folder: Path) -> bool:
+    """Load a checkpoint into a model whose weights have other names, or another form, on disk than in memory.
+
+    Those of vision towers and of experts do. transformers' Trainer loads what has the names in memory, warns, and goes on
+    with what the model had before: a run that is resumed would begin anew.
+
+    Returns:
+        Whether the checkpoint is such a one; nothing is loaded otherwise.
+    """
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    if names <= model.state_dict().keys():
+        return False
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
+    return True
+
+
 def load_config(name_or_path: str, **origin: Any) -> Any:
     """The configuration of a model, or of the model that an adapter is for."""
     name_or_path = os.path.expanduser(name_or_path)

@@ -31,7 +31,7 @@ from trl import SFTTrainer
 from taid import capture, images, run_folder, stream, vision
 from taid.cache import Cache
 from taid.config import TAIDConfig, resolved
-from taid.models import load_pair
+from taid.models import load_pair, load_renamed_weights
 from taid.pair_loss import PairLoss
 from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
 from taid.sequences import shifted
@@ -501,6 +501,18 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             identity |= {"files of the stream": self._stream.identity(), "processes": self.args.world_size}
         signal = self.teacher.kind if self.teacher is not None and self.args.distillation_share > 0 else None
         return identity | {"total_steps": self.state.max_steps, "rows_per_step": rows, "teacher_signal": signal}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_renamed(self, folder: str) -> bool:
+        of_engine = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(self.model)
+        return not of_engine and load_renamed_weights(self.model, Path(folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.stateful_callbacks[type(self).__name__] = {
