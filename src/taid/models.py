@@ -221,8 +221,8 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
 def load_renamed_weights(model: Any, folder: Path) -> bool:
     """Load a checkpoint into a model whose weights have other names, or another form, on disk than in memory.
 
-    Those of vision towers and of experts do. transformers' Trainer loads what has the names in memory, warns, and goes on
-    with what the model had before: a run that is resumed would begin anew.
+    Those of vision towers and of experts do. transformers' Trainer loads what has the names in memory, warns, and goes
+    on with what the model had before: a run that is resumed would begin anew.
 
     Returns:
         Whether the checkpoint is such a one; nothing is loaded otherwise.
