@@ -177,6 +177,14 @@ def test_evaluation_counts_every_row_once(tmp_path):
     assert measured["eval_tokens"] == (labels != -100).sum()
 
 
+def test_held_out_rows_may_be_text_alone(tmp_path):
+    held_out = [{"messages": row["messages"]} for row in ROWS]
+    none = [{**row, "images": []} for row in held_out]
+    measured = make(tmp_path / "text", held_out=held_out).evaluate()
+    expected = make(tmp_path / "none", rows=[*ROWS], held_out=none).evaluate()
+    assert measured["eval_cross_entropy"] == pytest.approx(expected["eval_cross_entropy"], rel=1e-6)
+
+
 def test_rows_that_fill_a_batch_are_not_trained_on():
     rows = [{**ROWS[0], "place": "row 0"}, {**ROWS[3], "place": vision.UNTRAINED}]
     labels = collator()(rows)["labels"]

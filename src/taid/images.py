@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, List
+from datasets import Dataset, Image, List
 from PIL import Image as Pixels
 from PIL import ImageOps
 
@@ -27,13 +27,13 @@ def has_images(dataset: Any) -> bool:
     return any(column in COLUMNS for column in getattr(dataset, "column_names", None) or ())
 
 
-def prepared(dataset: Any, name: str, *, folder: Path | None = None, skip: bool = False) -> Any:
+def prepared(dataset: Dataset, name: str, *, folder: Path | None = None, skip: bool = False) -> Dataset:
     """Give each row its place, and see that its image files are there.
 
     Files are opened as far as their headers; images that lie in the rows themselves are read in training.
 
     Args:
-        dataset: rows with ``image`` or ``images``: paths, what datasets' ``Image`` feature holds, or PIL images.
+        dataset: rows with ``image`` or ``images``: paths, or what datasets' ``Image`` feature holds; or with neither.
         name: of the data set, for the places.
         folder: what relative paths begin at.
         skip: leave out rows whose images cannot be read, and say how many.
@@ -46,17 +46,17 @@ def prepared(dataset: Any, name: str, *, folder: Path | None = None, skip: bool 
     """
     if PLACE in dataset.column_names:
         return dataset
+    places = [f"{name}, row {number}" for number in range(len(dataset))]
+    if not has_images(dataset):
+        return dataset.add_column(PLACE, places)
     column = next(column for column in COLUMNS if column in dataset.column_names)
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row, number: {PLACE: f"{name}, row {number}"}, with_indices=True)
     feature = dataset.features[column]
     inner = getattr(feature, "feature", feature)
     if getattr(inner, "dtype", None) == "string":
         dataset = dataset.map(lambda row: {column: _absolute(row[column], folder)}, keep_in_memory=True)
     raw = Image(decode=False)
     dataset = dataset.cast_column(column, raw if inner is feature else List(raw))
-    dataset = dataset.add_column(PLACE, [f"{name}, row {number}" for number in range(len(dataset))])
-    return _readable(dataset, column, skip=skip)
+    return _readable(dataset.add_column(PLACE, places), column, skip=skip)
 
 
 def _absolute(value: Any, folder: Path | None) -> Any:
