@@ -19,7 +19,7 @@ objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal
 dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
 teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url
 teacher_server_model teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from train_tokens
-skip_bad_images overwrite_output_dir
+skip_bad_images eval_tasks eval_tasks_num_fewshot eval_tasks_include_path overwrite_output_dir
 """.split()
 
 
@@ -85,6 +85,9 @@ def test_the_defaults_are_the_papers():
         "tokenizer_from": "student",
         "train_tokens": None,
         "skip_bad_images": False,
+        "eval_tasks": None,
+        "eval_tasks_num_fewshot": None,
+        "eval_tasks_include_path": None,
         "overwrite_output_dir": False,
     }
 

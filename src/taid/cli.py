@@ -165,8 +165,9 @@ def plan(argv: Sequence[str]) -> None:
 
 def train(argv: Sequence[str]) -> None:
     """``taid train``: from the configuration to the trained student and its report."""
-    from taid import run_folder
+    from taid import evaluation, run_folder
     from taid.report import write_report
+    from taid.tasks import tasks_of
 
     model_arguments, data_arguments, args = _configured(argv, "train")
     output_dir, is_main = Path(args.output_dir), args.process_index == 0
@@ -174,6 +175,7 @@ def train(argv: Sequence[str]) -> None:
         checkpoint = _checkpoint_to_resume(output_dir, args)
         if is_main and checkpoint is None:
             run_folder.check_free(output_dir, overwrite=args.overwrite_output_dir)
+        tasks = tasks_of(args, model_arguments) if is_main else None
         trainer = _build_trainer(model_arguments, data_arguments, args, resuming=checkpoint is not None)
         if is_main and checkpoint is None:
             run_folder.clear(output_dir)  # holds a run only where overwriting it was asked for
@@ -182,6 +184,8 @@ def train(argv: Sequence[str]) -> None:
             trainer.evaluate()
         trainer.save_model()
         trainer.create_model_card()
+        if tasks is not None:
+            evaluation.of_run(output_dir, tasks, args)
         if is_main:
             print(f"student: {output_dir}\nreport:  {write_report(output_dir)}")
 
@@ -279,9 +283,11 @@ def _evaluated_at(step: int, log_history: list[dict[str, Any]]) -> bool:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from taid.card import write_card
     from taid.report import write_report
 
     print(write_report(options.run_dir))
+    write_card(options.run_dir)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -189,6 +189,19 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         default=False,
         metadata={"help": "Leave out rows whose images cannot be read or do not fit into max_length, and say so."},
     )
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-eval that the trained student is given at the end, comma-separated, as in `taid "
+            "evaluate --tasks`."
+        },
+    )
+    eval_tasks_num_fewshot: int | None = field(
+        default=None, metadata={"help": "Examples before each question, where a task of eval_tasks leaves it open."}
+    )
+    eval_tasks_include_path: str | None = field(
+        default=None, metadata={"help": "A folder with task files of your own for eval_tasks."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the run that output_dir holds and start anew."}
     )
@@ -225,6 +238,11 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError(f"teacher_cache_samples must lie in 1 .. 255, got {self.teacher_cache_samples}")
         if self.teacher_cache is not None and not self.teacher_cache:
             raise ValueError("teacher_cache is empty: leave it away, or name a folder")
+        for name in ("eval_tasks_num_fewshot", "eval_tasks_include_path"):
+            if getattr(self, name) is not None and self.eval_tasks is None:
+                raise ValueError(f"{name} is for eval_tasks, which names no task")
+        if self.eval_tasks_num_fewshot is not None and self.eval_tasks_num_fewshot < 0:
+            raise ValueError(f"eval_tasks_num_fewshot must be 0 or positive, got {self.eval_tasks_num_fewshot}")
         if self.teacher_server_url is not None:
             check_url(self.teacher_server_url)
         if not 0.0 < self.teacher_server_timeout < math.inf:

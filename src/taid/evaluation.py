@@ -8,8 +8,6 @@ the arguments, the rows, the names of tasks or the judge's server is said before
 from __future__ import annotations
 
 import contextlib
-import difflib
-import importlib.util
 import json
 import logging
 import math
@@ -26,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taid import run_folder
+from taid.tasks import Tasks, task_table
 
 if TYPE_CHECKING:
     from taid.config import TAIDConfig
@@ -33,18 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FILE = "evaluation.json"
 _MARK = "taid_evaluation"
-PAPER = "taid-paper"
-# Six few-shot tasks, as the Open LLM Leaderboard asked them; why these: docs/evaluate.md.
-_PAPER_TASKS = {
-    "arc_challenge": 25,
-    "hellaswag": 10,
-    "mmlu": 5,
-    "truthfulqa_mc2": 0,
-    "winogrande": 5,
-    "gsm8k": 5,
-}
 
 
 @dataclass(frozen=True)
@@ -132,98 +120,6 @@ def held_out(
     )
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """Tasks that lm-eval knows.
-
-    Attributes:
-        specs: what its ``simple_evaluate`` takes: names, and for the paper's set a group with shots of its own.
-        manager: its index of them.
-    """
-
-    specs: list[str | dict[str, Any]]
-    manager: Any
-
-    @classmethod
-    def named(cls, names: list[str], include_path: str | None = None) -> Tasks:
-        """Find tasks, groups and tags by their names; `taid-paper` is the paper's set.
-
-        Raises:
-            ImportError: lm-eval is not installed.
-            ValueError: there is no such task; names it, and one that it may be.
-            FileNotFoundError: `include_path` is no folder.
-        """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ImportError("tasks need lm-eval: pip install 'taid[evaluation]' (or lm-eval==0.4.13)")
-        if include_path is not None and not Path(include_path).expanduser().is_dir():
-            raise FileNotFoundError(f"include_path {include_path}: there is no such folder")
-        if not names:
-            raise ValueError("tasks is empty: name some, as in --tasks lambada_openai,hellaswag")
-        from lm_eval.tasks import TaskManager
-
-        folder = None if include_path is None else str(Path(include_path).expanduser())
-        manager = TaskManager(include_path=folder)
-        group = {"group": PAPER, "task": [{"task": name, "num_fewshot": n} for name, n in _PAPER_TASKS.items()]}
-        specs: list[str | dict[str, Any]] = []
-        for name in names:
-            found = [name] if name == PAPER else manager.match_tasks([name])
-            if not found:
-                near = difflib.get_close_matches(name, [PAPER, *manager.all_tasks], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"task {name!r} does not exist in lm-eval {metadata.version('lm_eval')}{hint} "
-                    "(lm-eval ls tasks lists them; a folder with your own is include_path)"
-                )
-            specs += [group if task == PAPER else task for task in found]
-        return cls(specs, manager)
-
-    def run(
-        self, model: Any, tokenizer: Any, *, num_fewshot: int | None = None, limit: float | None = None,
-        batch_size: int = 1,
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """What ``lm_eval --model hf --model_args pretrained=FOLDER`` prints of the folder that `model` is from.
-
-        Returns:
-            A row for each metric of each task: `task`, `metric`, `filter`, `value`, `stderr` (None where lm-eval gives
-            none), `n_shot` and `higher_is_better`.
-        """
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
-        found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=self.specs,
-            num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, log_samples=False, task_manager=self.manager,
-        )  # fmt: skip
-        return task_rows(found)
-
-
-def task_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics in lm-eval's results, one a row."""
-    rows = []
-    for task, metrics in found["results"].items():
-        for key, value in metrics.items():
-            name, comma, kind = key.partition(",")
-            if not comma or name.endswith("_stderr"):
-                continue
-            error = metrics.get(f"{name}_stderr,{kind}")
-            rows.append(
-                {
-                    "task": task,
-                    "metric": name,
-                    "filter": kind,
-                    "value": float(value),
-                    "stderr": float(error) if isinstance(error, int | float) else None,
-                    "n_shot": found["n-shot"].get(task),
-                    "higher_is_better": found["higher_is_better"].get(task, {}).get(name),
-                }
-            )
-    return rows
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -242,20 +138,19 @@ def run(options: Namespace) -> dict[str, Any]:
     from accelerate import PartialState
 
     from taid import data
-    from taid.judge import table as judge_table
+    from taid.judge import grade_table
+    from taid.models import tokenizer_of
 
     _check(options)
     is_main = PartialState().process_index == 0
     judge = _judge(options) if options.judge_url and is_main else None
-    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    tasks = Tasks.named(names, options.include_path) if options.tasks is not None and is_main else None
+    tasks = Tasks.named(options.tasks, options.include_path) if options.tasks is not None and is_main else None
     rows = options.data and data.load_rows(
         options.data, config=options.dataset_config, split=options.split, text_field=options.dataset_text_field
     )
     result: dict[str, Any] = {_MARK: 1, "taid_version": metadata.version("taid")}
     result |= {name: getattr(options, name) for name in ("model", "teacher", "before", "data")}
-    # What is no terminal would cut the tables at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     with _configured(options) as args:
         model, tokenizer = _load(options, options.model, "student")
         if rows:
@@ -268,15 +163,37 @@ def run(options: Namespace) -> dict[str, Any]:
         model.to(args.device).eval()
         if tasks is not None:
             result["tasks"] = tasks.run(
-                model, tokenizer, num_fewshot=options.num_fewshot, limit=options.limit, batch_size=options.batch_size
+                model,
+                tokenizer_of(tokenizer),
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                batch_size=options.batch_size,
             )
             console.print(task_table(result["tasks"]))
             _write(options.output, result)
         if judge is not None:
-            result["judge"] = judge.grade(model, tokenizer)
-            console.print(judge_table(result["judge"]))
+            result["judge"] = judge.grade(model, tokenizer_of(tokenizer))
+            console.print(grade_table(result["judge"]))
             _write(options.output, result)
     return result
+
+
+def of_run(folder: Path, tasks: Tasks, args: TAIDConfig) -> None:
+    """Give the student that a run has saved its tasks; print the table and write evaluation.json beside it."""
+    from taid.models import load_model, load_processing_class, tokenizer_of
+
+    tokenizer = tokenizer_of(load_processing_class(str(folder), role="student"))
+    model = load_model(str(folder), role="student", dtype="auto").to(args.device).eval()
+    rows = tasks.run(
+        model, tokenizer, num_fewshot=args.eval_tasks_num_fewshot, batch_size=args.per_device_eval_batch_size
+    )
+    _write(folder / run_folder.EVALUATION, {_MARK: 1, "taid_version": metadata.version("taid"), "model": str(folder), "tasks": rows})
+    _console().print(task_table(rows))
+
+
+def _console() -> Console:
+    # What is no terminal would cut the tables at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _check(options: Namespace) -> None:
@@ -313,7 +230,7 @@ def check_output(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output {path}: there is no folder {path.parent}")
     if path.is_dir():
-        raise ValueError(f"--output {path} is a folder: name a file in it, as {path / FILE}")
+        raise ValueError(f"--output {path} is a folder: name a file in it, as {path / run_folder.EVALUATION}")
     if not path.exists():
         return
     try:
@@ -388,21 +305,5 @@ def held_out_table(found: dict[str, dict[str, Any]]) -> Table:
         table.add_row(
             name, f"{of['cross_entropy']:.4f}", f"{of['perplexity']:.4g}", "" if bits is None else f"{bits:.4f}",
             "" if kl is None else f"{kl:.4f}", f"{of['accuracy']:.2%}", f"{of['tokens']:,}", f"{of['bytes']:,}",
-        )  # fmt: skip
-    return table
-
-
-def task_table(rows: list[dict[str, Any]]) -> Table:
-    """The metrics of tasks."""
-    table = Table(title="Tasks (lm-eval)", title_justify="left")
-    for heading in ("task", "metric", "filter"):
-        table.add_column(heading)
-    for heading in ("shots", "value", "± stderr"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        table.add_row(
-            row["task"], row["metric"], row["filter"], "" if row["n_shot"] is None else str(row["n_shot"]),
-            f"{row['value']:.4f}", error,
         )  # fmt: skip
     return table

@@ -269,7 +269,7 @@ def grade_in(text: str) -> float | None:
     return grade if 1.0 <= grade <= 10.0 else None
 
 
-def table(found: dict[str, Any]) -> Table:
+def grade_table(found: dict[str, Any]) -> Table:
     """Mean grades, over all answers, by turn and by category."""
     shown = Table(title=f"Grades by {found['judge_model']}, 1 to 10", title_justify="left")
     shown.add_column("")

@@ -2,6 +2,7 @@
 
 config.yaml      the resolved configuration           metrics.jsonl   one object a logged step
 versions.json    versions, machine, N                  checkpoint-N/   written by transformers
+evaluation.json  what the student did on eval_tasks
 report.html, t.png, loss.png, and the student as an ordinary save_pretrained folder
 """
 
@@ -23,10 +24,10 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-CONFIG, VERSIONS, METRICS = "config.yaml", "versions.json", "metrics.jsonl"
+CONFIG, VERSIONS, METRICS, EVALUATION = "config.yaml", "versions.json", "metrics.jsonl", "evaluation.json"
 # What taid, transformers and peft write beside the checkpoints; a file of the user's own is never deleted.
 _OWN_FILES = (
-    "config.yaml versions.json metrics.jsonl report.html t.png loss.png README.md *.safetensors "
+    "config.yaml versions.json metrics.jsonl evaluation.json report.html t.png loss.png README.md *.safetensors "
     "*.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* "
     "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja *.partial"
 ).split()

@@ -1,0 +1,145 @@
+"""Benchmark tasks of lm-eval for a loaded model: found before anything is loaded, run as its own command runs them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from taid.config import TAIDConfig
+
+PAPER = "taid-paper"
+# Six few-shot tasks, as the Open LLM Leaderboard asked them; why these: docs/evaluate.md.
+_PAPER_TASKS = {
+    "arc_challenge": 25,
+    "hellaswag": 10,
+    "mmlu": 5,
+    "truthfulqa_mc2": 0,
+    "winogrande": 5,
+    "gsm8k": 5,
+}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that lm-eval knows.
+
+    Attributes:
+        specs: what its ``simple_evaluate`` takes: names, and for the paper's set a group with shots of its own.
+        manager: its index of them.
+    """
+
+    specs: list[str | dict[str, Any]]
+    manager: Any
+
+    @classmethod
+    def named(cls, listed: str, include_path: str | None = None) -> Tasks:
+        """Find tasks, groups and tags, comma-separated, by name or glob; `taid-paper` is the paper's set.
+
+        Raises:
+            ImportError: lm-eval is not installed.
+            ValueError: there is no such task; names it, and one that it may be.
+            FileNotFoundError: `include_path` is no folder.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ImportError("tasks need lm-eval: pip install 'taid[evaluation]' (or lm-eval==0.4.13)")
+        if include_path is not None and not Path(include_path).expanduser().is_dir():
+            raise FileNotFoundError(f"include_path {include_path}: there is no such folder")
+        names = [name.strip() for name in listed.split(",") if name.strip()]
+        if not names:
+            raise ValueError("tasks is empty: name some, as in --tasks lambada_openai,hellaswag")
+        from lm_eval.tasks import TaskManager
+
+        folder = None if include_path is None else str(Path(include_path).expanduser())
+        manager = TaskManager(include_path=folder)
+        group = {"group": PAPER, "task": [{"task": name, "num_fewshot": n} for name, n in _PAPER_TASKS.items()]}
+        specs: list[str | dict[str, Any]] = []
+        for name in names:
+            found = [name] if name == PAPER else manager.match_tasks([name])
+            if not found:
+                near = difflib.get_close_matches(name, [PAPER, *manager.all_tasks], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"task {name!r} does not exist in lm-eval {metadata.version('lm_eval')}{hint} "
+                    "(lm-eval ls tasks lists them; a folder with your own is include_path)"
+                )
+            specs += [group if task == PAPER else task for task in found]
+        return cls(specs, manager)
+
+    def run(
+        self, model: Any, tokenizer: Any, *, num_fewshot: int | None = None, limit: float | None = None,
+        batch_size: int = 1,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """What ``lm_eval --model hf --model_args pretrained=FOLDER`` prints of the folder that `model` is from.
+
+        Returns:
+            A row for each metric of each task: `task`, `metric`, `filter`, `value`, `stderr` (None where lm-eval gives
+            none), `n_shot` and `higher_is_better`.
+        """
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=self.specs,
+            num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, log_samples=False, task_manager=self.manager,
+        )  # fmt: skip
+        return rows_of(found)
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics in lm-eval's results, one a row."""
+    rows = []
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            name, comma, kind = key.partition(",")
+            if not comma or name.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{name}_stderr,{kind}")
+            rows.append(
+                {
+                    "task": task,
+                    "metric": name,
+                    "filter": kind,
+                    "value": float(value),
+                    "stderr": float(error) if isinstance(error, int | float) else None,
+                    "n_shot": found["n-shot"].get(task),
+                    "higher_is_better": found["higher_is_better"].get(task, {}).get(name),
+                }
+            )
+    return rows
+
+
+def tasks_of(args: TAIDConfig, model_arguments: Any) -> Tasks | None:
+    """The tasks that a run ends with, found before it begins; raises what :meth:`Tasks.named` does."""
+    if args.eval_tasks is None:
+        return None
+    if model_arguments.use_peft and args.tokenizer_from == "teacher":
+        raise ValueError(
+            "eval_tasks load the student from output_dir, and an adapter with resized embeddings does not load by "
+            "itself: leave eval_tasks away, merge the adapter, and use taid evaluate"
+        )
+    return Tasks.named(args.eval_tasks, args.eval_tasks_include_path)
+
+
+def task_table(rows: list[dict[str, Any]]) -> Table:
+    """The metrics of tasks."""
+    table = Table(title="Tasks (lm-eval)", title_justify="left")
+    for heading in ("task", "metric", "filter"):
+        table.add_column(heading)
+    for heading in ("shots", "value", "± stderr"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        table.add_row(
+            row["task"], row["metric"], row["filter"], "" if row["n_shot"] is None else str(row["n_shot"]),
+            f"{row['value']:.4f}", error,
+        )  # fmt: skip
+    return table
