@@ -122,7 +122,7 @@ def test_the_floor_is_the_schedule_of_the_configuration(tmp_path: Path) -> None:
     assert "t over the training steps: from 0.5 at step 100 to 0.6 at step 200; the linear floor rises" in text
     assert "rises from 0.25 to 0.75" in text
     assert "t goes from 0.25 to 0.75 over 300 steps adaptively (alpha 0.025)" in text
-    schedule = report._read_run(folder).schedule
+    schedule = report.read_run(folder).schedule
     assert schedule is not None
     assert [schedule.linear(step) for step in (0, 150, 300)] == [0.25, 0.5, 0.75]
 

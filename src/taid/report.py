@@ -34,7 +34,7 @@ _METHODS = {
     "ctkd": "Curriculum temperature distillation",
     "sft": "Supervised fine-tuning",
 }
-_IMPORTANT = (
+IMPORTANT = (
     "objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio model_name_or_path "
     "teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name eval_dataset_name "
     "learning_rate max_steps num_train_epochs "
@@ -57,7 +57,7 @@ def write_report(run_dir: Path) -> Path:
         FileNotFoundError: there is no such folder, or it lacks `config.yaml` or `metrics.jsonl`.
         ValueError: no training step is logged yet, or a file is broken; the message names it.
     """
-    run = _read_run(run_dir)
+    run = read_run(run_dir)
     plots = [_plot_t(run)] if run.objective == "taid" and run.series("t") else []
     plots += [_plot_training(run), *_plot_held_out(run), *_plot_optimizer(run)]
     for plot in plots:
@@ -69,7 +69,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     config: dict[str, Any]
     versions: dict[str, Any]
     rows: dict[int, dict[str, float]]
@@ -119,7 +119,7 @@ class _Run:
         return TAIDSchedule(self.total_steps, **{name: value for name, value in given.items() if value is not None})
 
 
-def _read_run(folder: Path) -> _Run:
+def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: give the output_dir of a run")
     for name in (CONFIG, METRICS):
@@ -132,7 +132,7 @@ def _read_run(folder: Path) -> _Run:
     rows, not_finite = _read_rows(folder)
     if not any(key in row for row in rows.values() for key in ("loss", "kl", "cross_entropy")):
         raise ValueError(f"{folder / METRICS} holds no training step yet: wait for the first (every logging_steps)")
-    return _Run(config, versions, rows, not_finite)
+    return Run(config, versions, rows, not_finite)
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _short(name: str) -> str:
     return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
 
 
-def _opening(run: _Run) -> str:
+def opening(run: Run) -> str:
     """What happened, in one sentence."""
     finished = run.total_steps is None or run.last_step >= run.total_steps
     method = _METHODS.get(run.objective, run.objective)
@@ -180,7 +180,7 @@ def _opening(run: _Run) -> str:
     return f"{what}: {'; '.join(_outcome(run))}."
 
 
-def _outcome(run: _Run) -> list[str]:
+def _outcome(run: Run) -> list[str]:
     """The clauses on what was reached: on the first evaluation set, or in training where there is none."""
     name, prefix = next(iter(run.held_out.items()), ("", ""))
     student, kl = run.series(f"{prefix}cross_entropy"), run.series(f"{prefix}kl")
@@ -203,7 +203,7 @@ def _change(what: str, series: Series) -> str:
     return f"{what} {'fell' if last < first else 'rose'} from {start} to {last:.3f} nats per token"
 
 
-def _gap(run: _Run, prefix: str, student: Series) -> str:
+def _gap(run: Run, prefix: str, student: Series) -> str:
     """The share of the gap to the teacher that was closed: (start - end) / (start - teacher)."""
     teachers = run.series(f"{prefix}teacher_cross_entropy") if prefix else []
     if not teachers:
@@ -225,7 +225,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _plot_t(run: _Run) -> Plot:
+def _plot_t(run: Run) -> Plot:
     t, schedule = run.series("t"), run.schedule
     figure, (axes,) = panels(["t"], run.total_steps or run.last_step)
     lines = [Line(t, BLUE, f"t {t[-1][1]:.2f}")]
@@ -253,7 +253,7 @@ def _plot_t(run: _Run) -> Plot:
     return Plot("t, from the student (0) to the teacher (1)", f"{alt}.", caption, png_of(figure), "t.png")
 
 
-def _plot_training(run: _Run) -> Plot:
+def _plot_training(run: Run) -> Plot:
     kinds = (
         ("loss", "loss", BLUE),
         ("kl", "KL to the teacher", VERMILLION),
@@ -269,7 +269,7 @@ def _plot_training(run: _Run) -> Plot:
     return Plot("Training", alt, " ".join(notes), png_of(figure), "loss.png")
 
 
-def _plot_held_out(run: _Run) -> list[Plot]:
+def _plot_held_out(run: Run) -> list[Plot]:
     """One picture an evaluation set: cross-entropy beside the teacher's, and below it the KL to the teacher."""
     plots = []
     for name, prefix in run.held_out.items():
@@ -296,7 +296,7 @@ def _plot_held_out(run: _Run) -> list[Plot]:
     return plots
 
 
-def _plot_optimizer(run: _Run) -> list[Plot]:
+def _plot_optimizer(run: Run) -> list[Plot]:
     kinds = [("grad_norm", "gradient norm"), ("learning_rate", "learning rate")]
     present = [(words, series) for key, words in kinds if (series := run.series(key))]
     if not present:
@@ -323,17 +323,17 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _page(run: _Run, plots: list[Plot]) -> str:
+def _page(run: Run, plots: list[Plot]) -> str:
     models = run.student if run.objective == "sft" else f"{run.student} ← {run.teacher}"
     columns, values = _last_values(run)
     return render(
         "report.html.j2",
         title=f"{_METHODS.get(run.objective, run.objective)}: {models}",
-        opening=_opening(run),
+        opening=opening(run),
         plots=plots,
         columns=columns,
         values=values,
-        important=[(name, _plain(run.config[name])) for name in _IMPORTANT if name in run.config],
+        important=[(name, _plain(run.config[name])) for name in IMPORTANT if name in run.config],
         config=[(name, _plain(value)) for name, value in run.config.items()],
         versions=[(name, _plain(value)) for name, value in run.versions.items()] or [(VERSIONS, "unknown")],
     )
@@ -360,7 +360,7 @@ _QUANTITIES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
 )
 
 
-def _last_values(run: _Run) -> tuple[list[str], list[dict[str, Any]]]:
+def _last_values(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
     """The table's columns (training, then each evaluation set) and its rows, each quantity that has a value."""
     prefixes = {"training": ""} | {f"held out {name}".strip(): prefix for name, prefix in run.held_out.items()}
     rows = []

@@ -30,9 +30,11 @@ from trl import SFTTrainer
 
 from taid import capture, images, run_folder, stream, vision
 from taid.cache import Cache
+from taid.card import write_card
 from taid.config import TAIDConfig, resolved
 from taid.models import load_pair, load_renamed_weights
 from taid.pair_loss import PairLoss
+from taid.report import write_report
 from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
 from taid.sequences import shifted
 from taid.server import Server
@@ -533,18 +535,20 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
-        """Write README.md beside the student: what it is, what taught it, and the paper."""
-        if not self.is_world_process_zero():
-            return
-        names = {key: self.configuration.get(key) for key in ("model_name_or_path", "teacher_model_name_or_path")}
-        card = (
-            "---\nlibrary_name: transformers\ntags: [taid, trl]\n---\n\n"
-            f"# {model_name or Path(self.args.output_dir).name}\n\n"
-            f"Distilled with taid (objective `{self.args.objective}`): student `{names['model_name_or_path']}`, "
-            f"teacher `{names['teacher_model_name_or_path']}`. `config.yaml` beside this file holds every setting, "
-            f"`report.html` what happened.\n\n{self._paper['title']}, arXiv {self._paper['id']}.\n"
-        )
-        run_folder.write_atomically(Path(self.args.output_dir) / "README.md", card)
+        """Write README.md beside the student, from the run's files; before the first logged step there is no card."""
+        folder = Path(self.args.output_dir)
+        rows = run_folder.read_metrics(folder) if (folder / run_folder.METRICS).is_file() else []
+        if self.is_world_process_zero() and any("loss" in row for row in rows):
+            write_card(folder, model_name=model_name, tags=tags, overwrite=True)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the run folder: student, card and report; neither checkpoints nor what the optimizer holds."""
+        if self.is_world_process_zero():
+            write_report(Path(self.args.output_dir))
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: transformers would pickle its arguments, hub_token among them, into what it uploads."""
 
     def _send_telemetry(self) -> None:
         """TRL reports each run to its makers; taid does not."""
