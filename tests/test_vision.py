@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from taid import TAIDConfig, TAIDTrainer, images, objectives, run_folder, vision
+from taid.capture import capture
 from taid.data import load_rows
 from taid.vocabulary import Vocabulary
 from vision_models import ARCHITECTURES, make_processor, make_vision_model
@@ -300,6 +301,12 @@ def test_a_token_that_the_teacher_does_not_know_is_named():
 def test_what_does_not_go_with_images_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+def test_a_cache_of_rows_with_images_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="rows with images are not cached"):
+        capture(make(tmp_path / "run"), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_model_that_cannot_see_is_refused(tmp_path, make_model, tokenizer):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from taid import cache, fingerprint
+from taid import cache, fingerprint, images
 from taid import manifest as manifests
 from taid.cache import Cache, Writer
 from taid.cache_format import Format
@@ -153,6 +153,8 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
         ValueError: the folder holds a cache of another run or a damaged one, or the teacher cannot be asked.
         OSError: the disk is full; what is there is whole.
     """
+    if images.has_images(trainer.train_dataset):
+        raise ValueError("rows with images are not cached: a row is found by its tokens, which do not tell its images")
     source, manifest = _source(trainer, folder)
     accelerator = trainer.accelerator
     if accelerator.is_main_process:
