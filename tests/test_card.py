@@ -17,8 +17,9 @@ from taid.cli import main
 
 CONFIG = {
     "objective": "taid", "taid_t_start": 0.4, "model_name_or_path": "org/small",
-    "teacher_model_name_or_path": "org/large", "dataset_name": "org/chats", "eval_dataset_name": "/home/alice/secret plans/held_out.jsonl", "learning_rate": 1e-4,
-    "output_dir": "/home/alice/runs/first", "teacher_server_url": "http://10.0.0.7:8000", "hub_model_id": None,
+    "teacher_model_name_or_path": "org/large", "dataset_name": "org/chats", "learning_rate": 1e-4,
+    "eval_dataset_name": "/home/alice/secret plans/held_out.jsonl", "output_dir": "/home/alice/runs/first",
+    "teacher_server_url": "http://10.0.0.7:8000", "hub_model_id": None,
 }  # fmt: skip
 ROWS = [
     {"step": 0, "eval_cross_entropy": 3.5, "eval_teacher_cross_entropy": 2.5, "eval_kl": 1.2,
