@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from taid import speed
+from taid.cli import main
 
 FIGURES = {
     "parameters": 100, "parameters_without_embeddings": 60, "disk_bytes": 4_000_000, "weight_bytes": 400,
@@ -122,3 +123,12 @@ def test_what_cannot_be_measured_is_named(tmp_path, make_model, tokenizer):
     (tmp_path / "short" / "adapter_config.json").touch()
     with pytest.raises(ValueError, match=r"is an adapter, which is slower .* taid export"):
         speed.measure(str(tmp_path / "short"), use_cpu=True, rounds=1)
+
+
+def test_evaluate_shows_and_writes_the_card(asked, tmp_path, capsys):
+    output = tmp_path / "evaluation.json"
+    assert main(["evaluate", "s", "--teacher", "t", "--speed", "--output", str(output)]) == 0
+    card = json.loads(output.read_text())["speed"]
+    assert [row["name"] for row in card["rows"]] == ["teacher", "student", "student, 8 bits", "student, 4 bits"]
+    assert output.with_suffix(".speed.md").read_text() == speed.markdown(card)
+    assert "Size and speed" in capsys.readouterr().out

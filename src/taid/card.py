@@ -17,9 +17,9 @@ from huggingface_hub.repocard import metadata_load
 
 from taid import speed
 from taid.report import IMPORTANT, Run, opening, read_run
-from taid.run_folder import write_atomically
+from taid.run_folder import EVALUATION, write_atomically
 
-CARD, EVALUATION = "README.md", "evaluation.json"
+CARD = "README.md"
 _MARK = "<!-- Written by taid, and again by `taid report`. Delete this line to keep a text of your own. -->"
 _NOT_PUBLIC = ("output_dir", "teacher_server_url")
 _ADAPTER = ("lora_r", "lora_alpha", "lora_target_modules", "use_dora")

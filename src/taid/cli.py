@@ -107,6 +107,8 @@ def _add_evaluate(commands: Any) -> None:
     add("--judge_timeout", type=float, default=120.0, metavar="S", help="seconds without a byte (default: %(default)s)")
     add("--prompts", metavar="FILE", help=".jsonl with `prompt`, `messages` or `turns` a row")
     add("--max_new_tokens", type=int, default=1024, metavar="N", help="of an answer (default: %(default)s)")
+    add("--speed", action="store_true", help="size, memory and speed, also quantized; with --dtype auto all of them in "
+        "bfloat16 on a GPU and in float32 on a CPU")  # fmt: skip
     add("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
     evaluate.set_defaults(run=_evaluate)
 
@@ -182,12 +184,14 @@ def train(argv: Sequence[str]) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.global_step, trainer.state.log_history):
             trainer.evaluate()
-        trainer.save_model()
-        trainer.create_model_card()
+        trainer.save_model(_internal_call=True)  # does not push yet: card and report go along
         if tasks is not None:
             evaluation.of_run(output_dir, tasks, args)
+        trainer.create_model_card()
         if is_main:
             print(f"student: {output_dir}\nreport:  {write_report(output_dir)}")
+        if args.push_to_hub:
+            trainer.push_to_hub()
 
 
 def _load_rows(data_arguments: DataArguments, args: TAIDConfig) -> tuple[Any, Any]:

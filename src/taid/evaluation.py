@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from taid import run_folder
+from taid import run_folder, speed
 from taid.tasks import Tasks, task_table
 
 if TYPE_CHECKING:
@@ -151,6 +151,15 @@ def run(options: Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {_MARK: 1, "taid_version": metadata.version("taid")}
     result |= {name: getattr(options, name) for name in ("model", "teacher", "before", "data")}
     console = _console()
+    if options.speed and is_main:  # before this process has a model too
+        result["speed"] = speed.measure(options.model, options.teacher, dtype=options.dtype, use_cpu=options.use_cpu)
+        console.print(speed.table(result["speed"]))
+        _write(options.output, result)
+        if options.output is not None:
+            path = options.output.with_suffix(".speed.md")
+            run_folder.write_atomically(path, speed.markdown(result["speed"]))
+    if not (rows or options.tasks or options.judge_url):
+        return result
     with _configured(options) as args:
         model, tokenizer = _load(options, options.model, "student")
         if rows:
@@ -198,11 +207,12 @@ def _console() -> Console:
 
 def _check(options: Namespace) -> None:
     """What the options say of each other."""
-    if options.data is None and options.tasks is None and options.judge_url is None:
-        raise ValueError("nothing to evaluate: give held-out rows as --data, tasks as --tasks, or a judge")
-    for name in ("teacher", "before"):
-        if getattr(options, name) is not None and options.data is None:
-            raise ValueError(f"--{name} is compared on held-out rows: give them as --data")
+    if options.data is None and options.tasks is None and options.judge_url is None and not options.speed:
+        raise ValueError("nothing to evaluate: give held-out rows as --data, tasks as --tasks, a judge, or --speed")
+    if options.teacher is not None and options.data is None and not options.speed:
+        raise ValueError("--teacher is compared on held-out rows or in --speed: give rows as --data")
+    if options.before is not None and options.data is None:
+        raise ValueError("--before is compared on held-out rows: give them as --data")
     for name in ("num_fewshot", "limit", "include_path"):
         if getattr(options, name) is not None and options.tasks is None:
             raise ValueError(f"--{name} is for tasks: name some with --tasks")
