@@ -32,7 +32,7 @@ import torchvision_cpu  # noqa: F401  # before transformers looks for it
 
 # isort: split
 from datasets import Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, PrinterCallback
 
 from taid import TAIDConfig, TAIDTrainer
 from vision_models import make_processor, make_vision_model
@@ -113,6 +113,7 @@ def train(folder: Path, model: Any, teacher: Any, processor: Any, rows: Dataset,
         model, teacher, TAIDConfig(output_dir=str(folder), **(RECIPE | options)), train_dataset=rows,
         processing_class=processor, teacher_processing_class=processor if teacher is not None else None,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     if not done:
         trainer.train()
         trainer.save_model()
@@ -185,7 +186,6 @@ def main() -> None:
         trainer = train(folder, start, teacher, processor, rows, num_train_epochs=options.epochs, **method)
         results[name] = measured(trainer, held_out)
         print(table(results), file=sys.stderr)
-    AutoProcessor.from_pretrained(options.out / "teacher")  # whoever loads the student finds its processor beside it
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"{len(rows):,} rows to train on, {len(held_out['own'])} held out\n\n{table(results)}")
 
