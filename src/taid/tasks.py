@@ -32,11 +32,11 @@ class Tasks:
     """Tasks that lm-eval knows.
 
     Attributes:
-        specs: what its ``simple_evaluate`` takes: names, and for the paper's set a group with shots of its own.
+        names: of tasks, groups and tags, and :data:`PAPER`.
         manager: its index of them.
     """
 
-    specs: list[str | dict[str, Any]]
+    names: list[str]
     manager: Any
 
     @classmethod
@@ -59,8 +59,7 @@ class Tasks:
 
         folder = None if include_path is None else str(Path(include_path).expanduser())
         manager = TaskManager(include_path=folder)
-        group = {"group": PAPER, "task": [{"task": name, "num_fewshot": n} for name, n in _PAPER_TASKS.items()]}
-        specs: list[str | dict[str, Any]] = []
+        known: list[str] = []
         for name in names:
             found = [name] if name == PAPER else manager.match_tasks([name])
             if not found:
@@ -70,8 +69,8 @@ class Tasks:
                     f"task {name!r} does not exist in lm-eval {metadata.version('lm_eval')}{hint} "
                     "(lm-eval ls tasks lists them; a folder with your own is include_path)"
                 )
-            specs += [group if task == PAPER else task for task in found]
-        return cls(specs, manager)
+            known += found
+        return cls(known, manager)
 
     def run(
         self, model: Any, tokenizer: Any, *, num_fewshot: int | None = None, limit: float | None = None,
@@ -88,10 +87,23 @@ class Tasks:
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
         found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=self.specs,
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=self._loaded(),
             num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, log_samples=False, task_manager=self.manager,
         )  # fmt: skip
         return rows_of(found)
+
+    def _loaded(self) -> list[Any]:
+        """The names, but of the paper's set its tasks, which have shots of their own.
+
+        (Given as ``{"task": name, "num_fewshot": n}``, lm-eval 0.4.13 names all tasks of a group after the group.)
+        """
+        loaded: list[Any] = [name for name in self.names if name != PAPER]
+        for name, shots in _PAPER_TASKS.items() if PAPER in self.names else ():
+            found = self.manager.load([name])
+            for task in found["tasks"].values():
+                task.set_config(key="num_fewshot", value=shots)
+            loaded.append(found["groups"].get(name) or found["tasks"][name])
+        return loaded
 
 
 def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,411 @@
+"""taid evaluate: its measures are their definitions, its tasks are what lm-eval prints, its mistakes are named."""
+
+import functools
+import importlib.util
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from taid import TAIDConfig, TAIDTrainer, run_folder, tasks
+from taid.cli import main
+from taid.evaluation import bytes_of, held_out
+from taid.tasks import PAPER, Tasks
+
+WORDS = "fox dog token loss falls rises small large teacher student Paris France one time".split()
+
+
+def config(folder, **options):
+    options = {"objective": "sft", "max_length": 128, "bf16": False, "use_cpu": True, "report_to": "none",
+               "activation_checkpointing": False, "disable_tqdm": True} | options  # fmt: skip
+    return TAIDConfig(output_dir=str(folder), **options)
+
+
+def evaluate(*arguments):
+    return main(["evaluate", "--use_cpu", *map(str, arguments)])
+
+
+# --- bytes and bits ---------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_a_row_are_those_of_its_trained_text(tokenizer):
+    text = "One token at a time: naïve 東京 😀."
+    ids = tokenizer(text)["input_ids"]
+    first = len(tokenizer.decode(ids[:1]).encode())
+    assert bytes_of(ids, ids, tokenizer) == len(text.encode()) - first  # nothing predicts the first token
+    assert bytes_of([0, *ids], [0, *ids], tokenizer) == len(text.encode())  # special tokens decode to nothing
+    assert bytes_of([0, *ids, 0], [-100, *ids, 0], tokenizer) == len(text.encode())
+    assert bytes_of(ids, [-100] * len(ids), tokenizer) == 0
+
+
+def test_only_trained_runs_are_counted(tokenizer):
+    parts = ["The capital of France", " is Paris.", "\nAnd then", " it rises — again."]
+    ids = [tokenizer(part)["input_ids"] for part in parts]
+    labels = [token if number % 2 else -100 for number, part in enumerate(ids) for token in part]
+    assert bytes_of([token for part in ids for token in part], labels, tokenizer) == len((parts[1] + parts[3]).encode())
+
+
+def test_a_space_that_decoding_strips_is_counted_at_the_seam():
+    """SentencePiece's way: a space is part of the next token, and the first of a text is not decoded."""
+    backend = Tokenizer(models.WordLevel({"\u2581one": 0, "\u2581two": 1, "\u2581three": 2}, unk_token="\u2581one"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = tokenizer("one two three")["input_ids"]
+    assert tokenizer.decode(ids[1:]) == "two three"
+    assert bytes_of(ids, ids, tokenizer) == len(" two three")
+
+
+def test_a_model_that_knows_nothing_needs_log2_v_bits_a_token(tmp_path, tokenizer, make_model, make_rows):
+    model = make_model(300)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    rows = make_rows("text", 5)
+    found = held_out(model, tokenizer, Dataset.from_list(rows), config(tmp_path, max_length=512))
+    tokens = [tokenizer(row["text"])["input_ids"] for row in rows]
+    size = sum(len(row["text"].encode()) for row in rows)
+    size -= sum(len(tokenizer.decode(ids[:1])) for ids in tokens)
+    assert found.bytes == size
+    count = found.tokens
+    assert count in (sum(map(len, tokens)) - 5, sum(map(len, tokens)))  # TRL ends each text with an end of text
+    assert found.cross_entropy == pytest.approx(math.log(300), rel=1e-6)
+    assert found.perplexity == pytest.approx(300, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(count * math.log2(300) / size, rel=1e-6)
+    assert found.kl is None
+
+
+# --- held-out measures ------------------------------------------------------------------------------------------------
+
+
+def by_hand(folder, teacher_folder, tokenizer, rows, prompt_of=lambda row: row["prompt"]):
+    """Cross-entropy, KL and accuracy over the completion's tokens, in float64, and their number."""
+    student = AutoModelForCausalLM.from_pretrained(folder).double()
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).double()
+    cross_entropy = kl = correct = count = 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor(prompt + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id])
+        with torch.no_grad():
+            ours, theirs = (m(input_ids=ids[None]).logits[0, :, :300].log_softmax(-1) for m in (student, teacher))
+        places = torch.arange(len(prompt) - 1, len(ids) - 1)
+        targets = ids[places + 1]
+        cross_entropy -= ours[places, targets].sum().item()
+        kl += (theirs.exp() * (theirs - ours))[places].sum().item()
+        correct += (ours[places].argmax(-1) == targets).sum().item()
+        count += len(places)
+    return cross_entropy / count, kl / count, correct / count, count
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_measures_are_their_definitions(batch_size, tmp_path, student_folder, teacher_folder, tokenizer, make_rows):
+    rows = make_rows("prompt", 6)
+    args = config(tmp_path, per_device_eval_batch_size=batch_size, max_length=512)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(f) for f in (student_folder, teacher_folder))
+    found = held_out(student, tokenizer, Dataset.from_list(rows), args, teacher, tokenizer)
+    cross_entropy, kl, accuracy, count = by_hand(student_folder, teacher_folder, tokenizer, rows)
+    assert found.cross_entropy == pytest.approx(cross_entropy, rel=2e-6)
+    assert found.kl == pytest.approx(kl, rel=1e-5)
+    assert (found.accuracy, found.tokens) == (pytest.approx(accuracy), count)
+    assert found.bytes == sum(len(row["completion"].encode()) for row in rows)
+    assert found.bits_per_byte == pytest.approx(cross_entropy * count / math.log(2) / found.bytes, rel=2e-6)
+
+
+def test_in_chats_only_the_assistants_tokens_count_if_asked(tmp_path, student_folder, rows):
+    data = rows(tmp_path / "chats.jsonl", "messages", 5)
+    counts = {}
+    for name, options in {"all": (), "assistant": ("--assistant_only_loss",)}.items():
+        assert evaluate(student_folder, "--data", data, "--output", tmp_path / "e.json", *options) == 0
+        counts[name] = json.loads((tmp_path / "e.json").read_text())["held_out"]["student"]["bytes"]
+    chats = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
+    said = sum(len(m["content"].encode()) + 1 for chat in chats for m in chat if m["role"] == "assistant")
+    assert counts["assistant"] == said  # and the line's end behind <|im_end|>, which is a special token
+    assert counts["all"] > said
+
+
+def test_they_are_the_trainers_own_at_the_end_of_a_run(tmp_path, student_folder, teacher_folder, make_rows, tokenizer):
+    """So the KL of students trained from a part of the teacher's distribution can be compared."""
+    data = Dataset.from_list(make_rows("prompt", 8))
+    args = config(tmp_path / "run", objective="taid", taid_alpha="auto", max_steps=3, learning_rate=1e-2,
+                  save_strategy="no")  # fmt: skip
+    trainer = TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    expected = trainer.evaluate()
+    trainer.save_model()
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    found = held_out(student, tokenizer, data, config(tmp_path / "e"), teacher, tokenizer)
+    assert found.cross_entropy == expected["eval_cross_entropy"]
+    assert found.kl == pytest.approx(expected["eval_kl"], rel=1e-7)  # in training it is a part of TAID's own sum
+    assert found.accuracy == expected["eval_mean_token_accuracy"]
+
+
+def test_the_table_has_a_row_for_each_model(
+    tmp_path, student_folder, teacher_folder, tokenizer, make_model, rows, capsys
+):
+    before, output = tmp_path / "before", tmp_path / "e.json"
+    make_model(300, seed=7).save_pretrained(before)
+    tokenizer.save_pretrained(before)
+    data = rows(tmp_path / "rows.jsonl")
+    options = ("--teacher", teacher_folder, "--before", before, "--data", data, "--output", output)
+    assert evaluate(student_folder, *options) == 0
+    found = json.loads(output.read_text())["held_out"]
+    assert list(found) == ["student before", "student", "teacher"]
+    assert found["teacher"]["kl"] == 0.0
+    pairs = {"student": student_folder, "student before": before}
+    expected = {name: by_hand(folder, teacher_folder, tokenizer, lines(data)) for name, folder in pairs.items()}
+    for name, (cross_entropy, kl, _, _) in expected.items():
+        assert (found[name]["cross_entropy"], found[name]["kl"]) == pytest.approx((cross_entropy, kl), rel=1e-5)
+    of_teacher, _, accuracy, _ = by_hand(teacher_folder, student_folder, tokenizer, lines(data))
+    assert found["teacher"]["cross_entropy"] == pytest.approx(of_teacher, rel=2e-6)
+    assert found["teacher"]["accuracy"] == pytest.approx(accuracy)
+    printed = capsys.readouterr().out
+    for of in found.values():
+        assert f"{of['cross_entropy']:.4f}" in printed
+        assert f"{of['bits_per_byte']:.4f}" in printed
+
+
+def test_an_adapter_is_evaluated_with_its_base(tmp_path, student_folder, tokenizer, rows):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(student_folder),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    found = {}
+    for name in ("adapter", "merged"):
+        tokenizer.save_pretrained(tmp_path / name)
+        output = tmp_path / f"{name}.json"
+        assert evaluate(tmp_path / name, "--data", rows(tmp_path / "rows.jsonl"), "--output", output) == 0
+        found[name] = json.loads(output.read_text())["held_out"]["student"]["cross_entropy"]
+    assert found["adapter"] == pytest.approx(found["merged"], rel=1e-5)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "nothing": ((), "nothing to evaluate: give held-out rows as --data"),
+    "teacher alone": (("--teacher", "t", "--tasks", "x"), "--teacher is compared on held-out rows"),
+    "shots alone": (("--num_fewshot", 2, "--data", "x"), "--num_fewshot is for tasks"),
+    "no rows a batch": (("--batch_size", 0, "--data", "x"), "--batch_size must be positive, got 0"),
+    "half a judge": (("--judge_url", "http://host"), "--judge_model is not set"),
+    "a judge without output": (
+        ("--judge_url", "http://host", "--judge_model", "x", "--prompts", "x"), "--output is not set"
+    ),
+    "no folder": (("--data", "x", "--output", "nowhere/e.json"), "there is no folder nowhere"),
+    "no data": (("--data", "missing.jsonl"), "data file missing.jsonl does not exist"),
+    "no include_path": (("--tasks", "a", "--include_path", "nowhere"), "include_path nowhere: there is no such folder"),
+    "no task": (("--tasks", " ,"), "tasks is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistakes_are_one_line_before_a_model_is_loaded(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options, message = MISTAKES[kind]
+    assert evaluate("no/such/model", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("taid: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_that_is_no_evaluation_is_not_overwritten(tmp_path, student_folder, rows, capsys):
+    data, output = rows(tmp_path / "rows.jsonl"), tmp_path / "e.json"
+    for content in ("mine", '{"mine": 1}', "[1, 2]", "3", "\udcff"):
+        output.write_text(content, errors="surrogateescape")
+        assert evaluate("no/such/model", "--data", data, "--output", output) == 2
+        assert "taid evaluate did not write: choose another name" in capsys.readouterr().err
+        assert output.read_text(errors="surrogateescape") == content
+    assert evaluate(student_folder, "--data", data, "--output", tmp_path) == 2
+    assert "is a folder: name a file in it" in capsys.readouterr().err
+    output.unlink()
+    for _ in range(2):  # the second replaces the first
+        assert evaluate(student_folder, "--data", data, "--output", output) == 0
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    """Tasks of lm-eval's three kinds of answers on 12 documents, with 30 to take shots from."""
+    folder, chosen = tmp_path_factory.mktemp("tasks"), random.Random(0)
+
+    def text(words):
+        return " ".join(chosen.choices(WORDS, k=words))
+
+    documents = [
+        {
+            "question": text(5),
+            "choices": [text(chosen.randint(1, 4)) for _ in range(4)],
+            "answer": chosen.randrange(4),
+            "text": text(9),
+        }
+        for _ in range(42)
+    ]
+    for name, part in {"test": documents[:12], "shots": documents[12:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    kinds = {
+        "tiny_choice": {
+            "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "answer", "doc_to_choice": "choices", "metrics": ["acc", "acc_norm"],
+        },
+        "tiny_last_word": {
+            "output_type": "loglikelihood", "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+            "doc_to_target": "{{' '+text.split(' ')[-1]}}", "metrics": ["perplexity", "acc"],
+        },
+        "tiny_text": {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
+            "metrics": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+        },
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        write_task(folder, folder, name, kind)
+    return folder
+
+
+def write_task(folder, documents, name, kind, **more):
+    metrics = [{"metric": metric} for metric in kind["metrics"]]
+    task = {
+        "task": name, "dataset_path": "json", "validation_split": "validation", "fewshot_split": "train",
+        "dataset_kwargs": {
+            "data_files": {"validation": str(documents / "test.jsonl"), "train": str(documents / "shots.jsonl")}
+        },
+        "metric_list": metrics, "metadata": {"version": 1.0},
+    }  # fmt: skip
+    task |= {key: value for key, value in kind.items() if key != "metrics"} | more
+    (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """lm-eval takes half a minute to list the 14,683 that it has."""
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(manager, include_defaults=False))
+
+
+@pytest.mark.cli
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_tasks_are_what_lm_eval_itself_prints(tmp_path, student_folder, task_folder):
+    """Every metric, to the last digit, of the same folder by both commands."""
+    common = ["--tasks", "tiny_choice,tiny_last_word,tiny_text", "--include_path", str(task_folder)]
+    common += ["--num_fewshot", "2", "--batch_size", "4"]
+    lm_eval = ["--model", "hf", "--model_args", f"pretrained={student_folder}", "--device", "cpu", "--output_path"]
+    commands = [
+        ["-m", "taid", "evaluate", str(student_folder), "--use_cpu", *common, "--output", str(tmp_path / "ours.json")],
+        ["-m", "lm_eval", *lm_eval, str(tmp_path / "theirs.json"), *common],
+    ]
+    processes = [
+        subprocess.Popen([sys.executable, *c], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    done = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], [error[-3000:] for _, error in done]
+    theirs = json.loads(next(tmp_path.glob("theirs*.json")).read_text())
+    expected = {
+        (task, metric): value
+        for task, metrics in theirs["results"].items()
+        for metric, value in metrics.items()
+        if "," in metric and value != "N/A"
+    }
+    found = {}
+    for row in json.loads((tmp_path / "ours.json").read_text())["tasks"]:
+        assert row["n_shot"] == theirs["n-shot"][row["task"]]
+        found[row["task"], f"{row['metric']},{row['filter']}"] = row["value"]
+        if row["stderr"] is not None:
+            found[row["task"], f"{row['metric']}_stderr,{row['filter']}"] = row["stderr"]
+    assert found == expected
+    assert {metric for _, metric in found} >= {"acc,none", "acc_norm,none", "perplexity,none", "bits_per_byte,none"}
+    for _, value in list(found.items())[:2]:
+        assert f"{value:.4f}" in done[0][0]
+        assert f"{value:.4f}" in done[1][0]
+
+
+def test_the_papers_set_is_six_tasks_with_shots_of_their_own(own_tasks_only, tmp_path, student_folder, task_folder):
+    kind = {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_target": "answer",
+            "doc_to_choice": "choices", "metrics": ["acc"]}  # fmt: skip
+    for name in ("arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2", "gsm8k", "mmlu_one", "mmlu_two"):
+        write_task(tmp_path, task_folder, name, kind, doc_to_choice=["a", "b", "c", "d"], num_fewshot=1)
+    (tmp_path / "mmlu.yaml").write_text(json.dumps({"group": "mmlu", "task": ["mmlu_one", "mmlu_two"]}))
+    model = AutoModelForCausalLM.from_pretrained(student_folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(student_folder)
+    found = Tasks.named(PAPER, str(tmp_path)).run(model, tokenizer, limit=2, batch_size=2)
+    assert {row["task"]: row["n_shot"] for row in found} == {
+        "arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "truthfulqa_mc2": 0, "gsm8k": 5, "mmlu_one": 5,
+        "mmlu_two": 5,
+    }  # fmt: skip
+
+
+def test_an_unknown_task_is_named_before_a_model_is_loaded(own_tasks_only, task_folder, capsys):
+    assert evaluate("no/such/model", "--tasks", "tiny_text,tiny_choise", "--include_path", task_folder) == 2
+    error = capsys.readouterr().err
+    assert "task 'tiny_choise' does not exist in lm-eval" in error
+    assert "did you mean 'tiny_choice'?" in error
+
+
+def test_without_lm_eval_the_remedy_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    assert evaluate("no/such/model", "--tasks", "lambada_openai") == 2
+    assert "tasks need lm-eval: pip install 'taid[evaluation]'" in capsys.readouterr().err
+
+
+# --- tasks at the end of a run ----------------------------------------------------------------------------------------
+
+
+def train(tmp_path, student_folder, rows, *more):
+    data = rows(tmp_path / "rows.jsonl")
+    options = {"model_name_or_path": student_folder, "dataset_name": data, "output_dir": tmp_path / "run",
+               "objective": "sft", "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no",
+               "report_to": "none", "bf16": "false"}  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    return main(["train", "--use_cpu", *arguments, *map(str, more)])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_ends_with_its_tasks(own_tasks_only, lora, tmp_path, student_folder, task_folder, rows, capsys):
+    more = ["--eval_tasks", "tiny_choice,tiny_text", "--eval_tasks_num_fewshot", 1]
+    more += ["--eval_tasks_include_path", task_folder]
+    more += ["--use_peft", "--lora_target_modules", "all-linear"] if lora else []
+    assert train(tmp_path, student_folder, rows, *more) == 0
+    folder = tmp_path / "run"
+    found = json.loads((folder / "evaluation.json").read_text())["tasks"]
+    assert {(row["task"], row["n_shot"]) for row in found} == {("tiny_choice", 1), ("tiny_text", 1)}
+    page, printed = (folder / "report.html").read_text(), capsys.readouterr().out
+    for row in found:
+        assert f'<td class="number">{row["value"]:.4f}</td>' in page
+        assert f"{row['value']:.4f}" in printed
+    # What taid evaluate says of the folder, which is not the student before.
+    output = tmp_path / "e.json"
+    options = ("--tasks", "tiny_choice,tiny_text", "--num_fewshot", 1, "--include_path", task_folder)
+    assert evaluate(folder, *options, "--output", output) == 0
+    assert json.loads(output.read_text())["tasks"] == found
+    assert evaluate(student_folder, *options, "--output", output) == 0
+    assert json.loads(output.read_text())["tasks"] != found
+    run_folder.clear(folder)
+    assert not (folder / "evaluation.json").exists()
+
+
+def test_task_names_are_checked_before_training(own_tasks_only, tmp_path, student_folder, task_folder, rows, capsys):
+    more = ("--eval_tasks", "tiny_choise", "--eval_tasks_include_path", task_folder)
+    assert train(tmp_path, student_folder, rows, *more) == 2
+    assert "task 'tiny_choise' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    more = ("--eval_tasks", "tiny_choice", "--use_peft", "--tokenizer_from", "teacher")
+    assert train(tmp_path, student_folder, rows, *more) == 2
+    assert "eval_tasks load the student from output_dir" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="eval_tasks_num_fewshot is for eval_tasks, which names no task"):
+        TAIDConfig(output_dir=str(tmp_path), use_cpu=True, eval_tasks_num_fewshot=2)
+    with pytest.raises(ValueError, match="eval_tasks_num_fewshot must be 0 or positive, got -1"):
+        TAIDConfig(output_dir=str(tmp_path), use_cpu=True, eval_tasks="a", eval_tasks_num_fewshot=-1)
