@@ -19,6 +19,7 @@ from datasets import Dataset, interleave_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import pack_dataset
 
+from prompt_server import PromptServer
 from taid import TAIDConfig, TAIDTrainer, data, run_folder, stream
 from taid.cli import main
 from taid.sequences import sequences, shifted
@@ -280,6 +281,13 @@ def test_options_that_do_not_fit_are_named_on_the_command_line(options, error, t
     assert re.search(error, capsys.readouterr().err)
 
 
+def test_a_stream_cannot_be_captured_beforehand(tmp_path, capsys):
+    values = {"model_name_or_path": "s", "teacher_model_name_or_path": "t", "dataset_name": "a.jsonl", "max_steps": 4}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values | {"streaming": True, "use_cpu": True, "output_dir": "o"}))
+    assert main(["cache", "--teacher_cache", str(tmp_path / "cache"), "--config", str(tmp_path / "r.yaml")]) == 2
+    assert "the rows of a stream are not known beforehand" in capsys.readouterr().err
+
+
 def test_a_budget_of_tokens_gives_the_steps():
     of_a_step = {"packing": True, "max_length": 100, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 5}
     for tokens, steps in ((1, 1), (2_000, 1), (2_001, 2), (10_000_000, 5_000)):
@@ -361,6 +369,19 @@ def test_a_resumed_run_sees_each_row_once_and_ends_like_one_left_alone(names, op
         assert list(seen) == [text.split(":")[0] for text in texts(len(seen))]
     assert resumed == weights
     assert logged_again == logged
+
+
+def test_a_place_is_that_of_the_step_though_a_served_teacher_is_asked_a_step_ahead(tmp_path, train, teacher_folder):
+    path = write(tmp_path / "a.jsonl", texts(100))
+    model, tokenizer = (cls.from_pretrained(teacher_folder) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    with PromptServer(model, tokenizer, max_logprobs=-1) as server:
+        options = {"teacher_server_url": server.url, "teacher_top_k": 8, "max_steps": 4}
+        weights, _, expected = train(tmp_path / "run", path, **options)
+        shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+        resumed, _, found = train(tmp_path / "run", path, resume="checkpoint-2", **options)
+    assert [row for rows in expected.values() for row in rows] == [f"a{i}" for i in range(8)]
+    assert found == {3: ["a4", "a5"], 4: ["a6", "a7"]}
+    assert resumed == weights
 
 
 def test_a_checkpoint_of_other_files_weights_or_packing_is_refused(tmp_path, train):
