@@ -29,6 +29,7 @@ Spoil = Callable[[Answer, int], Answer | bytes | None]
 class PromptServer(ThreadingHTTPServer):
     """Serves `model` as `name` from entering the `with` to leaving it; `max_logprobs=-1` is the whole vocabulary."""
 
+    path = "/v1/completions"
     request_queue_size = 64  # connections that wait to be accepted; with the usual 5 a burst of clients stalls
 
     def __init__(
@@ -43,7 +44,7 @@ class PromptServer(ThreadingHTTPServer):
         self.spoil: Spoil | None = None
 
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.requests: list[dict[str, Any]] = []  # what /v1/completions was sent, in the order of arrival
+        self.requests: list[dict[str, Any]] = []  # what `path` was sent, in the order of arrival
         self.authorizations: list[str | None] = []  # of every request, whatever its path
         self.most_at_once = 0  # completions between arrival and the first byte of their answer
 
@@ -155,14 +156,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.server.authorizations.append(self.headers["Authorization"])
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/v1/completions":
+        if self.path != self.server.path:
             self.send(*error(404, "Not Found"))
             return
         number = self._enter(body)
         try:
             if self.server.fault is not None and self.server.fault(self, number, body):
                 return
-            code, answer = self._checked("/v1/completions", lambda: self.server.completions(body))
+            code, answer = self._checked(self.server.path, lambda: self.server.completions(body))
             spoilt = self.server.spoil(answer, number) if self.server.spoil is not None and code == 200 else None
             self.send(code, answer if spoilt is None else spoilt)
         finally:

@@ -150,7 +150,7 @@ class Judge:
             asked += self._answers(
                 prompt, identity, lambda messages: answer(model, tokenizer, messages, self.max_new_tokens)
             )
-            logger.info(f"answers to {len(asked)} turns")
+            logger.info(f"answers: {len(asked)}")
         missing = {key: question for key, question, _, _ in asked if self._kept.get(key, {}).get("grade") is None}
         with ThreadPoolExecutor(CONCURRENT) as pool:
             futures = [pool.submit(self._grade, key, question) for key, question in missing.items()]
