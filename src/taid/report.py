@@ -1,7 +1,8 @@
 """The run report: a run folder in, one page and two pictures out.
 
-Reads `config.yaml`, `versions.json` and `metrics.jsonl`, nothing else: no torch, no model, and a run that is still
-writing can be reported at any time. A row is one step's finite numbers; a series is one quantity over the steps.
+Reads `config.yaml`, `versions.json`, `metrics.jsonl` and `evaluation.json`, nothing else: no torch, no model, and a run
+that is still writing can be reported at any time. A row is one step's finite numbers; a series is one quantity over
+the steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from taid.plots import BLUE, BOLD, GREEN, INK, MUTED, VERMILLION, Line, Plot, Series, draw, panels, png_of
-from taid.run_folder import CONFIG, METRICS, VERSIONS, read_metrics, write_atomically
+from taid.run_folder import CONFIG, EVALUATION, METRICS, VERSIONS, read_metrics, write_atomically
 from taid.schedule import TAIDSchedule, auto_alpha
 
 _METHODS = {
@@ -72,6 +73,7 @@ def write_report(run_dir: Path) -> Path:
 class Run:
     config: dict[str, Any]
     versions: dict[str, Any]
+    evaluation: dict[str, Any]
     rows: dict[int, dict[str, float]]
     not_finite: int
 
@@ -128,11 +130,13 @@ def read_run(folder: Path) -> Run:
     config = _read_mapping(folder / CONFIG, yaml.safe_load)
     if not isinstance(config.get("objective"), str):
         raise ValueError(f"{folder / CONFIG} names no objective: give the output_dir of a run of taid")
-    versions = _read_mapping(folder / VERSIONS, json.loads) if (folder / VERSIONS).is_file() else {}
+    versions, evaluation = (
+        _read_mapping(folder / name, json.loads) if (folder / name).is_file() else {} for name in (VERSIONS, EVALUATION)
+    )
     rows, not_finite = _read_rows(folder)
     if not any(key in row for row in rows.values() for key in ("loss", "kl", "cross_entropy")):
         raise ValueError(f"{folder / METRICS} holds no training step yet: wait for the first (every logging_steps)")
-    return Run(config, versions, rows, not_finite)
+    return Run(config, versions, evaluation, rows, not_finite)
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -333,6 +337,7 @@ def _page(run: Run, plots: list[Plot]) -> str:
         plots=plots,
         columns=columns,
         values=values,
+        tasks=_task_rows(run),
         important=[(name, _plain(run.config[name])) for name in IMPORTANT if name in run.config],
         config=[(name, _plain(value)) for name, value in run.config.items()],
         versions=[(name, _plain(value)) for name, value in run.versions.items()] or [(VERSIONS, "unknown")],
@@ -370,6 +375,21 @@ def _last_values(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
             cells = [form(series[-1][1]) if series else "" for series in found]
             rows.append({"words": words, "cells": cells, "unit": unit})
     return list(prefixes), rows
+
+
+def _task_rows(run: Run) -> list[list[str]]:
+    """The cells of the table of benchmark tasks: task, metric, shots, value, standard error."""
+    rows = run.evaluation.get("tasks", [])
+    return [
+        [
+            row["task"],
+            row["metric"] + ("" if row["filter"] == "none" else f" ({row['filter']})"),
+            "" if row["n_shot"] is None else str(row["n_shot"]),
+            f"{row['value']:.4f}",
+            "" if row["stderr"] is None else f"{row['stderr']:.4f}",
+        ]
+        for row in rows
+    ]
 
 
 def _plain(value: Any) -> str:
