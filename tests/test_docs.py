@@ -1,44 +1,79 @@
-"""The documentation: what it says of files, options, names and recipes is what there is.
+"""The documentation: what it says of files, options, names and commands is what there is.
+
+Every fenced block is checked by its language, so that no snippet escapes:
+
+    python  runs where `<!-- run -->` stands above it; `<!-- signature -->` is compared with the real one; any other is
+            compiled, its imports are made and the arguments of its calls bound
+    sh      each command is parsed by its own parser, and runs where `<!-- run -->` stands above it
+    yaml    is a recipe: its options exist, and their values are possible
+    json    is a row of data, on each line
+    text    is output or a formula, and holds no command
+
+A page's `run` blocks share a folder, in their order; `# name.yaml` in the first line of a recipe puts it there.
 
 `python tests/test_docs.py` prints the tables of docs/reference.md, to be pasted after an option or a signature changed.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
+import importlib
 import inspect
+import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from markdown.extensions.toc import slugify
 from trl import SFTConfig
 
 import taid
-from taid import objectives
+from taid import cli, config, data, objectives
 from taid.config import TAIDConfig, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FOLDERS = ("*.md", "docs/**/*.md", "recipes/*.md")
+PAGES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(folder))
 REFERENCE = ROOT / "docs" / "reference.md"
 
-
-def blocks(path: Path, marker: str, language: str) -> list[str]:
-    """The fenced blocks of a page that stand right below the comment `<!-- marker -->`."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    return re.findall(rf"<!-- {marker} -->\n```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"(?:<!-- (\w+) -->\n)?^( *)```(\w*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
 
 
-def recipes(path: Path) -> list[str]:
-    """The marked ones, and those that name themselves in their first line."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    return re.findall(r"^```yaml\n(# recipe\.yaml\n.*?)^```", text, flags=re.DOTALL | re.MULTILINE) + blocks(
-        path, "recipe", "yaml"
-    )
+class Block(NamedTuple):
+    """A fenced block, with the word of the comment right above it."""
+
+    marker: str
+    language: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        """The name that a recipe gives itself in its first line."""
+        name = re.match(r"# ([\w.-]+\.yaml)\n", self.text)
+        return name and name[1]
+
+
+def blocks(path: Path) -> list[Block]:
+    found = _FENCE.findall((ROOT / path).read_text(encoding="utf-8"))
+    return [Block(marker, language, textwrap.dedent(text)) for marker, _, language, text in found]
+
+
+def prose(path: Path) -> str:
+    """A page without its fenced blocks."""
+    return _FENCE.sub("", (ROOT / path).read_text(encoding="utf-8"))
 
 
 def own_options() -> list[list[str]]:
@@ -92,16 +127,40 @@ def test_a_file_tree_is_the_files(path):
     assert [name for name, words in named.items() if not words] == []
 
 
-def targets(path: Path) -> set[str]:
-    """What a page links to, relative to its folder; fenced blocks and other hosts are left out."""
-    text = re.sub(r"^```.*?^```", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(\s*<?([^)>\s]+)", text) + re.findall(r"\b(?:src|href)=\"([^\"]+)\"", text)
-    return {link.split("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)}
+def links(path: Path) -> list[str]:
+    """What a page links to, fenced blocks and code left out."""
+    text = re.sub(r"`[^`]*`", "", prose(path))
+    return re.findall(r"\]\(\s*<?([^)>\s]+)", text) + re.findall(r"\b(?:src|href)=\"([^\"]+)\"", text)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {slugify(re.sub(r"[`*]|\]\([^)]*\)", "", heading), "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=str)
 def test_links_lead_somewhere(path):
-    assert [link for link in targets(path) if not (ROOT / path).parent.joinpath(link).exists()] == []
+    inside = [link.partition("#") for link in links(path) if not re.match(r"[a-z]+:", link)]
+    assert [name for name, _, _ in inside if not (ROOT / path).parent.joinpath(name).exists()] == []
+    for name, _, anchor in inside:
+        page = (ROOT / path).parent / name if name else ROOT / path
+        assert not anchor or anchor in anchors(page.resolve().relative_to(ROOT)), f"{name}#{anchor}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=str)
+def test_links_to_other_hosts_are_https_and_well_formed(path):
+    for link in [*filter(re.compile(r"[a-z]+:").match, links(path)), *re.findall(r"<(\w+://[^>]*)>", prose(path))]:
+        address = urlsplit(link)
+        assert address.scheme == "https", link
+        assert re.fullmatch(r"([a-z0-9-]+\.)+[a-z]{2,}", address.netloc), link
+        assert re.fullmatch(r"(/[\w.@~-]+)*/?", address.path), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=str)
+def test_files_of_the_repository_that_a_page_names_exist(path):
+    folders = "benchmarks docs examples recipes scripts src tests".split()
+    named = re.findall(rf"`((?:{'|'.join(folders)})/[\w./-]+)`", prose(path))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_files_that_the_configurations_name_exist():
@@ -131,26 +190,228 @@ def test_the_reference_has_every_public_name_and_signature():
         assert re.sub(r",\s*$", "", shown[1]).split(",\n    ") == ["    " + expected[0], *expected[1:]]
 
 
+# --- fenced blocks ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("path", PAGES, ids=str)
-def test_recipes_are_valid(path, tmp_path):
-    for number, recipe in enumerate(recipes(path)):
-        file = tmp_path / f"{number}.yaml"
-        file.write_text(recipe, encoding="utf-8")
-        options = ["--use_cpu", "true", *([] if "output_dir" in recipe else ["--output_dir", str(tmp_path)])]
-        parse(["--config", str(file), *options])
-
-
-def test_there_are_recipes_and_programs_to_check():
-    assert sum(len(recipes(path)) for path in PAGES) >= 3
-    assert sum(len(blocks(path, "run", "python")) for path in PAGES) >= 2
-
-
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "run", "python")], ids=str)
-def test_programs_run(path, tmp_path, monkeypatch, capsys):
+def test_every_block_is_checked(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    text, found = (ROOT / path).read_text(encoding="utf-8"), blocks(path)
+    fences = re.findall(r"^[ >]*(?:```|~~~)", text, flags=re.MULTILINE)
+    assert len(fences) == 2 * len(found), "a fence that this test does not read"
+    marks = re.findall(r"<!-- (?:run|recipe|signature) -->", text)
+    assert len(marks) == sum(block.marker != "" for block in found), "a mark that stands above no block"
+    for block in found:
+        if block.file:
+            Path(block.file).write_text(block.text, encoding="utf-8")
+    for block in found:
+        assert block.language in CHECKS, f"a block in {block.language or 'no language'}, which nothing checks"
+        assert block.marker in ("", *MARKERS.get(block.language, ())), f"no {block.language} is marked {block.marker}"
+        CHECKS[block.language](block)
+
+
+def check_python(block: Block) -> None:
+    if block.marker == "signature":
+        for statement in re.split(r"\n(?=\w)", block.text.strip()):
+            name, shown = statement.partition("(")[0], dict[str, object]()
+            exec(f"from __future__ import annotations\ndef {statement}: ...", shown)
+            real = getattr(taid, name) if name in taid.__all__ else getattr(objectives, name)
+            of_both = [inspect.signature(function).parameters.values() for function in (shown[name], real)]
+            assert len({str([(p.name, p.kind, p.default) for p in parameters]) for parameters in of_both}) == 1, name
+        return
+    names, tree = {}, ast.parse(block.text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name):  # a module of a package
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                names[alias.asname or alias.name] = getattr(module, alias.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and inspect.isclass(names.get(node.func.id)):
+            keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+            inspect.signature(names[node.func.id]).bind_partial(**keywords)
+
+
+def check_yaml(block: Block) -> None:
+    file = Path("block.yaml")
+    file.write_text(block.text, encoding="utf-8")
+    parse(["--config", str(file), *([] if "use_cpu" in block.text else ["--use_cpu", "true"])])
+
+
+def check_json(block: Block) -> None:
+    for number, line in enumerate(block.text.splitlines(), start=1):
+        data.RowCheck("text")(json.loads(line), f"line {number}")
+
+
+def check_text(block: Block) -> None:
+    assert not re.search(r"^(\$ |(taid|make|python|pip) \w)", block.text, flags=re.MULTILINE), "a command: write sh"
+
+
+def check_shell(block: Block) -> None:
+    for words in commands(block.text):
+        check_command(words)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command, without comments, prompts and variables set in front."""
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        for command in re.split(r"&&|\|", re.sub(r"^\$ ", "", line)):
+            words = shlex.split(command, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words = words[1:]
+            if words:
+                yield words
+
+
+# What is called that is not ours; anything else in a shell block is an error here.
+_OTHERS = ". cd cmake git grep hf llama-completion ollama pip vllm".split()
+
+
+def check_command(words: list[str]) -> None:
+    """Its options exist and have values of the right type; files of ours that it names exist."""
+    place = next(
+        (i for i, word in enumerate(words) if Path(word).name == "taid" and words[:i][-1:] in ([], ["-m"])), None
+    )
+    program = words[0].rpartition("/")[2]
+    if place is not None:
+        check_launcher(words[:place])
+        check_taid(words[place + 1 :])
+    elif program == "make":
+        targets = re.findall(r"^([\w/.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets), words
+    elif program == "python" and words[1:3] == ["-m", "pytest"]:
+        check_pytest(words[3:])
+    elif program == "python":
+        source = (ROOT / words[1]).read_text(encoding="utf-8")
+        assert [word for word in words[2:] if word.startswith("--") and f'"{word.split("=")[0]}"' not in source] == []
+    else:
+        assert program in _OTHERS, f"{program}: nothing checks this command"
+
+
+def check_launcher(words: list[str]) -> None:
+    if words[:1] == ["torchrun"]:
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args([*words[1:], "taid"])
+    elif words[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        launch_command_parser().parse_args([*words[2:], "taid"])
+    else:
+        assert words in ([], ["python", "-m"]), words
+
+
+def check_taid(words: list[str]) -> None:
+    """By the parsers of the command line itself; a configuration that is not there is left away."""
+    command, *rest = words
+    if "--help" in rest:
+        assert options_of(command), command
+        return
+    if command not in ("train", "cache", "plan"):
+        cli._parser().parse_args(words)
+        return
+    if "--config" in rest and not Path(rest[rest.index("--config") + 1]).exists():
+        del rest[rest.index("--config") : rest.index("--config") + 2]
+    parse([word for word in rest if (command, word) != ("cache", "--repair")], command)
+
+
+def check_pytest(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("-k", default="")
+    parser.add_argument("-m")
+    options = parser.parse_args(words)
+    for file in options.files:
+        tests = re.findall(r"def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"))
+        for word in set(re.findall(r"\w+", options.k)) - {"and", "or", "not"}:
+            assert any(word in test for test in tests), f"{file} has no test with {word!r} in its name"
+
+
+def options_of(command: str) -> set[str]:
+    """Every ``--option`` of a command of taid's."""
+    if command in ("train", "cache", "plan"):
+        parser: argparse.ArgumentParser = config._parser(command, show_all=True)
+        return {*parser._option_string_actions, *(["--repair"] if command == "cache" else [])}
+    choices = next(a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return set(choices[command]._option_string_actions)
+
+
+CHECKS = {
+    "python": check_python,
+    "sh": check_shell,
+    "console": check_shell,
+    "yaml": check_yaml,
+    "json": check_json,
+    "text": check_text,
+}
+MARKERS = {"python": ("run", "signature"), "sh": ("run",), "console": ("run",), "yaml": ("recipe",)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=str)
+def test_commands_within_a_sentence_exist(path):
+    for code in re.findall(r"`([^`]+)`", prose(path)):
+        name, *rest = code.split(maxsplit=2) or [""]
+        if name == "taid" and rest:
+            unknown = set(re.findall(r"--[a-z]\w*", code)) - options_of(rest[0])
+            assert not unknown, f"{code}: taid {rest[0]} has no {unknown}"
+        elif name in ("make", "python") and rest:
+            check_command(shlex.split(code))
+
+
+def runs(path: Path) -> list[Block]:
+    return [block for block in blocks(path) if block.marker == "run"]
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if runs(path)], ids=str)
+def test_programs_run(path, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     (tmp_path / "src").symlink_to(ROOT / "src", target_is_directory=True)
-    for program in blocks(path, "run", "python"):
-        exec(compile(program, str(path), "exec"), {"__name__": "__main__"})
+    for block in blocks(path):
+        if block.file:
+            Path(block.file).write_text(block.text, encoding="utf-8")
+        if block.marker == "run" and block.language == "python":
+            exec(compile(block.text, str(path), "exec"), {"__name__": "__main__"})
+        elif block.marker == "run":
+            # The same with two steps: how far a run comes is not what is tested.
+            script = re.sub(r"^taid train .*", r"\g<0> --max_steps 2", block.text, flags=re.MULTILINE)
+            done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=300, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_there_are_blocks_to_check():
+    found = [block for path in PAGES for block in blocks(path)]
+    assert sum(block.language == "yaml" for block in found) >= 3
+    assert sum(block.marker == "run" and block.language == "python" for block in found) >= 4
+    assert sum(block.marker == "run" and block.language == "sh" for block in found) >= 1
+
+
+@pytest.mark.parametrize(
+    ("block", "complaint"),
+    [
+        (Block("", "sh", "taid train --config r.yaml --learning_rat 1e-4\n"), "did you mean 'learning_rate'"),
+        (Block("", "sh", "taid train --learning_rate fast\n"), "invalid float value: 'fast'"),
+        (Block("", "sh", "taid train --objective \\\n  forward_lk\n"), "forward_kl"),
+        (Block("", "console", "$ taid report  # of which run?\n"), "2"),
+        (Block("", "sh", "accelerate launch --processes 2 -m taid train\n"), "2"),
+        (Block("", "sh", "curl example\n"), "nothing checks this command"),
+        (Block("", "sh", "make install && make love\n"), "love"),
+        (Block("", "sh", "python benchmarks/teacher.py quality --no_such_option\n"), "no_such_option"),
+        (Block("", "sh", "python -m pytest tests/test_docs.py -k no_such_name\n"), "no_such_name"),
+        (Block("", "yaml", "objektive: taid\n"), "did you mean 'objective'"),
+        (Block("", "json", '{"prompt": "a row without a completion"}\n'), "line 1: the row needs"),
+        (Block("", "python", "from taid import TAIDConfig\nTAIDConfig(learning_rat=1)\n"), "learning_rat"),
+        (Block("signature", "python", "TAIDSchedule(total_steps, t_start=0.3)\n"), "TAIDSchedule"),
+        (Block("", "text", "taid report runs/first\n"), "a command: write sh"),
+    ],
+    ids=lambda value: value.text.strip() if isinstance(value, Block) else "",
+)
+def test_what_is_wrong_in_a_block_is_found(block, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # SystemExit is argparse's, with status 2.
+    with pytest.raises((ValueError, TypeError, AssertionError, SystemExit), match=re.escape(complaint)):
+        CHECKS[block.language](block)
 
 
 @pytest.mark.cli
