@@ -1,12 +1,14 @@
 """taid evaluate: its measures are their definitions, its tasks are what lm-eval prints, its mistakes are named."""
 
 import functools
+import importlib.machinery
 import importlib.util
 import json
 import math
 import random
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -341,7 +343,7 @@ def test_the_papers_set_is_six_tasks_with_shots_of_their_own(own_tasks_only, tmp
     (tmp_path / "mmlu.yaml").write_text(json.dumps({"group": "mmlu", "task": ["mmlu_one", "mmlu_two"]}))
     model = AutoModelForCausalLM.from_pretrained(student_folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(student_folder)
-    found = Tasks.named(PAPER, str(tmp_path)).run(model, tokenizer, limit=2, batch_size=2)
+    found = Tasks.named(PAPER, str(tmp_path), model=str(student_folder)).run(model, tokenizer, limit=2, batch_size=2)
     assert {row["task"]: row["n_shot"] for row in found} == {
         "arc_challenge": 25, "hellaswag": 10, "winogrande": 5, "truthfulqa_mc2": 0, "gsm8k": 5, "mmlu_one": 5,
         "mmlu_two": 5,
@@ -351,14 +353,50 @@ def test_the_papers_set_is_six_tasks_with_shots_of_their_own(own_tasks_only, tmp
 def test_an_unknown_task_is_named_before_a_model_is_loaded(own_tasks_only, task_folder, capsys):
     assert evaluate("no/such/model", "--tasks", "tiny_text,tiny_choise", "--include_path", task_folder) == 2
     error = capsys.readouterr().err
-    assert "task 'tiny_choise' does not exist in lm-eval" in error
+    assert "task 'tiny_choise' does not exist in lm_eval" in error
     assert "did you mean 'tiny_choice'?" in error
 
 
 def test_without_lm_eval_the_remedy_is_named(monkeypatch, capsys):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     assert evaluate("no/such/model", "--tasks", "lambada_openai") == 2
-    assert "tasks need lm-eval: pip install 'taid[evaluation]'" in capsys.readouterr().err
+    assert "tasks for no/such/model need lm-eval: pip install 'taid[evaluation]'" in capsys.readouterr().err
+
+
+def test_tasks_of_a_vision_language_model_go_to_lmms_eval(monkeypatch, tmp_path, student_folder, capsys):
+    """To a stand-in with its signatures (0.7.3)."""
+    monkeypatch.setattr(tasks, "_sees", lambda name: True)
+    assert evaluate(student_folder, "--tasks", "mme") == 2
+    assert "need lmms-eval: pip install lmms-eval" in capsys.readouterr().err
+    given = {}
+
+    def simple_evaluate(**options):
+        given.update(options)
+        metrics = {"alias": "mme", "mme_score,none": 3, "mme_score_stderr,none": "N/A"}
+        return {"results": {"mme": metrics}, "n-shot": {"mme": 0}, "higher_is_better": {"mme": {"mme_score": True}}}
+
+    manager = types.SimpleNamespace(all_tasks=["mme", "mmmu"])
+    stand_in = {
+        "lmms_eval": {"__spec__": importlib.machinery.ModuleSpec("lmms_eval", None)},
+        "lmms_eval.tasks": {"TaskManager": lambda include_path: manager},
+        "lmms_eval.evaluator": {"simple_evaluate": simple_evaluate},
+    }
+    for name, content in stand_in.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert evaluate(student_folder, "--tasks", "taid-paper") == 2
+    assert "task 'taid-paper' does not exist in lmms_eval" in capsys.readouterr().err
+    output = tmp_path / "e.json"
+    assert evaluate(student_folder, "--tasks", "mme", "--limit", 4, "--output", output) == 0
+    assert given == {
+        "model": "huggingface", "model_args": f"pretrained={student_folder},device=cpu", "tasks": ["mme"],
+        "num_fewshot": None, "limit": 4.0, "batch_size": 8, "log_samples": False, "task_manager": manager,
+    }  # fmt: skip
+    assert json.loads(output.read_text())["tasks"] == [
+        {"task": "mme", "metric": "mme_score", "filter": "none", "value": 3.0, "stderr": None, "n_shot": 0,
+         "higher_is_better": True}
+    ]  # fmt: skip
 
 
 # --- tasks at the end of a run ----------------------------------------------------------------------------------------

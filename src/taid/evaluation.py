@@ -144,7 +144,9 @@ def run(options: Namespace) -> dict[str, Any]:
     _check(options)
     is_main = PartialState().process_index == 0
     judge = _judge(options) if options.judge_url and is_main else None
-    tasks = Tasks.named(options.tasks, options.include_path) if options.tasks is not None and is_main else None
+    tasks = None
+    if options.tasks is not None and is_main:
+        tasks = Tasks.named(options.tasks, options.include_path, model=options.model)
     rows = options.data and data.load_rows(
         options.data, config=options.dataset_config, split=options.split, text_field=options.dataset_text_field
     )
@@ -196,7 +198,10 @@ def of_run(folder: Path, tasks: Tasks, args: TAIDConfig) -> None:
     rows = tasks.run(
         model, tokenizer, num_fewshot=args.eval_tasks_num_fewshot, batch_size=args.per_device_eval_batch_size
     )
-    _write(folder / run_folder.EVALUATION, {_MARK: 1, "taid_version": metadata.version("taid"), "model": str(folder), "tasks": rows})
+    _write(
+        folder / run_folder.EVALUATION,
+        {_MARK: 1, "taid_version": metadata.version("taid"), "model": str(folder), "tasks": rows},
+    )
     _console().print(task_table(rows))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fnmatch
 import importlib.util
 import logging
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,48 +30,49 @@ _PAPER_TASKS = {
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that lm-eval knows.
+    """Tasks that lm-eval knows, or for a vision-language model lmms-eval, which has the same interface.
 
     Attributes:
         names: of tasks, groups and tags, and :data:`PAPER`.
-        manager: its index of them.
+        manager: the package's index of them.
+        package: "lm_eval" or "lmms_eval".
     """
 
     names: list[str]
     manager: Any
+    package: str
 
     @classmethod
-    def named(cls, listed: str, include_path: str | None = None) -> Tasks:
+    def named(cls, listed: str, include_path: str | None = None, *, model: str) -> Tasks:
         """Find tasks, groups and tags, comma-separated, by name or glob; `taid-paper` is the paper's set.
 
         Raises:
-            ImportError: lm-eval is not installed.
+            ImportError: lm-eval (lmms-eval where `model` sees images) is not installed.
             ValueError: there is no such task; names it, and one that it may be.
             FileNotFoundError: `include_path` is no folder.
         """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ImportError("tasks need lm-eval: pip install 'taid[evaluation]' (or lm-eval==0.4.13)")
+        package = "lmms_eval" if _sees(model) else "lm_eval"
+        if importlib.util.find_spec(package) is None:
+            remedy = "'taid[evaluation]'" if package == "lm_eval" else "lmms-eval"
+            raise ImportError(f"tasks for {model} need {package.replace('_', '-')}: pip install {remedy}")
         if include_path is not None and not Path(include_path).expanduser().is_dir():
             raise FileNotFoundError(f"include_path {include_path}: there is no such folder")
         names = [name.strip() for name in listed.split(",") if name.strip()]
         if not names:
             raise ValueError("tasks is empty: name some, as in --tasks lambada_openai,hellaswag")
-        from lm_eval.tasks import TaskManager
-
         folder = None if include_path is None else str(Path(include_path).expanduser())
-        manager = TaskManager(include_path=folder)
+        manager = importlib.import_module(f"{package}.tasks").TaskManager(include_path=folder)
         known: list[str] = []
         for name in names:
-            found = [name] if name == PAPER else manager.match_tasks([name])
+            found = [PAPER] if (name, package) == (PAPER, "lm_eval") else fnmatch.filter(manager.all_tasks, name)
             if not found:
                 near = difflib.get_close_matches(name, [PAPER, *manager.all_tasks], n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"task {name!r} does not exist in lm-eval {metadata.version('lm_eval')}{hint} "
-                    "(lm-eval ls tasks lists them; a folder with your own is include_path)"
+                    f"task {name!r} does not exist in {package}{hint} (a folder with tasks of your own is include_path)"
                 )
             known += found
-        return cls(known, manager)
+        return cls(known, manager, package)
 
     def run(
         self, model: Any, tokenizer: Any, *, num_fewshot: int | None = None, limit: float | None = None,
@@ -82,13 +84,16 @@ class Tasks:
             A row for each metric of each task: `task`, `metric`, `filter`, `value`, `stderr` (None where lm-eval gives
             none), `n_shot` and `higher_is_better`.
         """
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        if self.package == "lmms_eval":  # takes no loaded model
+            evaluated = {"model": "huggingface", "model_args": f"pretrained={model.name_or_path},device={model.device}"}
+        else:
+            from lm_eval.models.huggingface import HFLM
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
-        found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=self._loaded(),
-            num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, log_samples=False, task_manager=self.manager,
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
+            evaluated = {"model": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)}
+        found = importlib.import_module(f"{self.package}.evaluator").simple_evaluate(
+            **evaluated, tasks=self._loaded(), num_fewshot=num_fewshot, limit=limit, batch_size=batch_size,
+            log_samples=False, task_manager=self.manager,
         )  # fmt: skip
         return rows_of(found)
 
@@ -104,6 +109,15 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=shots)
             loaded.append(found["groups"].get(name) or found["tasks"][name])
         return loaded
+
+
+def _sees(name_or_path: str) -> bool:
+    """Whether it is a vision-language model; one that cannot be looked at is named when it is loaded."""
+    from taid.models import load_config, sees
+
+    with contextlib.suppress(OSError, ValueError):
+        return sees(load_config(name_or_path))
+    return False
 
 
 def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,7 +152,7 @@ def tasks_of(args: TAIDConfig, model_arguments: Any) -> Tasks | None:
             "eval_tasks load the student from output_dir, and an adapter with resized embeddings does not load by "
             "itself: leave eval_tasks away, merge the adapter, and use taid evaluate"
         )
-    return Tasks.named(args.eval_tasks, args.eval_tasks_include_path)
+    return Tasks.named(args.eval_tasks, args.eval_tasks_include_path, model=model_arguments.model_name_or_path)
 
 
 def task_table(rows: list[dict[str, Any]]) -> Table:
