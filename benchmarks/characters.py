@@ -161,8 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="omniglot_small.zip")
     parser.add_argument("--out", type=Path, default=Path("runs/characters"))
-    parser.add_argument("--teacher_epochs", type=float, default=20)
-    parser.add_argument("--start_epochs", type=float, default=2)
+    parser.add_argument("--teacher_epochs", type=float, default=15)
+    parser.add_argument("--start_epochs", type=float, default=4)
     parser.add_argument("--epochs", type=float, default=8)
     options = parser.parse_args()
 

@@ -23,24 +23,25 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import SFTTrainer
 
-from taid import capture, images, run_folder, stream, vision
+from taid import capture, images, rows, run_folder, stream, vision
 from taid.cache import Cache
 from taid.card import write_card
 from taid.config import TAIDConfig, resolved
 from taid.models import load_pair, load_renamed_weights
+from taid.moving import MovingParameters
 from taid.pair_loss import PairLoss
 from taid.report import write_report
-from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
+from taid.schedule import ScheduleState
 from taid.sequences import shifted
 from taid.server import Server
 from taid.sparse import TopK
+from taid.sums import MicroBatches, means
 from taid.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
-from taid.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +50,6 @@ _RUN_DEFINING = (
     "model_name_or_path teacher_model_name_or_path dataset_name max_length packing seed data_seed optim learning_rate "
     "weight_decay lr_scheduler_type bf16 fp16 use_peft lora_r lora_alpha lora_target_modules"
 ).split()
-_OWN_OPTIONS = {
-    "jsd": ["jsd_beta"],
-    "skew_forward_kl": ["skew"],
-    "skew_reverse_kl": ["skew"],
-    "adaptive_kl": ["head_mass"],
-    "dkd": ["dkd_alpha", "dkd_beta", "dkd_temperature"],
-}
 _NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
@@ -139,7 +133,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
 
-        _require_chat_template(pair.processing_class, args, train_dataset)
+        rows.require_chat_template(pair.processing_class, args, train_dataset)
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
         is_mixture_of_experts = hasattr(pair.student.config.get_text_config(), "output_router_logits")
@@ -147,8 +141,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             args.ddp_find_unused_parameters = False  # only experts, and eyes without an image, can stay unused
         if see:
             train_dataset = images.prepared(train_dataset, "the train data set", skip=args.skip_bad_images)
-            eval_dataset = _each(eval_dataset, lambda rows, name: images.prepared(
-                rows, f"the {name} data set", skip=args.skip_bad_images))  # fmt: skip
+            eval_dataset = rows.each(eval_dataset, lambda of, name: images.prepared(
+                of, f"the {name} data set", skip=args.skip_bad_images))  # fmt: skip
 
         super().__init__(
             model=pair.student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -170,11 +164,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._check_rows(pair.tokenizer)
         self.teacher = self._teacher(pair.teacher, elsewhere)
         self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
-        self._schedule: TAIDSchedule | CurriculumTemperature | None = None
-        self._schedule_state: ScheduleState | TemperatureState | None = None
+        self.moving = MovingParameters(args)
         self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
         self._place: dict[str, Any] | None = None  # in the stream, behind the rows of this step
-        self._micro_batches: list[dict[str, Tensor]] = []  # since the last optimizer step, on this rank
+        self._micro_batches = MicroBatches(self.accelerator, self.get_tp_size())  # since the last optimizer step
         self._window: dict[str, float] = defaultdict(float)  # since the last log, over all ranks
         self._train_start = self._window_start = self._seconds_before = 0.0
         self._total_train_tokens: int
@@ -193,8 +186,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 model.to(self.args.device)
         if isinstance(elsewhere, Server):
             self._name_teacher(elsewhere.model)
-            rows = max(self.teacher_tokenizer.get_vocab().values()) + 1
-            served = ServedTeacher(elsewhere, self.vocabulary, self.args.teacher_top_k or 64, rows)
+            ids = max(self.teacher_tokenizer.get_vocab().values()) + 1
+            served = ServedTeacher(elsewhere, self.vocabulary, self.args.teacher_top_k or 64, ids)
             capture.check_sparse(TopK, self.args)
             served.check(capture.first_row(self), self.teacher_tokenizer, model)
             return served
@@ -221,7 +214,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         inputs["use_cache"] = False
         with_teacher = self.teacher is not None and (self.args.distillation_share > 0 or not model.training)
         outputs, (loss, sums) = self._loss(
-            model, inputs, labels, parameters=self._parameters(training=model.training), with_teacher=with_teacher,
+            model, inputs, labels, parameters=self.moving.of_step(training=model.training), with_teacher=with_teacher,
             num_trained=num_trained, **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )  # fmt: skip
         sums = self._logged(sums, with_teacher=with_teacher, training=model.training)
@@ -238,47 +231,22 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             steps = self.current_gradient_accumulation_steps if model.training else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
             sums |= {"aux_loss": outputs.aux_loss.detach(), "aux_batches": torch.ones_like(outputs.aux_loss)}
-        self._micro_batches.append(sums)
+        self._micro_batches.add(sums)
         return loss
-
-    def _parameters(self, *, training: bool) -> dict[str, float]:
-        """The objective's own parameters in this optimizer step."""
-        args = self.args
-        of_objective: dict[str, dict[str, float]] = {
-            "taid": {"t": self.t if training else args.taid_t_end},
-            "jsd": {"beta": args.jsd_beta},
-            "skew_forward_kl": {"skew": args.skew},
-            "skew_reverse_kl": {"skew": args.skew},
-            "adaptive_kl": {"head_mass": args.head_mass},
-            "dkd": {"alpha": args.dkd_alpha, "beta": args.dkd_beta, "temperature": args.dkd_temperature},
-            "ctkd": {"temperature": self.temperature},
-        }
-        return of_objective.get(args.objective, {})
 
     def _logged(self, sums: dict[str, Tensor], *, with_teacher: bool, training: bool) -> dict[str, Tensor]:
         """Of all sums those that are logged, and ``signal``: what t or the temperature moves by."""
         names = ["trained", "cross_entropy", "entropy", "correct"]
         names += ["kl"] if with_teacher else []
         names += ["teacher_cross_entropy"] if with_teacher and not training else []
-        signal = "target_cross_entropy" if self.args.taid_signal == "cross_entropy" else "objective"
-        signal = "temperature_gradient" if self.args.objective == "ctkd" else signal
         share = self.args.distillation_share
         loss = share * sums["objective"] + (1 - share) * sums["cross_entropy"]
-        return {name: sums[name] for name in names} | {"loss": loss, "signal": sums[signal]}
+        return {name: sums[name] for name in names} | {"loss": loss, "signal": sums[self.moving.signal]}
 
     @property
     def t(self) -> float:
         """Where TAID's target stands in this optimizer step."""
-        return self._schedule_state.t if isinstance(self._schedule_state, ScheduleState) else self.args.taid_t_start
-
-    @property
-    def temperature(self) -> float:
-        """The temperature that ctkd has learned by this optimizer step."""
-        schedule, state = self._schedule, self._schedule_state
-        if not isinstance(schedule, CurriculumTemperature) or not isinstance(state, TemperatureState):
-            schedule = CurriculumTemperature(total_steps=1)
-            state = schedule.initial_state()
-        return schedule.temperature(state)
+        return self.moving.t
 
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
@@ -330,7 +298,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _end_step(self, grad_norm: float) -> None:
         """Reduce the step over ranks; stop if it is not finite; move t. Runs before the optimizer does."""
-        sums = self._reduced_sums()
+        sums = self._micro_batches.total()
         trained = max(sums["trained"], 1.0)
         step = self.state.global_step + 1
         # A gradient scaler (float16) skips overflowing steps by design, so there only the loss counts.
@@ -346,22 +314,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         for name, value in sums.items():
             self._window[name] += value
         self._total_train_tokens += int(sums["num_tokens"])
-        if self._schedule is None:
-            return
-        name = "temperature" if self.args.objective == "ctkd" else "t"
-        self._window[name] = getattr(self, name)  # of the last step, not a sum
+        self._window |= self.moving.logged()  # of the last step, not a sum
         if sums["trained"]:  # a step without trained tokens says nothing about the student
-            self._schedule_state = self._schedule.advance(self._schedule_state, sums["signal"] / trained)  # type: ignore[arg-type]
-
-    def _reduced_sums(self) -> dict[str, float]:
-        """Add up the micro-batches since the last call, over all ranks: one small all-reduce, one transfer."""
-        names = sorted(self._micro_batches[0])
-        # float64 keeps long evaluations exact; Apple's GPUs have none.
-        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        rows = torch.stack([torch.stack([sums[name].to(dtype) for name in names]) for sums in self._micro_batches])
-        self._micro_batches = []
-        total = self.accelerator.reduce(rows.sum(0), "sum") / self.get_tp_size()
-        return dict(zip(names, total.tolist(), strict=True))
+            self.moving.advance(sums["signal"] / trained)
 
     # --- logs, evaluation, checkpoints ----------------------------------------------------------------------------
 
@@ -369,14 +324,13 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         """Log means over the steps since the last log; loss and KL in nats a token."""
         window = self._window
         if "loss" in logs and window["steps"]:
-            logs |= _means(window) | {
+            logs |= means(window) | {
                 "loss": window["mean_loss"] / window["steps"],
                 "num_tokens": self._total_train_tokens,
             }
-            if isinstance(self._schedule_state, ScheduleState):
-                logs |= {"t": window["t"], "momentum": self._schedule_state.momentum}
-            elif self._schedule_state is not None:
-                logs["temperature"] = window["temperature"]
+            logs |= {name: window[name] for name in self.moving.logged()}
+            if isinstance(self.moving.state, ScheduleState):
+                logs["momentum"] = self.moving.state.momentum
             now = time.perf_counter()
             logs["tokens_per_second"] = window["num_tokens"] / max(now - self._window_start, 1e-9)
             logs["seconds"] = self._seconds_before + now - self._train_start
@@ -392,12 +346,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Evaluate, with means over all held-out tokens instead of means of batch means."""
-        training_micro_batches, self._micro_batches = self._micro_batches, []
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        sums = self._reduced_sums()
-        self._micro_batches = training_micro_batches
-        means = _means(sums) | {"loss": sums["loss"] / max(sums["trained"], 1.0), "tokens": int(sums["trained"])}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        with self._micro_batches.apart():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            sums = self._micro_batches.total()
+        found = means(sums) | {"loss": sums["loss"] / max(sums["trained"], 1.0), "tokens": int(sums["trained"])}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -407,12 +360,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         )
         missing = -len(dataset) % (self.accelerator.num_processes * self.args.eval_batch_size)
         if isinstance(dataset, Dataset) and self.accelerator.num_processes > 1 and missing:
-            untrained = dataset.select([0] * missing).map(
-                lambda row: {images.PLACE: vision.UNTRAINED}
-                if images.PLACE in row
-                else {"labels": [-100] * len(row["labels"])}
-            )
-            dataset = concatenate_datasets([dataset, untrained.cast(dataset.features)])
+            dataset = rows.filled(dataset, missing)
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # it is meant for training
         try:
             return super().get_eval_dataloader(dataset)
@@ -432,7 +380,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                     self.teacher(vision.for_teacher(inputs), labels) if self.args.fused else None
                 role = "student"
                 _, (_, sums) = self._loss(
-                    model, inputs, labels, parameters=self._parameters(training=False),
+                    model, inputs, labels, parameters=self.moving.of_step(training=False),
                     with_teacher=self.teacher is not None,
                 )  # fmt: skip
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
@@ -449,20 +397,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if isinstance(self.data_collator, vision.Collator):
             vision.check_sight(iter(self.train_dataset), self.data_collator, self._sees)
         self._train_start = self._window_start = time.perf_counter()
-        args = self.args
-        if args.objective == "taid" and args.kd_ratio > 0:
-            total_steps = self.state.max_steps
-            self._schedule = TAIDSchedule(
-                total_steps, args.taid_t_start, args.taid_t_end, args.alpha_for(total_steps), args.taid_beta,
-                args.taid_adaptive,
-            )  # fmt: skip
-            self._schedule_state = self._schedule.initial_state()
-            if self.is_world_process_zero():
-                unmeant = args.taid_adaptive and not self._schedule.is_adaptive_in_effect
-                logger.log(logging.WARNING if unmeant else logging.INFO, self._schedule.regime())
-        elif args.objective == "ctkd" and args.kd_ratio > 0:
-            self._schedule = CurriculumTemperature(self.state.max_steps)
-            self._schedule_state = self._schedule.initial_state()
+        self.moving.start(self.state.max_steps, say=self.is_world_process_zero())
         if self._stream:
             self._stream.start = None
         if self.state.global_step == 0:
@@ -481,8 +416,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             raise ValueError(
                 f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the old values."
             )
-        if self._schedule_state is not None:
-            self._schedule_state = type(self._schedule_state)(**saved["schedule"])
+        self.moving.restore(saved["schedule"])
         if self._stream:
             self._stream.start = saved["places"][self.accelerator.process_index]
         self._window = defaultdict(float, saved["window"])
@@ -490,19 +424,21 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its continuation."""
-        names = ["objective", "kd_ratio"]
-        names += _OWN_OPTIONS.get(self.args.objective, [])
-        if isinstance(self._schedule, TAIDSchedule):
-            names += ["taid_t_start", "taid_t_end", "taid_alpha", "taid_beta", "taid_adaptive", "taid_signal"]
-        names += _RUN_DEFINING
-        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        names = ["objective", "kd_ratio", *self.moving.options, *_RUN_DEFINING]
+        rows_per_step = (
+            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        )
         identity = {name: self.configuration.get(name) for name in names}
         if self._stream:
             # A place counts prepared rows, and is that of one process among so many.
             identity |= {name: self.configuration.get(name) for name in ("dataset_weights", "packing_strategy")}
             identity |= {"files of the stream": self._stream.identity(), "processes": self.args.world_size}
         signal = self.teacher.kind if self.teacher is not None and self.args.distillation_share > 0 else None
-        return identity | {"total_steps": self.state.max_steps, "rows_per_step": rows, "teacher_signal": signal}
+        return identity | {
+            "total_steps": self.state.max_steps,
+            "rows_per_step": rows_per_step,
+            "teacher_signal": signal,
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_renamed(resume_from_checkpoint):
@@ -519,7 +455,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.stateful_callbacks[type(self).__name__] = {
             "identity": self._identity(),
-            "schedule": None if self._schedule_state is None else self._schedule_state.to_dict(),
+            "schedule": self.moving.saved(),
             "window": dict(self._window),
             "places": gather_object([self._place]) if self._stream else None,
             "num_tokens": self._total_train_tokens,
@@ -537,8 +473,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> None:
         """Write README.md beside the student, from the run's files; before the first logged step there is no card."""
         folder = Path(self.args.output_dir)
-        rows = run_folder.read_metrics(folder) if (folder / run_folder.METRICS).is_file() else []
-        if self.is_world_process_zero() and any("loss" in row for row in rows):
+        logged = run_folder.read_metrics(folder) if (folder / run_folder.METRICS).is_file() else []
+        if self.is_world_process_zero() and any("loss" in row for row in logged):
             write_card(folder, model_name=model_name, tags=tags, overwrite=True)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -562,40 +498,22 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-        if isinstance(dataset, Dataset) and not packing:
-            # TRL keeps a row whose only label is on its first token, which no token predicts.
-            prepared = prepared.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
-            dropped = len(dataset) - len(prepared)
-            if dropped == len(dataset):
-                raise ValueError(
-                    f"max_length {args.max_length} cuts away every trained token of all {dropped} rows of the "
-                    f"{rest[-1]} data set: raise max_length or shorten the prompts"
-                )
-            if dropped and args.process_index == 0:
-                logger.warning(
-                    f"{dropped} of {len(dataset)} rows of the {rest[-1]} data set are left out: max_length "
-                    f"{args.max_length} cuts away all their trained tokens"
-                )
-        return prepared
+        return (
+            rows.without_untrained(prepared, rest[-1], args)
+            if isinstance(dataset, Dataset) and not packing
+            else prepared
+        )
 
     def _check_rows(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Each data set has a trained token, and no token that the teacher does not share."""
-        all_shared = set(tokenizer.get_vocab().values()) <= set(self.vocabulary.ids)
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **named}.items():
             is_stream = self._stream is not None and name == "train"  # of which the first chunk is looked at
             is_known = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
-            if not (is_stream or is_known) or self._skip_prepare_dataset:
-                continue
-            if not any(label != -100 for row in dataset for label in row["labels"][1:]):
-                raise ValueError(
-                    f"the {name} data set has no trained token: every row is shorter than two tokens, or all of its "
-                    "labels are -100"
-                )
-            if not all_shared and is_stream:
-                self.train_dataset: Any = dataset.map(partial(_require_shared, self.vocabulary, tokenizer))
-            elif not all_shared:
-                self.vocabulary.require_shared(dataset["input_ids"], tokenizer, f"the {name} data set")
+            if (is_stream or is_known) and not self._skip_prepare_dataset:
+                checked = rows.require_usable(dataset, name, self.vocabulary, tokenizer)
+                if is_stream:
+                    self.train_dataset: Any = checked
 
 
 class _RunFolder(TrainerCallback):  # type: ignore[misc]
@@ -625,39 +543,3 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and is_step:
             row = {k: v for k, v in logs.items() if not (k.startswith("eval_") and k.endswith(_NOT_LOGGED))}
             run_folder.append_metrics(Path(args.output_dir), {"step": state.global_step, **row})
-
-
-def _each(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
-    """A held-out data set, each of a dict of them, or none, through a function of it and its name."""
-    if isinstance(dataset, dict):
-        return {name: function(rows, name) for name, rows in dataset.items()}
-    return dataset if dataset is None else function(dataset, "eval")
-
-
-def _require_chat_template(processing_class: Any, args: TAIDConfig, dataset: Any) -> None:
-    row: dict[str, Any] = next(iter(dataset or [{}]), {})
-    is_chat = "messages" in row or isinstance(row.get("prompt"), list)
-    if is_chat and processing_class.chat_template is None and args.chat_template_path is None:
-        raise ValueError(
-            "the rows are conversations, but the student's tokenizer has no chat template: set chat_template_path to "
-            "a Jinja file or to a model with the template you want"
-        )
-
-
-def _require_shared(vocabulary: Vocabulary, tokenizer: Any, row: dict[str, Any]) -> dict[str, Any]:
-    vocabulary.require_shared([row["input_ids"]], tokenizer, "the stream's chunk in hand")
-    return row
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    """Means a trained token of what was summed, under the names that SFTTrainer logs."""
-    trained = max(sums["trained"], 1.0)
-    means: dict[str, float] = {
-        name: sums[name] / trained
-        for name in ("cross_entropy", "kl", "teacher_cross_entropy", "entropy")
-        if name in sums
-    }
-    means["mean_token_accuracy"] = sums["correct"] / trained
-    if "aux_loss" in sums:
-        means["aux_loss"] = sums["aux_loss"] / sums["aux_batches"]
-    return means
