@@ -154,7 +154,8 @@ def table(card: dict[str, Any]) -> Table:
     for _, heading, _ in COLUMNS:
         shown.add_column(heading, justify="right")
     for row in card["rows"]:
-        shown.add_row(row["name"], *(["not available"] if "not_available" in row else _cells(card, row)))
+        cells = ["not available"] if "not_available" in row else _cells(card, row)
+        shown.add_row(row["name"], *(cell.replace(" (", "\n(") for cell in cells))  # or 120 columns would not do
         if "not_available" in row:
             shown.caption = f"{row['name']}: not available: {row['not_available']}\n{shown.caption}"
     return shown
