@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 64, 5
@@ -149,10 +150,10 @@ def _note(card: dict[str, Any]) -> str:
 
 def table(card: dict[str, Any]) -> Table:
     """For the terminal."""
-    shown = Table(title="Size and speed", title_justify="left", caption=_note(card), caption_justify="left")
+    shown = Table(title="Size and speed", title_justify="left", caption=_note(card), caption_justify="left", box=SIMPLE)
     shown.add_column("")
     for _, heading, _ in COLUMNS:
-        shown.add_column(heading, justify="right")
+        shown.add_column(heading.replace(", ", "\n"), justify="right")
     for row in card["rows"]:
         cells = ["not available"] if "not_available" in row else _cells(card, row)
         shown.add_row(row["name"], *(cell.replace(" (", "\n(") for cell in cells))  # or 120 columns would not do
