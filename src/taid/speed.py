@@ -151,7 +151,7 @@ def _note(card: dict[str, Any]) -> str:
 def table(card: dict[str, Any]) -> Table:
     """For the terminal."""
     shown = Table(title="Size and speed", title_justify="left", caption=_note(card), caption_justify="left", box=SIMPLE)
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)
     for _, heading, _ in COLUMNS:
         shown.add_column(heading.replace(", ", "\n"), justify="right")
     for row in card["rows"]:
