@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from taid import TAIDConfig, TAIDTrainer, images, objectives, run_folder, vision
+from taid import TAIDConfig, TAIDTrainer, images, objectives, run_folder, tiny, vision
 from taid.capture import capture
 from taid.data import load_rows
 from taid.vocabulary import Vocabulary
@@ -530,6 +530,21 @@ def test_parquet_with_images_inside_is_read(tmp_path):
     rows = load_rows(str(tmp_path / "rows.parquet"))
     assert [row["place"] for row in rows] == [f"{tmp_path}/rows.parquet, row {i}" for i in range(8)]
     assert images.decoded(rows[3])["images"][0].tobytes() == picture(3).tobytes()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_miniature_takes_what_the_large_models_processor_makes(architecture):
+    processor = make_processor(architecture, size=32)
+    large = make_vision_model(architecture, processor, hidden_size=128, layers=4, vision_size=96, size=32).config
+    small = AutoModelForImageTextToText.from_config(tiny.config_like(large, hidden_size=64))
+    assert small.config.get_text_config().hidden_size == 64
+    assert small.config.get_text_config().num_hidden_layers == 2
+    batch = collator(architecture, processor=processor)([dict(row) for row in ROWS])
+    with torch.no_grad():
+        seen = small(**vision.for_student({k: v for k, v in batch.items() if k != "labels"})).logits
+        batch["pixel_values"] = -batch["pixel_values"]
+        otherwise = small(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    assert (seen - otherwise).abs().max() > 1e-6
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
