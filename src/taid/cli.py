@@ -1,4 +1,4 @@
-"""The command line: ``taid train``, ``taid cache``, ``taid plan``, ``taid report``, ``taid demo``.
+"""The command line: ``taid train``, ``taid cache``, ``taid plan``, ``taid evaluate``, ``taid report``, ``taid demo``.
 
 Heavy imports wait until a command needs them, so that ``taid --help`` answers at once.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taid.config import DataArguments, TAIDConfig
+    from taid.plan import Recipe
     from taid.trainer import TAIDTrainer
 
 _DESCRIPTION = "Distil a large language model into a small one, with TAID and the objectives it is compared with."
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("train", help="distil a teacher into a student (taid train --help)")
     commands.add_parser("cache", help="keep what the teacher says of a run's rows on disk (taid cache --help)")
-    commands.add_parser("plan", help="how large a cache is for a recipe, before anything is loaded (taid plan --help)")
+    commands.add_parser("plan", help="what a recipe takes in memory, time and disk (taid plan --help)")
     _add_evaluate(commands)
     report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
@@ -136,18 +137,21 @@ def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, 
     for name, value in required.items():
         if value is None:
             raise ValueError(f"{name} is not set: give it in the configuration or as --{name}")
-    if data_arguments.streaming and (command != "train" or args.teacher_cache is not None):
+    if data_arguments.streaming and (command == "cache" or args.teacher_cache is not None):
         raise ValueError("the rows of a stream are not known beforehand, as a teacher_cache needs them: use a teacher")
     return model_arguments, data_arguments, args
 
 
 def cache(argv: Sequence[str]) -> None:
     """``taid cache``: what the teacher says of every row of a recipe, kept on disk."""
+    repair = "--repair" in argv
+    _cache(*_configured([a for a in argv if a != "--repair"], "cache"), repair=repair)
+
+
+def _cache(model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig, *, repair: bool) -> None:
     from taid import run_folder
     from taid.capture import capture
 
-    repair = "--repair" in argv
-    model_arguments, data_arguments, args = _configured([a for a in argv if a != "--repair"], "cache")
     folder, args.teacher_cache = Path(str(args.teacher_cache)).expanduser(), None
     with run_folder.claimed(folder, "teacher_cache") if args.process_index == 0 else contextlib.nullcontext():
         trainer = _build_trainer(model_arguments, data_arguments, args, resuming=False)
@@ -157,21 +161,67 @@ def cache(argv: Sequence[str]) -> None:
 
 
 def plan(argv: Sequence[str]) -> None:
-    """``taid plan``: how large a cache of a recipe's teacher is."""
-    model_arguments, data_arguments, args = _configured(argv, "plan")
+    """``taid plan``: what a recipe takes in memory, time and disk."""
     from taid.plan import plan
 
-    name, revision = model_arguments.model_name_or_path, model_arguments.model_revision
-    print(plan(name, revision, args, *_load_rows(data_arguments, args)))
+    recipe, _ = _planned(argv, "plan")
+    print(plan(recipe, *_rows_here(recipe)))
+
+
+def _planned(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
+    """A recipe that may be for another machine than this one, and the arguments that make it one for this machine."""
+    import torch
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus", nargs="?")
+    parser.add_argument("--config", type=Path, nargs="?")
+    known, rest = parser.parse_known_args(argv)
+    if known.gpus is not None and not known.gpus.isdigit():
+        raise ValueError(f"--gpus must be a number, 0 for a CPU, got {known.gpus!r}")
+    arguments = [*([] if known.config is None else ["--config", str(known.config)]), *rest]
+    here = [] if torch.accelerator.is_available() else ["--use_cpu"]  # or a recipe with bf16 would be refused
+    configured = _configured([*arguments, *here], command)
+    in_file = {} if known.config is None else yaml.safe_load(known.config.read_text(encoding="utf-8"))
+    is_for_cpu = in_file.get("use_cpu") or any(argument.startswith("--use_cpu") for argument in rest)
+    from taid.plan import Recipe
+
+    gpus = int(known.gpus) if known.gpus is not None else 0 if is_for_cpu else 1
+    folder = Path() if known.config is None else known.config.parent
+    return Recipe(*configured, folder=folder, gpus=gpus), [*arguments, "--use_cpu"]
+
+
+def _rows_here(recipe: Recipe) -> tuple[Any, Any]:
+    return _load_rows(recipe.data, recipe.args) if recipe.rows_are_here else (None, None)
 
 
 def train(argv: Sequence[str]) -> None:
     """``taid train``: from the configuration to the trained student and its report."""
+    if "--dry_run" in argv:
+        _dry_run([argument for argument in argv if argument != "--dry_run"])
+    else:
+        _train(*_configured(argv, "train"))
+
+
+def _dry_run(argv: Sequence[str]) -> None:
+    """Print the plan, then train small models of the recipe's architectures for a few steps, by the same code."""
+    from taid.dry_run import miniature
+    from taid.plan import plan
+
+    recipe, arguments = _planned(argv, "train")
+    print(plan(recipe, *_rows_here(recipe)), flush=True)
+    with miniature(recipe) as small:
+        if small.needs_cache:
+            _cache(*small.released(*_configured([*arguments, *small.arguments], "cache")), repair=False)
+        _train(*small.released(*_configured([*arguments, *small.arguments], "train")))
+    print(small.summary)
+
+
+def _train(model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig) -> None:
     from taid import evaluation, run_folder
     from taid.report import write_report
     from taid.tasks import tasks_of
 
-    model_arguments, data_arguments, args = _configured(argv, "train")
     output_dir, is_main = Path(args.output_dir), args.process_index == 0
     with run_folder.claimed(output_dir) if is_main else contextlib.nullcontext():
         checkpoint = _checkpoint_to_resume(output_dir, args)

@@ -451,15 +451,19 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
 
 
 _COMMANDS = {
-    "train": ("[--field value ...]", "Distil a teacher into a student."),
+    "train": (
+        "[--dry_run] [--field value ...]",
+        "Distil a teacher into a student. --dry_run prints the plan and tries the recipe with small random models.",
+    ),
     "cache": (
         "--teacher_cache DIR [--repair] [--field value ...]",
         "Ask the teacher once for every row that `taid train` with the same recipe sees, and keep what it says in DIR. "
         "Continues what is there; --repair reads all of it first and captures damaged shards anew.",
     ),
     "plan": (
-        "[--field value ...]",
-        "Say how large a cache of the teacher is in each format, from the recipe's rows and configurations alone.",
+        "[--gpus N] [--field value ...]",
+        "Say what a recipe takes in memory, hours and disk, from configurations alone, and from the rows where they "
+        "are on this machine. --gpus is the number of processes that the run will have.",
     ),
 }
 

@@ -1,94 +1,430 @@
-"""``taid plan``: how large a teacher's cache is for a recipe, from configurations and rows; no weight is loaded."""
+"""``taid plan``: what a run takes in memory, compute, time and disk, from configurations alone; no weight is loaded.
+
+Rows that lie on this machine are counted. Of others their number is enough, for an upper bound.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from datasets import load_dataset_builder
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from transformers.training_args import OptimizerNames
+from trl import ModelConfig, get_peft_config
 
-from taid import capture
+from taid import capture, tiny
 from taid.cache_format import Format
-from taid.config import TAIDConfig
-from taid.models import load_tokenizer, teacher_init_kwargs
+from taid.config import DataArguments, TAIDConfig
+from taid.data import local_files
+from taid.models import load_config, load_processing_class, load_tokenizer, sees, teacher_init_kwargs
+from taid.schedule import TAIDSchedule
 from taid.trainer import TAIDTrainer
 
 _DISTINCT = 12.0  # ids of 50 draws from a large teacher, arXiv 2503.16870
+_UTILISATION = 0.4  # of the peak, as well-run training of models this small reaches
+_GPU = ("H100", 989e12, "bf16 dense")  # NVIDIA's data sheet of the SXM card, without sparsity
+_CPU = ("CPU", 0.77e12, "float32, 8 cores with AVX2 at 3 GHz")  # 8 cores x 3e9 x 2 units x 8 numbers x 2
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Numbers that an optimizer keeps of a weight, and the bytes of each; None is the size of the weight.
+_STATES: dict[str, tuple[int, int | None]] = {
+    "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_bnb_8bit": (2, 1), "paged_adamw_32bit": (2, 4),
+    "paged_adamw_8bit": (2, 1), "adamw_8bit": (2, 1), "lion_32bit": (1, 4), "lion_8bit": (1, 1), "sgd": (0, None),
+}  # fmt: skip
 
 
-def plan(student: str, revision: str | None, args: TAIDConfig, train_rows: Any, eval_rows: Any) -> str:
-    """What ``taid cache`` would write for a recipe, in words; `args` are used up.
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made of, as :func:`taid.config.parse` gives it.
+
+    Attributes:
+        model: the student's options.
+        data: where rows come from.
+        args: everything else.
+        folder: where the recipe lies; ``configs/<owner>--<name>/`` in it may stand for a model or data set of the Hub.
+        gpus: how many the run will have; 0 is a CPU.
+    """
+
+    model: ModelConfig
+    data: DataArguments
+    args: TAIDConfig
+    folder: Path = Path()
+    gpus: int = 1
+
+    def beside(self, name: str | None, file: str) -> Path | None:
+        """A file beside the recipe that describes a model or data set of the Hub."""
+        path = self.folder / "configs" / str(name).replace("/", "--") / file
+        return path if path.is_file() and not Path(str(name)).expanduser().exists() else None
+
+    def config(self, role: str) -> Any:
+        """The configuration of the student or the teacher: of a local folder, beside the recipe, or of the Hub.
+
+        Raises:
+            ValueError: it is in none of these; says which and the remedy.
+        """
+        name, origin = self._origin(role)
+        path = self.beside(name, "config.json")
+        folder = Path(name).expanduser()
+        if path is None and name.startswith((".", "~", "/")) and not folder.is_dir():
+            raise ValueError(f"{role} folder {name!r} does not exist")
+        try:
+            return AutoConfig.from_pretrained(path.parent) if path else load_config(name, **origin)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the configuration of {role} {name!r} could not be read: {error}. Without the Hub put its config.json "
+                f"into {self.folder / 'configs' / name.replace('/', '--')}"
+            ) from error
+
+    def tokenizer(self, role: str) -> Any:
+        """The tokenizer of the student or the teacher, or one of the same shape where that is described here."""
+        name, origin = self._origin(role)
+        if path := self.beside(name, "tokens.json"):
+            try:
+                return tiny.tokenizer(**json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: {error}") from error
+        return load_tokenizer(name, role=role, **origin)
+
+    def processor(self, role: str) -> Any:
+        """The processor of a vision-language student or teacher, or one of the same shape."""
+        name, origin = self._origin(role)
+        if self.beside(name, "tokens.json"):
+            return tiny.processor(self.config(role), self.tokenizer(role))
+        return load_processing_class(name, role=role, see=True, **origin)
+
+    def _origin(self, role: str) -> tuple[str, dict[str, Any]]:
+        is_student = role == "student"
+        name = self.model.model_name_or_path if is_student else self.args.teacher_model_name_or_path
+        revision = self.model.model_revision if is_student else self.args.teacher_model_revision
+        return str(name), {"trust_remote_code": self.args.trust_remote_code, "revision": revision}
+
+    @property
+    def rows_are_here(self) -> bool:
+        """Whether the rows lie on this machine and are known beforehand, so that they can be counted."""
+        names = [*self.data.names, *([self.data.eval_dataset_name] if self.data.eval_dataset_name else [])]
+        return not self.data.streaming and all(map(self.is_here, names))
+
+    @staticmethod
+    def is_here(name: str) -> bool:
+        """Whether a data set lies on this machine.
+
+        Raises:
+            FileNotFoundError: its name is that of a file which does not exist.
+            ValueError: the file is empty, or of a type that is not read.
+        """
+        return bool(local_files(name)) or Path(name).expanduser().is_dir()
+
+
+@dataclass(frozen=True)
+class Size:
+    """The weights of a model.
+
+    Attributes:
+        config: its configuration.
+        weights: how many it has.
+        trained: how many of them are trained.
+        used: how many a token is multiplied with: all but the rows of an input embedding and the experts that it skips.
+    """
+
+    config: Any
+    weights: int
+    trained: int
+    used: float
+
+    def attention(self, length: float) -> float:
+        """FLOPs a token of the products of queries with keys and of their weights with values, forward, causal."""
+        text = self.config.get_text_config()
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        window = getattr(text, "sliding_window", None) or length
+        seen = {
+            True: length / 2,
+            False: min(window, length) * (1 - min(window, length) / (2 * length)),
+        }
+        return float(sum(4 * text.num_attention_heads * head * seen["sliding" not in kind] for kind in kinds))
+
+
+def size(config: Any, *, rows: int | None = None, peft_config: Any = None) -> Size:
+    """Count the weights of a model on the meta device.
+
+    Args:
+        config: its configuration.
+        rows: how many rows its vocabulary is given instead of its own.
+        peft_config: of an adapter that is trained in place of the weights.
+    """
+    kind = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+    if rows is not None:
+        config.get_text_config().vocab_size = rows
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    weights = sum(p.numel() for p in model.parameters())
+    text = config.get_text_config()
+    skipped = 0.0
+    if experts := next((number for name in _EXPERTS if (number := getattr(text, name, None))), None):
+        of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        skipped = of_experts * (1 - text.num_experts_per_tok / experts)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    used = weights - skipped - (0 if table is head else table.numel())
+    if peft_config is not None:
+        with torch.device("meta"):
+            model = get_peft_model(model, peft_config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Size(config, weights, trained, used)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the rows of a run.
+
+    Attributes:
+        number: how many a pass over the training rows has, packed or not; None where it is not known.
+        tokens: in such a pass.
+        distinct: of each data set the different rows and their trained tokens, which a cache holds.
+        counted: whether all this was counted; otherwise each row has at most `max_length` tokens.
+    """
+
+    number: int | None
+    tokens: int
+    distinct: dict[str, tuple[int, int]]
+    counted: bool
+
+
+def plan(recipe: Recipe, train_rows: Any = None, eval_rows: Any = None) -> str:
+    """What a recipe takes, in words.
+
+    Args:
+        recipe: what is planned.
+        train_rows: rows that lie on this machine; None where they do not.
+        eval_rows: the held-out ones.
 
     Raises:
         ValueError: a configuration or tokenizer cannot be read, or the rows cannot be used; says which and the remedy.
     """
-    teacher = str(args.teacher_model_name_or_path)
-    remote = {"trust_remote_code": args.trust_remote_code}
-    origin = remote | {"revision": args.teacher_model_revision}
-    tokenizer = (
-        load_tokenizer(student, role="student", revision=revision, **remote)
-        if args.tokenizer_from == "student"
-        else load_tokenizer(teacher, role="teacher", **origin)
-    )
-    folder = Path(teacher).expanduser()
-    if teacher.startswith((".", "~", "/")) and not folder.is_dir():
-        raise ValueError(f"teacher folder {teacher!r} does not exist")
-    try:
-        config = AutoConfig.from_pretrained(folder if folder.is_dir() else teacher, **origin)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the configuration of teacher {teacher!r} could not be read: {error}") from error
-    of_text = config.get_text_config()
-    dtype: Any = teacher_init_kwargs(args)["dtype"]
-    dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"teacher_model_init_kwargs: dtype {teacher_init_kwargs(args)['dtype']!r} is none of torch's")
-    counts = _counts(tokenizer, args, train_rows, eval_rows)
-    tokens = sum(trained for _, trained in counts.values())
-    ids = min(len(set(tokenizer.get_vocab().values())), of_text.vocab_size)
-    head = of_text.vocab_size * of_text.hidden_size * dtype.itemsize
-
-    lines = [
-        f"teacher: {teacher}, hidden states of {of_text.hidden_size:,} numbers in {str(dtype).removeprefix('torch.')}, "
-        f"{of_text.vocab_size:,} output rows",
-        *(f"{name}: {rows:,} different rows, {trained:,} trained tokens" for name, (rows, trained) in counts.items()),
-        "",
-        f"{'a cache of':33}{'bytes a token':>15}{'size':>12}",
-    ]
-    draws = args.teacher_cache_samples or 50
-    for words, name, distinct in (
-        ("hidden", "hidden", None),
-        ("hidden_int8", "hidden_int8", None),
-        (f"top_k, k = {min(args.teacher_top_k or 64, ids)}", "top_k", None),
-        (f"sampled, {draws} draws, about {min(_DISTINCT, draws):g} ids", "sampled", min(_DISTINCT, draws)),
-        (f"sampled, {draws} draws, at most", "sampled", None),
-    ):
-        format_ = Format(name, of_text.hidden_size, dtype, ids, min(args.teacher_top_k or 64, ids), draws)
-        each = format_.bytes_per_token(distinct)
-        size = tokens * each + (head if format_.needs_head else 0)
-        lines.append(f"{words:33}{each:15,.0f}{_bytes(size):>12}")
+    args, rows_of_student, teacher = recipe.args, None, None
+    if args.tokenizer_from == "teacher":
+        rows_of_student = max(recipe.tokenizer("teacher").get_vocab().values()) + 1
+    student = size(recipe.config("student"), rows=rows_of_student, peft_config=get_peft_config(recipe.model))
+    adapter = f", {student.trained:,} of an adapter are trained" if recipe.model.use_peft else ""
+    lines = [f"student: {recipe.model.model_name_or_path}, {student.weights:,} weights{adapter}"]
+    if args.teacher_model_name_or_path is not None:
+        teacher = size(recipe.config("teacher"))
+        text = teacher.config.get_text_config()
+        dtype = _teacher_dtype(args, teacher.config)
+        lines += [
+            f"teacher: {args.teacher_model_name_or_path}, {teacher.weights:,} weights, hidden states of "
+            f"{text.hidden_size:,} numbers in {_name(dtype)}, {text.vocab_size:,} output rows"
+        ]
+    rows = _bounded(recipe) if train_rows is None else _counted(recipe, train_rows, eval_rows)
+    lines += ["", *_memory(recipe, student, teacher), "", *_run(recipe, student, teacher, rows)]
+    if teacher is not None and rows.distinct:
+        lines += ["", *_caches(recipe, teacher, rows)]
     return "\n".join(lines)
 
 
-def _counts(tokenizer: Any, args: TAIDConfig, train_rows: Any, eval_rows: Any) -> dict[str, tuple[int, int]]:
-    """Of each data set the different rows and their trained tokens, made by the trainer that a run would have."""
-    args.objective, args.teacher_cache, args.teacher_server_url, args.teacher_model_name_or_path = (
-        "sft",
-        None,
-        None,
-        None,
-    )
-    rows = max(tokenizer.get_vocab().values()) + 1
+def _teacher_dtype(args: TAIDConfig, config: Any) -> torch.dtype:
+    asked = teacher_init_kwargs(args)["dtype"]
+    dtype = (config.dtype or torch.float32) if asked == "auto" else asked
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"teacher_model_init_kwargs: dtype {asked!r} is none of torch's")
+    return dtype
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
+    """The rows as the trainer of a run would prepare them."""
+    tokenizer = recipe.tokenizer(recipe.args.tokenizer_from)
+    args = copy.copy(recipe.args)
+    args.objective, args.tokenizer_from = "sft", "student"
+    args.teacher_cache = args.teacher_server_url = args.teacher_model_name_or_path = None
     smallest = LlamaForCausalLM(
-        LlamaConfig(vocab_size=rows, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                    num_key_value_heads=1)
+        LlamaConfig(vocab_size=max(tokenizer.get_vocab().values()) + 1, hidden_size=8, intermediate_size=8,
+                    num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     )  # fmt: skip
-    args.tokenizer_from = "student"
     trainer = TAIDTrainer(
         smallest, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
-    return {name: (len(keys), sum(keys.values())) for name, keys in capture.rows_of(trainer).items()}
+    distinct = {name: (len(keys), sum(keys.values())) for name, keys in capture.rows_of(trainer).items()}
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    return Rows(len(lengths), sum(lengths), distinct, counted=True)
+
+
+def _bounded(recipe: Recipe) -> Rows:
+    """What the number of rows alone tells."""
+    data, length = recipe.data, _length(recipe)
+    splits = {"train": (data.names[0], data.dataset_train_split)}
+    if data.eval_dataset_name:
+        splits["eval"] = data.eval_dataset_name, data.dataset_test_split
+    # Neither a stream nor rows with images can be cached, and steps may be known without them.
+    is_asked = not data.streaming and not (recipe.args.max_steps > 0 and sees(recipe.config("student")))
+    found = {name: _number(recipe, *where) for name, where in splits.items()} if is_asked else {}
+    distinct = {name: (number, number * length) for name, number in found.items() if number is not None}
+    number = found.get("train")
+    return Rows(number, (number or 0) * length, distinct if len(distinct) == len(found) else {}, counted=False)
+
+
+def _number(recipe: Recipe, name: str, split: str) -> int | None:
+    """How many rows a split of a data set on the Hub has, as is said beside the recipe or on the Hub."""
+    if path := recipe.beside(name, "dataset_info.json"):
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        if split not in splits:
+            raise ValueError(f"{path}: data set {name} has no split {split!r}, but {', '.join(splits)}")
+        return int(splits[split]["num_examples"])
+    try:
+        found = load_dataset_builder(name, recipe.data.dataset_config).info.splits or {}
+    except (OSError, ValueError):
+        return None
+    return int(found[split].num_examples) if split in found else None
+
+
+def _length(recipe: Recipe) -> int:
+    """How many tokens a row has at most."""
+    return int(recipe.args.max_length or recipe.config("student").get_text_config().max_position_embeddings)
+
+
+# --- memory, time, disk -----------------------------------------------------------------------------------------------
+
+
+def _memory(recipe: Recipe, student: Size, teacher: Size | None) -> list[str]:
+    """What a process holds all the time."""
+    args, dtype = recipe.args, getattr(torch, str(recipe.model.dtype), torch.float32)
+    parts = [
+        (student.weights * dtype.itemsize, f"student's weights, {_name(dtype)}"),
+        (student.trained * dtype.itemsize, "their gradients" if student.trained == student.weights else "gradients"),
+    ]
+    optimizer = OptimizerNames(args.optim).value
+    if optimizer in _STATES:
+        number, each = _STATES[optimizer]
+        parts += [(student.trained * number * (each or dtype.itemsize), f"state of {optimizer}")]
+    lines = [f"  {_bytes(number):>9}  {words}" for number, words in parts]
+    if optimizer not in _STATES:
+        lines += [f"  {'?':>9}  state of {optimizer}, whose size is not known here"]
+    total = sum(number for number, _ in parts)
+    if teacher is not None:
+        held = teacher.weights * (teacher_dtype := _teacher_dtype(args, teacher.config)).itemsize
+        where = "only in taid cache" if args.teacher_cache else "on its server" if args.teacher_server_url else ""
+        lines += [f"  {_bytes(held):>9}  teacher's weights, {_name(teacher_dtype)}{where and ', ' + where}"]
+        total += 0 if where else held
+        if args.teacher_cache:
+            both = _bytes(held + student.weights * dtype.itemsize)
+            lines += [f"  {both:>9}  in all in taid cache: teacher's and student's weights"]
+    lines += [f"  {_bytes(total):>9}  in all in taid train"]
+    return ["memory of each process, where nothing is sharded, before activations:", *lines]
+
+
+def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> list[str]:
+    """Steps, tokens, FLOPs and hours."""
+    args, length = recipe.args, _length(recipe)
+    batch, processes = args.per_device_train_batch_size, max(recipe.gpus, 1)
+    a_step = batch * args.gradient_accumulation_steps * processes
+    lines = [
+        f"a step: {a_step:,} rows ({batch} a device x {args.gradient_accumulation_steps} micro-batches x {processes} "
+        f"device{'s' * (processes > 1)})"
+    ]
+    steps = _steps(args, a_step, length, processes, rows)
+    if steps is None:
+        return [*lines, f"run: how many rows {recipe.data.names[0]} has is not known here: set max_steps to plan it"]
+    mean = rows.tokens / rows.number if rows.counted and rows.number else length
+    is_passes = rows.counted and args.max_steps <= 0
+    tokens = int(args.num_train_epochs * rows.tokens) if is_passes else int(steps * a_step * mean)
+    bound = "" if is_passes else "about " if rows.counted else "at most "
+    lines += [f"run: {steps:,} steps, {bound}{tokens:,} tokens"]
+    if args.objective == "taid" and args.kd_ratio > 0:
+        schedule = TAIDSchedule(
+            steps, args.taid_t_start, args.taid_t_end, args.alpha_for(steps), args.taid_beta, args.taid_adaptive
+        )
+        lines += [schedule.regime()]
+    terms = _flops(recipe, student, teacher, mean)
+    a_token = sum(terms.values())
+    forward = 0.0 if teacher is None else 2 * teacher.used + teacher.attention(mean)
+    formula = " + ".join(f"{name} ({value / 1e9:.3g})" for name, value in terms.items())
+    lines += [f"compute: {formula} = {a_token / 1e9:.3g} GFLOP a token, {a_token * tokens:.3g} in all"]
+    if forward and args.teacher_cache is not None and rows.distinct:
+        seen = sum(trained for _, trained in rows.distinct.values())
+        lines += [_hours(recipe, "taid cache", forward * seen, "about " if rows.counted else bound)]
+    elif forward and args.teacher_server_url is not None:
+        lines += [_hours(recipe, "the teacher's server, if it has as many", forward * tokens, bound)]
+    return [*lines, _hours(recipe, "taid train", a_token * tokens, bound)]
+
+
+def _steps(args: TAIDConfig, a_step: int, length: int, processes: int, rows: Rows) -> int | None:
+    """As transformers counts them; None where nobody knows how many rows there are."""
+    if args.train_tokens is not None:
+        return math.ceil(args.train_tokens / (a_step * length))
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    if rows.number is None:
+        return None
+    batches = rows.number / (args.per_device_train_batch_size * processes)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    a_pass: int = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    return math.ceil(float(args.num_train_epochs) * a_pass)
+
+
+def _flops(recipe: Recipe, student: Size, teacher: Size | None, length: float) -> dict[str, float]:
+    """FLOPs of training on a token, by part: 2 a weight forward, 2 for the gradient of what goes in, 2 for its own."""
+    args = recipe.args
+    of_student = 4 if recipe.model.use_peft else 6
+    terms = {f"{of_student} N_student": of_student * student.used}
+    attention = 3 * student.attention(length)
+    if teacher is not None and args.distillation_share > 0:
+        text = teacher.config.get_text_config()
+        if args.teacher_cache is None and args.teacher_server_url is None:
+            terms["2 N_teacher"] = 2 * teacher.used
+            attention += teacher.attention(length)
+        elif args.teacher_cache and args.teacher_cache_format in (None, "hidden", "hidden_int8"):
+            terms["2 teacher's head"] = 2 * text.vocab_size * text.hidden_size
+    return terms | {"attention": attention}
+
+
+def _hours(recipe: Recipe, command: str, flops: float, bound: str) -> str:
+    name, peak, precision = _GPU if recipe.gpus else _CPU
+    hours = flops / (max(recipe.gpus, 1) * peak * _UTILISATION) / 3600
+    number = f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
+    return (
+        f"time of {command}: {bound}{number} hours on {max(recipe.gpus, 1)} {name} at {_UTILISATION:.0%} of "
+        f"{peak / 1e12:g} TFLOP/s ({precision})"
+    )
+
+
+def _caches(recipe: Recipe, teacher: Size, rows: Rows) -> list[str]:
+    """How large a cache is in each format."""
+    args, text, dtype = recipe.args, teacher.config.get_text_config(), _teacher_dtype(recipe.args, teacher.config)
+    tokenizer = recipe.tokenizer(args.tokenizer_from)
+    ids = min(len(set(tokenizer.get_vocab().values())), text.vocab_size)
+    at_most = "" if rows.counted else "at most "
+    tokens = sum(trained for _, trained in rows.distinct.values())
+    head = text.vocab_size * text.hidden_size * dtype.itemsize
+    lines = [
+        *(f"{name}: {n:,} different rows, {at_most}{trained:,} trained tokens"
+          for name, (n, trained) in rows.distinct.items()),
+        "",
+        f"{'a cache of' + (', at most' if at_most else ''):33}{'bytes a token':>15}{'size':>12}",
+    ]  # fmt: skip
+    draws, k = args.teacher_cache_samples or 50, min(args.teacher_top_k or 64, ids)
+    for words, name, distinct in (
+        ("hidden", "hidden", None),
+        ("hidden_int8", "hidden_int8", None),
+        (f"top_k, k = {k}", "top_k", None),
+        (f"sampled, {draws} draws, about {min(_DISTINCT, draws):g} ids", "sampled", min(_DISTINCT, draws)),
+        (f"sampled, {draws} draws, at most", "sampled", None),
+    ):
+        format_ = Format(name, text.hidden_size, dtype, ids, k, draws)
+        each = format_.bytes_per_token(distinct)
+        lines.append(f"{words:33}{each:15,.0f}{_bytes(tokens * each + (head if format_.needs_head else 0)):>12}")
+    return lines
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _bytes(number: float) -> str:
