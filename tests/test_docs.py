@@ -6,7 +6,7 @@ Every fenced block is checked by its language, so that no snippet escapes:
             compiled, its imports are made and the arguments of its calls bound
     sh      each command is parsed by its own parser, and runs where `<!-- run -->` stands above it
     yaml    is a recipe: its options exist, and their values are possible
-    json    is a row of data, on each line
+    json    is a row of data, on each line; `<!-- prompts -->`: what a judge's questions are
     text    is output or a formula, and holds no command
 
 A page's `run` blocks share a folder, in their order; `# name.yaml` in the first line of a recipe puts it there.
@@ -41,7 +41,7 @@ from markdown.extensions.toc import slugify
 from trl import SFTConfig
 
 import taid
-from taid import cli, config, data, objectives
+from taid import cli, config, data, judge, objectives
 from taid.config import TAIDConfig, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +199,7 @@ def test_every_block_is_checked(path, tmp_path, monkeypatch):
     text, found = (ROOT / path).read_text(encoding="utf-8"), blocks(path)
     fences = re.findall(r"^[ >]*(?:```|~~~)", text, flags=re.MULTILINE)
     assert len(fences) == 2 * len(found), "a fence that this test does not read"
-    marks = re.findall(r"<!-- (?:run|recipe|signature) -->", text)
+    marks = re.findall(r"<!-- (?:run|recipe|signature|prompts) -->", text)
     assert len(marks) == sum(block.marker != "" for block in found), "a mark that stands above no block"
     for block in found:
         if block.file:
@@ -240,6 +240,10 @@ def check_yaml(block: Block) -> None:
 
 
 def check_json(block: Block) -> None:
+    if block.marker == "prompts":
+        Path("prompts.jsonl").write_text(block.text, encoding="utf-8")
+        judge.read_prompts("prompts.jsonl")
+        return
     for number, line in enumerate(block.text.splitlines(), start=1):
         data.RowCheck("text")(json.loads(line), f"line {number}")
 
@@ -265,7 +269,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 # What is called that is not ours; anything else in a shell block is an error here.
-_OTHERS = ". cd cmake git grep hf llama-completion ollama pip vllm".split()
+_OTHERS = ". cd cmake git grep hf llama-completion lm_eval ollama pip vllm".split()
 
 
 def check_command(words: list[str]) -> None:
@@ -276,7 +280,7 @@ def check_command(words: list[str]) -> None:
     program = words[0].rpartition("/")[2]
     if place is not None:
         check_launcher(words[:place])
-        check_taid(words[place + 1 :])
+        check_taid(words[place + 1 :] or ["--help"])
     elif program == "make":
         targets = re.findall(r"^([\w/.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert set(words[1:]) <= set(targets), words
@@ -305,15 +309,18 @@ def check_launcher(words: list[str]) -> None:
 def check_taid(words: list[str]) -> None:
     """By the parsers of the command line itself; a configuration that is not there is left away."""
     command, *rest = words
-    if "--help" in rest:
-        assert options_of(command), command
+    if "--help" in words:
+        assert command == "--help" or options_of(command)
         return
     if command not in ("train", "cache", "plan"):
         cli._parser().parse_args(words)
         return
     if "--config" in rest and not Path(rest[rest.index("--config") + 1]).exists():
         del rest[rest.index("--config") : rest.index("--config") + 2]
-    parse([word for word in rest if (command, word) != ("cache", "--repair")], command)
+    for option, value in beside_the_configuration(command):
+        if option in rest:
+            del rest[rest.index(option) : rest.index(option) + (2 if value else 1)]
+    parse(rest, command)
 
 
 def check_pytest(words: list[str]) -> None:
@@ -328,11 +335,16 @@ def check_pytest(words: list[str]) -> None:
             assert any(word in test for test in tests), f"{file} has no test with {word!r} in its name"
 
 
+def beside_the_configuration(command: str) -> list[tuple[str, str]]:
+    """The options of a command that are no fields, as its usage shows them: `[--repair]`, `[--gpus N]`."""
+    return re.findall(r"\[(--[a-z_]+)( [A-Z]+)?\]", config._COMMANDS[command][0])
+
+
 def options_of(command: str) -> set[str]:
     """Every ``--option`` of a command of taid's."""
     if command in ("train", "cache", "plan"):
         parser: argparse.ArgumentParser = config._parser(command, show_all=True)
-        return {*parser._option_string_actions, *(["--repair"] if command == "cache" else [])}
+        return {*parser._option_string_actions, *(option for option, _ in beside_the_configuration(command))}
     choices = next(a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
     return set(choices[command]._option_string_actions)
 
@@ -345,13 +357,19 @@ CHECKS = {
     "json": check_json,
     "text": check_text,
 }
-MARKERS = {"python": ("run", "signature"), "sh": ("run",), "console": ("run",), "yaml": ("recipe",)}
+MARKERS = {
+    "python": ("run", "signature"),
+    "sh": ("run",),
+    "console": ("run",),
+    "yaml": ("recipe",),
+    "json": ("prompts",),
+}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=str)
 def test_commands_within_a_sentence_exist(path):
     for code in re.findall(r"`([^`]+)`", prose(path)):
-        name, *rest = code.split(maxsplit=2) or [""]
+        name, *rest = code.split(maxsplit=2)
         if name == "taid" and rest:
             unknown = set(re.findall(r"--[a-z]\w*", code)) - options_of(rest[0])
             assert not unknown, f"{code}: taid {rest[0]} has no {unknown}"
@@ -412,6 +430,40 @@ def test_what_is_wrong_in_a_block_is_found(block, complaint, tmp_path, monkeypat
     # SystemExit is argparse's, with status 2.
     with pytest.raises((ValueError, TypeError, AssertionError, SystemExit), match=re.escape(complaint)):
         CHECKS[block.language](block)
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def texts_in_the_source() -> list[str]:
+    """Every text of the package, with … for what is filled in, but for constants."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "src" / "taid").glob("**/*.py")]
+    assignments = (node for tree in trees for node in tree.body if isinstance(node, ast.Assign))
+    constants = {ast.unparse(node.targets[0]): node.value.value for node in assignments if is_text(node.value)}
+
+    def text_of(node: ast.AST) -> str:
+        if isinstance(node, ast.BinOp):
+            return text_of(node.left) + text_of(node.right)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text_of, node.values))
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        name = node.value if isinstance(node, ast.FormattedValue) else node
+        return constants.get(name.id, "…") if isinstance(name, ast.Name) else "…"
+
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    return [text_of(node) for node in nodes if is_text(node) or isinstance(node, ast.BinOp | ast.JoinedStr)]
+
+
+def test_troubleshooting_quotes_what_is_really_said():
+    source = texts_in_the_source()
+    quoted = [block.text for block in blocks(Path("docs/troubleshooting.md")) if block.language == "text"]
+    lines = [line.removeprefix("taid: error: ") for text in quoted for line in text.splitlines()]
+    assert len(lines) > 30
+    for line in lines:
+        in_this_order = re.compile(".*".join(map(re.escape, line.split("…"))))
+        assert any(map(in_this_order.search, source)), line
 
 
 @pytest.mark.cli
