@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from taid import TAIDConfig, TAIDTrainer, images, objectives, run_folder, tiny, vision
 from taid.capture import capture
+from taid.cli import main
 from taid.data import load_rows
 from taid.vocabulary import Vocabulary
 from vision_models import ARCHITECTURES, make_processor, make_vision_model
@@ -545,6 +546,34 @@ def test_a_miniature_takes_what_the_large_models_processor_makes(architecture):
         batch["pixel_values"] = -batch["pixel_values"]
         otherwise = small(**{k: v for k, v in batch.items() if k != "labels"}).logits
     assert (seen - otherwise).abs().max() > 1e-6
+
+
+def test_evaluate_says_what_a_model_makes_of_its_images_and_of_others(tmp_path, rows_file, capsys):
+    processor = make_processor("qwen2_vl")
+    for name, options in {"student": {}, "teacher": {"hidden_size": 64, "seed": 1}}.items():
+        make_vision_model("qwen2_vl", processor, **options).save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    output = tmp_path / "found.json"
+    arguments = [str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"), "--data", str(rows_file())]
+    assert main(["evaluate", *arguments, "--use_cpu", "--batch_size", "8", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())["held_out"]
+
+    trainer = make(tmp_path / "run", "qwen2_vl", plain_rows())
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    trainer.data_collator.exchange = True
+    others = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    labels = batch["labels"][:, 1:]
+    for name, model in {"student": trainer.model, "teacher": trainer.teacher.model}.items():
+        for measure, shown in {"cross_entropy": batch, "others_images": others}.items():
+            with torch.no_grad():
+                logits = model(**{k: v for k, v in shown.items() if k != "labels"}).logits[:, :-1]
+            expected = F.cross_entropy(logits[labels != -100], labels[labels != -100]).item()
+            assert found[name][measure] == pytest.approx(expected, rel=1e-5)
+    tokenizer = processor.tokenizer
+    texts = [ids[label != -100] for ids, label in zip(batch["input_ids"][:, 1:], labels, strict=True)]
+    size = sum(len(tokenizer.decode(text, skip_special_tokens=True).encode()) for text in texts)
+    assert found["student"]["bytes"] == size
+    assert "others'" in capsys.readouterr().out
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the arguments, the rows, the names of tasks or the judge's server is said before
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from taid.tasks import Tasks, task_table
 if TYPE_CHECKING:
     from taid.config import TAIDConfig
     from taid.judge import Judge
+    from taid.trainer import TAIDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Measures:
             tokens. None where the trained tokens are no text.
         kl: KL(p || q) of the teacher p and the model q, nats a token, over the shared ids; None without a teacher.
         accuracy: the share of tokens that are the model's likeliest.
+        others_images: the cross-entropy with the images of other rows, in their own sizes; None for rows without. Where
+            it is no larger, the model does not use what it sees.
         tokens: how many were trained.
         bytes: of the text that they decode to (:func:`bytes_of`).
     """
@@ -55,6 +59,7 @@ class Measures:
     bits_per_byte: float | None
     kl: float | None
     accuracy: float
+    others_images: float | None
     tokens: int
     bytes: int
 
@@ -96,6 +101,7 @@ def held_out(
     """
     from transformers import PrinterCallback, ProgressCallback
 
+    from taid import vision
     from taid.models import tokenizer_of
     from taid.trainer import TAIDTrainer
 
@@ -106,8 +112,11 @@ def held_out(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     found = trainer.evaluate(trainer.train_dataset)
-    prepared = trainer.train_dataset.select_columns(["input_ids", "labels"])
-    size = sum(bytes_of(row["input_ids"], row["labels"], tokenizer_of(tokenizer)) for row in prepared)
+    size = sum(bytes_of(*row, tokenizer_of(tokenizer)) for row in _tokens(trainer))
+    others_images = None
+    if isinstance(trainer.data_collator, vision.Collator):
+        trainer.data_collator.exchange = True
+        others_images = trainer.evaluate(trainer.train_dataset)["eval_cross_entropy"]
     cross_entropy, tokens = found["eval_cross_entropy"], found["eval_tokens"]
     return Measures(
         cross_entropy=cross_entropy,
@@ -115,9 +124,21 @@ def held_out(
         bits_per_byte=cross_entropy * tokens / (math.log(2) * size) if size else None,
         kl=found.get("eval_kl"),
         accuracy=found["eval_mean_token_accuracy"],
+        others_images=others_images,
         tokens=tokens,
         bytes=size,
     )
+
+
+def _tokens(trainer: TAIDTrainer) -> Iterator[tuple[list[int], list[int]]]:
+    """The ids and labels of each row; of rows with images as they are made for a batch."""
+    rows = trainer.train_dataset
+    if "input_ids" in rows.column_names:
+        yield from ((row["input_ids"], row["labels"]) for row in rows.select_columns(["input_ids", "labels"]))
+        return
+    for row in rows:
+        batch = trainer.data_collator([row])
+        yield batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -135,14 +156,18 @@ def run(options: Namespace) -> dict[str, Any]:
         ImportError: a package that an option needs is not installed.
         ConnectionError: the judge cannot be reached.
     """
-    from accelerate import PartialState
+    _check(options)
+    with _configured(options) as args:  # before the rows: it sets up the processes
+        return _run(options, args)
 
+
+def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     from taid import data
+    from taid.images import has_images
     from taid.judge import grade_table
     from taid.models import tokenizer_of
 
-    _check(options)
-    is_main = PartialState().process_index == 0
+    is_main = args.process_index == 0
     judge = _judge(options) if options.judge_url and is_main else None
     tasks = None
     if options.tasks is not None and is_main:
@@ -162,30 +187,26 @@ def run(options: Namespace) -> dict[str, Any]:
             run_folder.write_atomically(path, speed.markdown(result["speed"]))
     if not (rows or options.tasks or options.judge_url):
         return result
-    with _configured(options) as args:
-        model, tokenizer = _load(options, options.model, "student")
-        if rows:
-            result["held_out"] = _compare(options, model, tokenizer, rows, args)
-        if not is_main:
-            return result
-        if rows:
-            console.print(held_out_table(result["held_out"]))
-            _write(options.output, result)
-        model.to(args.device).eval()
-        if tasks is not None:
-            result["tasks"] = tasks.run(
-                model,
-                tokenizer_of(tokenizer),
-                num_fewshot=options.num_fewshot,
-                limit=options.limit,
-                batch_size=options.batch_size,
-            )
-            console.print(task_table(result["tasks"]))
-            _write(options.output, result)
-        if judge is not None:
-            result["judge"] = judge.grade(model, tokenizer_of(tokenizer))
-            console.print(grade_table(result["judge"]))
-            _write(options.output, result)
+    model, processing_class = _load(options, options.model, "student", see=has_images(rows))
+    if rows:
+        result["held_out"] = _compare(options, model, processing_class, rows, args)
+    if not is_main:
+        return result
+    if rows:
+        console.print(held_out_table(result["held_out"]))
+        _write(options.output, result)
+    model.to(args.device).eval()
+    tokenizer = tokenizer_of(processing_class)
+    if tasks is not None:
+        result["tasks"] = tasks.run(
+            model, tokenizer, num_fewshot=options.num_fewshot, limit=options.limit, batch_size=options.batch_size
+        )
+        console.print(task_table(result["tasks"]))
+        _write(options.output, result)
+    if judge is not None:
+        result["judge"] = judge.grade(model, tokenizer)
+        console.print(grade_table(result["judge"]))
+        _write(options.output, result)
     return result
 
 
@@ -285,23 +306,30 @@ def _configured(options: Namespace) -> Iterator[TAIDConfig]:
         )  # fmt: skip
 
 
-def _load(options: Namespace, name: str, role: str) -> tuple[Any, Any]:
+def _load(options: Namespace, name: str, role: str, *, see: bool) -> tuple[Any, Any]:
     from taid.models import load_model, load_processing_class
 
-    tokenizer = load_processing_class(name, role=role)
-    return load_model(name, role=role, dtype=options.dtype), tokenizer
+    processing_class = load_processing_class(name, role=role, see=see)
+    return load_model(name, role=role, dtype=options.dtype), processing_class
 
 
 def _compare(options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TAIDConfig) -> dict[str, Any]:
     """The measures of the student before, the student and the teacher, each that is given."""
+    from taid.images import has_images
+
+    see = has_images(rows)
     pairs = {"student": (model, tokenizer)}
     if options.before is not None:
-        pairs = {"student before": _load(options, options.before, "student")} | pairs
-    teacher = (None, None) if options.teacher is None else _load(options, options.teacher, "teacher")
+        pairs = {"student before": _load(options, options.before, "student", see=see)} | pairs
+    teacher = (None, None) if options.teacher is None else _load(options, options.teacher, "teacher", see=see)
     found = {name: asdict(held_out(*pair, rows, args, *teacher)) for name, pair in pairs.items()}
     if options.teacher is not None:
         # Beside the student, so that the ids are the shared ones, and on the student's rows.
-        of_teacher = held_out(teacher[0], tokenizer, rows, args, model, teacher[1])
+        of_rows: Any = tokenizer
+        if see:  # its own pixels of them
+            of_rows = copy.copy(teacher[1])
+            of_rows.chat_template = tokenizer.chat_template
+        of_teacher = held_out(teacher[0], of_rows, rows, args, model, tokenizer if see else teacher[1])
         found["teacher"] = asdict(of_teacher) | {"kl": 0.0}
     return found
 
@@ -313,12 +341,15 @@ def held_out_table(found: dict[str, dict[str, Any]]) -> Table:
     """Measures by model."""
     table = Table(title="Held out", title_justify="left")
     table.add_column("")
-    for heading in ("nats/token", "perplexity", "bits/byte", "KL to teacher", "accuracy", "tokens", "bytes"):
+    sees = any(of["others_images"] is not None for of in found.values())
+    headings = ["nats/token", "perplexity", "bits/byte", "KL to teacher", "accuracy", "tokens", "bytes"]
+    for heading in headings + (["nats/token, others' images"] if sees else []):
         table.add_column(heading, justify="right")
     for name, of in found.items():
         bits, kl = of["bits_per_byte"], of["kl"]
         table.add_row(
             name, f"{of['cross_entropy']:.4f}", f"{of['perplexity']:.4g}", "" if bits is None else f"{bits:.4f}",
             "" if kl is None else f"{kl:.4f}", f"{of['accuracy']:.2%}", f"{of['tokens']:,}", f"{of['bytes']:,}",
+            *([f"{of['others_images']:.4f}"] if sees else []),
         )  # fmt: skip
     return table

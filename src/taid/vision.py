@@ -36,6 +36,9 @@ class Collator:
             student's, both are asked.
         vocabulary: the ids that both models mean alike.
         skip: rows whose images cannot be read or do not fit into ``max_length`` are not trained on; else an error.
+
+    Attributes:
+        exchange: whether the rows of a batch are shown each other's images, as :func:`check_sight` does.
     """
 
     def __init__(self, collator: Any, teacher: ProcessorMixin | None, vocabulary: Vocabulary, *, skip: bool) -> None:
@@ -47,7 +50,7 @@ class Collator:
             self.teacher = copy.copy(self.collator)
             self.teacher.processor = teacher
             self.teacher.chat_template = collator.chat_template or collator.processor.chat_template
-        self.skip = skip
+        self.skip, self.exchange = skip, False
         processor = collator.processor
         self.image_ids, self.shared_ids = image_token_ids(processor), vocabulary.index
         endings = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
@@ -58,6 +61,7 @@ class Collator:
         places = [row.get(images.PLACE, f"row {number} of a batch") for number, row in enumerate(rows)]
         untrained = {number for number, place in enumerate(places) if place == UNTRAINED}
         rows = [self._decoded(row, number, untrained) for number, row in enumerate(rows)]
+        rows = images.exchanged(rows) if self.exchange else rows
         batch = self._batch(rows, places)
         if too_long := self._cut_images(batch):
             self._refuse(places, too_long, int(batch["attention_mask"][min(too_long)].sum()))
