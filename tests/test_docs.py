@@ -23,6 +23,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from markdown.extensions.toc import slugify
+from matplotlib.image import imread
 from trl import SFTConfig
 
 import taid
@@ -161,6 +163,18 @@ def test_files_of_the_repository_that_a_page_names_exist(path):
     folders = "benchmarks docs examples recipes scripts src tests".split()
     named = re.findall(rf"`((?:{'|'.join(folders)})/[\w./-]+)`", prose(path))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_pictures_are_drawn_by_the_script(tmp_path):
+    pictures = runpy.run_path(str(ROOT / "scripts" / "draw_pictures.py"))["PICTURES"]
+    assert {file.name for file in (ROOT / "docs" / "pictures").iterdir()} == set(pictures)
+    shown = {link for path in PAGES for link in links(path)}
+    for name, draw in pictures.items():
+        assert f"pictures/{name}" in shown
+        draw().savefig(tmp_path / name, facecolor="white")
+        old, new = (imread(folder / name) for folder in (ROOT / "docs" / "pictures", tmp_path))
+        assert old.shape == new.shape
+        assert abs(old - new).mean() < 0.02  # another matplotlib may move a label by a pixel
 
 
 def test_files_that_the_configurations_name_exist():
