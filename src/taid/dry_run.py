@@ -13,6 +13,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from taid.models import sees, teacher_init_kwargs
 from taid.plan import Recipe
 from taid.tasks import tasks_of
 
-_STEPS, _ROWS, _CHARACTERS, _TOKENS = 3, 16, 64, 256
+_STEPS, _ROWS, _HELD_OUT, _CHARACTERS, _TOKENS = 3, 16, 2, 48, 256
 _WIDTHS = {"student": 32, "teacher": 64}  # two, so that nothing can be right because both are the same
 _WORDS = "the small student learns what the large teacher says of each token and both read the same rows".split()
 
@@ -73,7 +74,7 @@ def miniature(recipe: Recipe) -> Iterator[Miniature]:
     level = logging.getLogger("taid").level
     with tempfile.TemporaryDirectory(prefix="taid-dry-run-") as folder, contextlib.redirect_stdout(io.StringIO()):
         root = Path(folder)
-        names = {role: _model(recipe, role, root / role) for role in roles}
+        made = {role: _model(recipe, role, root / role) for role in roles}
         # What a server says is the top k of a teacher; of a stream nothing can be captured.
         has_server = args.teacher_server_url is not None and not recipe.data.streaming
         needs_cache = args.teacher_cache is not None or has_server
@@ -99,14 +100,16 @@ def miniature(recipe: Recipe) -> Iterator[Miniature]:
             small["teacher_cache"] = root / "cache"
             small["teacher_cache_format"] = "top_k" if has_server else args.teacher_cache_format or "hidden"
         arguments = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+        has_template = made.get(args.tokenizer_from, made["student"])[1] or args.chat_template_path is not None
+        arguments += _data(recipe, root, is_chat=has_template and not recipe.data.streaming)
         try:
-            yield Miniature([*arguments, *_data(recipe, root)], needs_cache, _summary(recipe, names))
+            yield Miniature(arguments, needs_cache, _summary(recipe, {role: name for role, (name, _) in made.items()}))
         finally:
             logging.getLogger("taid").setLevel(level)
 
 
-def _model(recipe: Recipe, role: str, folder: Path) -> str:
-    """Write a small model with the recipe's tokenizer; returns the name of its class."""
+def _model(recipe: Recipe, role: str, folder: Path) -> tuple[str, bool]:
+    """Write a small model with the recipe's tokenizer; returns its class, and whether there is a chat template."""
     config = recipe.config(role)
     tokenizer = recipe.tokenizer(role)
     small = tiny.config_like(config, hidden_size=_WIDTHS[role])
@@ -117,46 +120,46 @@ def _model(recipe: Recipe, role: str, folder: Path) -> str:
         model = (AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM).from_config(small)
     model.to(config.dtype or torch.float32).save_pretrained(folder)
     (recipe.processor(role) if sees(config) else tokenizer).save_pretrained(folder)
-    return type(model).__name__
+    return type(model).__name__, tokenizer.chat_template is not None
 
 
-def _data(recipe: Recipe, root: Path) -> list[str]:
+def _data(recipe: Recipe, root: Path, *, is_chat: bool) -> list[str]:
     """Write rows; returns the arguments that name them."""
-    names = [root / f"rows-{number}.jsonl" for number in range(len(recipe.data.names))]
-    sources: list[tuple[Path, str, str]] = [
-        (path, name, recipe.data.dataset_train_split) for path, name in zip(names, recipe.data.names, strict=True)
-    ]
-    arguments = ["--dataset_name", *map(str, names)]
-    if recipe.data.eval_dataset_name:
+    data = recipe.data
+    files = [root / f"rows-{number}.jsonl" for number in range(len(data.names))]
+    sources = [(path, name, data.dataset_train_split, _ROWS) for path, name in zip(files, data.names, strict=True)]
+    arguments = ["--dataset_name", *map(str, files)]
+    if data.eval_dataset_name:
         held_out = root / "held_out.jsonl"
-        sources.append((held_out, recipe.data.eval_dataset_name, recipe.data.dataset_test_split))
+        sources.append((held_out, data.eval_dataset_name, data.dataset_test_split, _HELD_OUT))
         arguments += ["--eval_dataset_name", str(held_out)]
-    for path, name, split in sources:
-        rows = _first_rows(recipe, name, split, root) if recipe.is_here(name) else _made_rows(recipe, root)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for path, name, split, number in sources:
+        rows = _first_rows(recipe, name, split) if recipe.is_here(name) else _made_rows(recipe, is_chat)
+        first = [_pictured(row, path.with_suffix(f".{place}")) for place, row in enumerate(islice(rows, number))]
+        path.write_text("".join(json.dumps(row) + "\n" for row in first), encoding="utf-8")
     return arguments
 
 
-def _first_rows(recipe: Recipe, name: str, split: str, root: Path) -> list[Any]:
-    """The recipe's own first rows, each text cut short."""
+def _first_rows(recipe: Recipe, name: str, split: str) -> Iterator[dict[str, Any]]:
+    """The recipe's own rows, each text cut short."""
     args, config = recipe.args, recipe.data.dataset_config
     if recipe.data.streaming and name in recipe.data.names:
         rows = stream.open_stream([name], args, config=config, split=split).dataset
     else:
         rows = load_rows(name, config=config, split=split, text_field=args.dataset_text_field)
-    first = list(itertools.islice(rows, _ROWS))
-    if images.has_images(rows):
-        first = [images.decoded(row) for row in first]
-        first = [row | {"images": _pictures(row["images"], number, root)} for number, row in enumerate(first)]
-    return [_shortened(row, args.dataset_text_field) for row in first]
+    see = images.has_images(rows)
+    for row in rows:
+        yield _shortened(images.decoded(row) if see else row, args.dataset_text_field)
 
 
-def _pictures(shown: list[Image.Image], number: int, root: Path) -> list[str]:
-    """Write images; returns where they lie."""
-    paths = [root / f"{number}-{place}.png" for place in range(len(shown))]
-    for image, path in zip(shown, paths, strict=True):
-        image.save(path)
-    return list(map(str, paths))
+def _pictured(row: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The row with the paths of its images, which are written, in place of them."""
+    if "images" not in row:
+        return row
+    paths = [f"{path}-{place}.png" for place in range(len(row["images"]))]
+    for image, place in zip(row["images"], paths, strict=True):
+        image.save(place)
+    return row | {"images": paths}
 
 
 def _shortened(value: Any, text_field: str, key: str = "") -> Any:
@@ -171,26 +174,20 @@ def _shortened(value: Any, text_field: str, key: str = "") -> Any:
     return value
 
 
-def _made_rows(recipe: Recipe, root: Path) -> list[Any]:
+def _made_rows(recipe: Recipe, is_chat: bool) -> Iterator[dict[str, Any]]:
     """Rows of the form that a recipe needs, where its own are not on this machine."""
-    args = recipe.args
-    texts = [" ".join(_WORDS[(start + word) % len(_WORDS)] for word in range(8)) for start in range(_ROWS)]
-    is_chat = recipe.tokenizer(args.tokenizer_from).chat_template is not None or args.chat_template_path is not None
-    if sees(recipe.config("student")):
-        colours = [Image.new("RGB", (64, 64), (16 * number, 8 * number, 255 - 16 * number)) for number in range(_ROWS)]
-        return [
-            {"images": _pictures([colour], number, root), "messages": _chat(text)}
-            for number, (colour, text) in enumerate(zip(colours, texts, strict=True))
-        ]
-    if args.completion_only_loss:
-        return [{"prompt": text, "completion": f" {text}"} for text in texts]
-    if is_chat and not recipe.data.streaming:
-        return [{"messages": _chat(text)} for text in texts]
-    return [{args.dataset_text_field: text} for text in texts]
-
-
-def _chat(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    args, see = recipe.args, sees(recipe.config("student"))
+    for start in itertools.count():
+        text = " ".join(_WORDS[(start + word) % len(_WORDS)] for word in range(4))
+        chat = {"messages": [{"role": role, "content": text} for role in ("user", "assistant")]}
+        if see:
+            yield chat | {"images": [Image.new("RGB", (64, 64), (16 * start % 256, 8 * start % 256, 128))]}
+        elif args.completion_only_loss:
+            yield {"prompt": text, "completion": f" {text}"}
+        elif is_chat:
+            yield chat
+        else:
+            yield {args.dataset_text_field: text}
 
 
 def _summary(recipe: Recipe, names: dict[str, str]) -> str:
