@@ -190,6 +190,22 @@ def test_an_adapter_is_evaluated_with_its_base(tmp_path, student_folder, tokeniz
     assert found["adapter"] == pytest.approx(found["merged"], rel=1e-5)
 
 
+@pytest.mark.cli
+def test_two_processes_share_the_rows_and_print_once(tmp_path, student_folder, teacher_folder, rows):
+    data, output = rows(tmp_path / "rows.jsonl", number=7), tmp_path / "two.json"
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "taid", "evaluate", str(student_folder), "--use_cpu"]
+    command += ["--teacher", str(teacher_folder), "--data", str(data), "--batch_size", "2", "--output", str(output)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("nats/token") == 1
+    assert evaluate(student_folder, "--teacher", teacher_folder, "--data", data, "--output", tmp_path / "e.json") == 0
+    two, one = (json.loads(path.read_text())["held_out"] for path in (output, tmp_path / "e.json"))
+    for name, measures in one.items():
+        for measure in ("cross_entropy", "bits_per_byte", "kl", "accuracy", "tokens", "bytes"):
+            assert two[name][measure] == pytest.approx(measures[measure], rel=1e-6)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
