@@ -193,6 +193,11 @@ def test_the_reference_has_every_own_option_with_its_default_and_help():
     assert option_table() in REFERENCE.read_text(encoding="utf-8"), "paste what `python tests/test_docs.py` prints"
 
 
+def test_the_reference_has_every_command():
+    text = REFERENCE.read_text(encoding="utf-8")
+    assert [command for command in commands_of_taid() if f"| `taid {command} " not in text] == []
+
+
 def test_the_reference_has_every_public_name_and_signature():
     text = REFERENCE.read_text(encoding="utf-8")
     assert [name for name in taid.__all__ if f"taid.{name}" not in text] == []
@@ -359,8 +364,11 @@ def options_of(command: str) -> set[str]:
     if command in ("train", "cache", "plan"):
         parser: argparse.ArgumentParser = config._parser(command, show_all=True)
         return {*parser._option_string_actions, *(option for option, _ in beside_the_configuration(command))}
-    choices = next(a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return set(choices[command]._option_string_actions)
+    return set(commands_of_taid()[command]._option_string_actions)
+
+
+def commands_of_taid() -> dict[str, argparse.ArgumentParser]:
+    return next(a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
 
 
 CHECKS = {
@@ -395,7 +403,13 @@ def runs(path: Path) -> list[Block]:
     return [block for block in blocks(path) if block.marker == "run"]
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if runs(path)], ids=str)
+def as_cases(paths: list[Path]) -> list[object]:
+    """Pages, those marked cli of which a command is run."""
+    with_commands = {path for path in paths if any(block.language != "python" for block in runs(path))}
+    return [pytest.param(path, marks=[pytest.mark.cli] if path in with_commands else []) for path in paths]
+
+
+@pytest.mark.parametrize("path", as_cases([path for path in PAGES if runs(path)]), ids=str)
 def test_programs_run(path, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
@@ -473,7 +487,7 @@ def texts_in_the_source() -> list[str]:
 def test_troubleshooting_quotes_what_is_really_said():
     source = texts_in_the_source()
     quoted = [block.text for block in blocks(Path("docs/troubleshooting.md")) if block.language == "text"]
-    lines = [line.removeprefix("taid: error: ") for text in quoted for line in text.splitlines()]
+    lines = [line.removeprefix("taid: error: ") for text in quoted for line in re.sub(r"\n +", " ", text).splitlines()]
     assert len(lines) > 30
     for line in lines:
         in_this_order = re.compile(".*".join(map(re.escape, line.split("…"))))
