@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,9 @@ class Recipe:
         try:
             return AutoConfig.from_pretrained(path.parent) if path else load_config(name, **origin)
         except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"the configuration of {role} {name!r} could not be read: {error}. Without the Hub put its config.json "
+                f"the configuration of {role} {name!r} could not be read: {reason} Without the Hub put its config.json "
                 f"into {self.folder / 'configs' / name.replace('/', '--')}"
             ) from error
 
@@ -249,9 +251,10 @@ def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
         LlamaConfig(vocab_size=max(tokenizer.get_vocab().values()) + 1, hidden_size=8, intermediate_size=8,
                     num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     )  # fmt: skip
-    trainer = TAIDTrainer(
-        smallest, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
-    )
+    with tempfile.TemporaryDirectory() as args.output_dir:  # which a trainer makes
+        trainer = TAIDTrainer(
+            smallest, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
+        )
     distinct = {name: (len(keys), sum(keys.values())) for name, keys in capture.rows_of(trainer).items()}
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     return Rows(len(lengths), sum(lengths), distinct, counted=True)
