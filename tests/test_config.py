@@ -375,7 +375,11 @@ def test_null_for_alpha_is_refused_with_the_papers_value(read):
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in OWN_FIELDS if not name.startswith(("teacher_", "taid_alpha", "overwrite_", "train_tokens"))],
+    [
+        name
+        for name in OWN_FIELDS
+        if not name.startswith(("teacher_", "taid_alpha", "overwrite_", "train_tokens", "eval_"))
+    ],
 )
 def test_null_for_an_option_that_needs_a_value_is_refused_by_its_name(read, name):
     with pytest.raises(ValueError, match=name.removeprefix("taid_")):
