@@ -218,7 +218,7 @@ def test_every_block_is_checked(path, tmp_path, monkeypatch):
     text, found = (ROOT / path).read_text(encoding="utf-8"), blocks(path)
     fences = re.findall(r"^[ >]*(?:```|~~~)", text, flags=re.MULTILINE)
     assert len(fences) == 2 * len(found), "a fence that this test does not read"
-    marks = re.findall(r"<!-- (?:run|recipe|signature|prompts) -->", text)
+    marks = re.findall(r"^<!-- (?:run|recipe|signature|prompts) -->$", text, flags=re.MULTILINE)
     assert len(marks) == sum(block.marker != "" for block in found), "a mark that stands above no block"
     for block in found:
         if block.file:
