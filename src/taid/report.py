@@ -71,6 +71,16 @@ def write_report(run_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
+    """What a run folder tells.
+
+    Attributes:
+        config: config.yaml.
+        versions: versions.json, empty where it is missing.
+        evaluation: evaluation.json, likewise.
+        rows: the finite numbers of metrics.jsonl by step, of training and evaluation in one.
+        not_finite: how many were not.
+    """
+
     config: dict[str, Any]
     versions: dict[str, Any]
     evaluation: dict[str, Any]
@@ -78,23 +88,28 @@ class Run:
     not_finite: int
 
     def series(self, key: str) -> Series:
+        """One quantity over the steps."""
         return [(step, row[key]) for step, row in self.rows.items() if key in row]
 
     @property
     def objective(self) -> str:
+        """Its name."""
         return str(self.config["objective"])
 
     @property
     def student(self) -> str:
+        """What the student is called."""
         return _short(str(self.config.get("model_name_or_path") or "the student"))
 
     @property
     def teacher(self) -> str:
+        """What the teacher is called: a model, a cache or a server."""
         sources = ("teacher_model_name_or_path", "teacher_cache", "teacher_server_url")
         return _short(str(next((self.config[key] for key in sources if self.config.get(key)), "a teacher")))
 
     @property
     def last_step(self) -> int:
+        """The last step that was logged."""
         return max(self.rows)
 
     @property
@@ -122,6 +137,12 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        FileNotFoundError: there is none, or it lacks `config.yaml` or `metrics.jsonl`.
+        ValueError: no training step is logged yet, or a file is broken; names it.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: give the output_dir of a run")
     for name in (CONFIG, METRICS):
