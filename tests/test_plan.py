@@ -1,11 +1,15 @@
-"""taid plan says what taid cache will write, without a weight."""
+"""taid plan says what a run takes and what taid cache will write, without a weight."""
 
+import json
+import re
 import shutil
 
 import pytest
 import yaml
+from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, Qwen3MoeConfig
 
 from taid.cli import main
+from taid.plan import size
 
 
 @pytest.fixture
@@ -75,3 +79,158 @@ def test_what_is_missing_is_named(options, tmp_path, capsys):
     assert (status, said.err) == (2, f"taid: error: teacher folder {str(tmp_path / 'none')!r} does not exist\n")
     status, said = run("plan", options, tmp_path, capsys, "--teacher_model_init_kwargs", '{"dtype": "bf16"}')
     assert (status, said.err) == (2, "taid: error: teacher_model_init_kwargs: dtype 'bf16' is none of torch's\n")
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def lines_of(said):
+    """The lines of a plan by what stands before their first colon."""
+    return dict(line.split(": ", 1) for line in said.out.splitlines() if ": " in line)
+
+
+def memory_of(said):
+    """What a plan says that a process holds, in its own words."""
+    return {words: number for number, words in re.findall(r"^ +([\d.,]+ [GM]B|\?)  (.+)$", said.out, re.MULTILINE)}
+
+
+def test_rows_that_are_here_are_counted(options, tmp_path, capsys, student_folder):
+    run_of = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    status, said = run("plan", options | run_of, tmp_path, capsys)
+    assert status == 0, said.err
+    tokenizer = AutoTokenizer.from_pretrained(student_folder)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    # TRL ends a completion with the end of the text
+    tokens = sum(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in rows)
+    lines = lines_of(said)
+    assert lines["run"] == f"6 steps, {3 * tokens:,} tokens"  # 6 rows are 3 batches, of which the last step has one
+    assert lines["a step"] == "4 rows (2 a device x 2 micro-batches x 1 device)"
+
+    # FLOPs by hand: a Llama of two layers, width 32, two heads of four for keys, feed-forward 64
+    def multiplied(width, rows):
+        return (
+            2 * (2 * width * width + 2 * width * width // 2 + 3 * width * 2 * width + 2 * width) + width + rows * width
+        )
+
+    attention = 2 * 2 * (tokens / 6) * (3 * 32 + 48)
+    flops = 6 * multiplied(32, 300) + 2 * multiplied(48, 308) + attention
+    assert lines["compute"].endswith(f"= {flops / 1e9:.3g} GFLOP a token, {flops * 3 * tokens:.3g} in all")
+    hours = flops * 3 * tokens / (0.4 * 0.77e12) / 3600
+    assert lines["time of taid train"].startswith(f"{hours:.2g} hours on 1 CPU at 40% of 0.77 TFLOP/s")
+    status, said = run("plan", options | run_of, tmp_path, capsys, "--gpus", "2")
+    assert lines_of(said)["a step"] == "8 rows (2 a device x 2 micro-batches x 2 devices)"
+    assert lines_of(said)["run"] == f"3 steps, {3 * tokens:,} tokens"
+    assert "hours on 2 H100 at 40% of 989 TFLOP/s (bf16 dense)" in said.out
+
+
+def test_steps_that_are_given_take_as_many_rows_as_they_have(options, tmp_path, capsys):
+    given = {"max_steps": 10, "per_device_train_batch_size": 3, "packing": True, "max_length": 128}
+    status, said = run("plan", options | given, tmp_path, capsys)
+    assert status == 0, said.err
+    assert re.fullmatch(r"10 steps, about [\d,]+ tokens", lines_of(said)["run"])
+    given |= {"max_steps": -1, "train_tokens": 4000, "streaming": True}
+    status, said = run("plan", options | given, tmp_path, capsys)
+    assert status == 0, said.err
+    assert lines_of(said)["run"] == "11 steps, at most 4,224 tokens"
+    assert "a cache of" not in said.out, "a stream is not cached"
+
+
+def test_memory_is_that_of_the_weights_and_what_is_trained_of_them(options, tmp_path, capsys, make_model):
+    weights = {
+        "student": sum(p.numel() for p in make_model(300).parameters()),
+        "teacher": sum(p.numel() for p in make_model(308, hidden_size=48, tied=False).parameters()),
+    }
+
+    def mb(number):
+        return f"{number / 1e6:,.1f} MB"
+
+    status, said = run("plan", options | {"optim": "adamw_torch"}, tmp_path, capsys)
+    assert lines_of(said)["student"].endswith(f", {weights['student']:,} weights")
+    assert memory_of(said) == {
+        "student's weights, float32": mb(4 * weights["student"]),
+        "their gradients": mb(4 * weights["student"]),
+        "state of adamw_torch": mb(8 * weights["student"]),
+        "teacher's weights, float32": mb(4 * weights["teacher"]),
+        "in all in taid train": mb(16 * weights["student"] + 4 * weights["teacher"]),
+    }
+    for optimizer, each in (("sgd", 0), ("lion_8bit", 1), ("adamw_bnb_8bit", 2)):
+        _, said = run("plan", options | {"optim": optimizer, "dtype": "bfloat16"}, tmp_path, capsys)
+        assert memory_of(said)["student's weights, bfloat16"] == mb(2 * weights["student"])
+        assert memory_of(said)[f"state of {optimizer}"] == mb(each * weights["student"])
+    _, said = run("plan", options | {"optim": "adafactor"}, tmp_path, capsys)
+    assert memory_of(said)["state of adafactor, whose size is not known here"] == "?"
+
+
+def test_an_adapter_is_all_that_is_trained(options, tmp_path, capsys):
+    adapter = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "o_proj"], "optim": "adamw_torch"}
+    status, said = run("plan", options | adapter, tmp_path, capsys)
+    assert status == 0, said.err
+    trained = 2 * 2 * 4 * (32 + 32)
+    assert lines_of(said)["student"].endswith(f"weights, {trained:,} of an adapter are trained")
+    assert memory_of(said)["gradients"] == f"{4 * trained / 1e6:,.1f} MB"
+    assert lines_of(said)["compute"].startswith("4 N_student (")
+
+
+def test_what_the_teacher_costs_depends_on_where_it_is(options, tmp_path, capsys):
+    def terms(**changes):
+        status, said = run("plan", options | changes, tmp_path, capsys)
+        assert status == 0, said.err
+        formula = lines_of(said)["compute"].partition(" = ")[0]
+        return re.sub(r" \([^)]*\)", "", formula), [line for line in lines_of(said) if line.startswith("time of")]
+
+    train = "time of taid train"
+    assert terms() == ("6 N_student + 2 N_teacher + attention", [train])
+    assert terms(objective="sft") == ("6 N_student + attention", [train])
+    cached = {"teacher_cache": str(tmp_path / "cache")}
+    assert terms(**cached) == ("6 N_student + 2 teacher's head + attention", ["time of taid cache", train])
+    assert terms(**cached, teacher_cache_format="top_k") == ("6 N_student + attention", ["time of taid cache", train])
+    served = ["time of the teacher's server, if it has as many", train]
+    assert terms(teacher_server_url="http://localhost:1") == ("6 N_student + attention", served)
+
+
+def test_windows_and_experts_cost_what_a_token_sees_of_them():
+    shape = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    windows = size(Gemma2Config(**shape, num_hidden_layers=4, sliding_window=16))
+    for length in (8, 16, 100):
+        # a token at position p sees the min(p, window) before it: the mean over a long row, in a continuum
+        seen = sum(min(p / 1000 * length, 16) for p in range(1000)) / 1000
+        assert windows.attention(length) == pytest.approx(4 * 32 * (2 * length / 2 + 2 * seen), rel=2e-3)
+    experts = size(Qwen3MoeConfig(**shape, num_hidden_layers=1, num_experts=8, num_experts_per_tok=2,
+                                  moe_intermediate_size=16))  # fmt: skip
+    assert experts.weights - experts.used == 100 * 32 + 6 * 3 * 32 * 16
+    tied = size(LlamaConfig(**shape, num_hidden_layers=1, tie_word_embeddings=True))
+    assert tied.used == tied.weights
+
+
+def test_a_configuration_may_lie_beside_the_recipe(options, tmp_path, capsys, teacher_folder):
+    here = tmp_path / "configs" / "someone--teacher"
+    here.mkdir(parents=True)
+    shutil.copy(teacher_folder / "config.json", here)
+    named = options | {"teacher_model_name_or_path": "someone/teacher"}
+    status, said = run("plan", named, tmp_path, capsys)
+    assert status == 0, said.err
+    assert "hidden states of 48 numbers" in said.out
+    (tmp_path / "configs" / "someone--rows").mkdir()
+    info = tmp_path / "configs" / "someone--rows" / "dataset_info.json"
+    info.write_text('{"splits": {"train": {"num_examples": 100}}}')
+    status, said = run("plan", named | {"dataset_name": "someone/rows", "eval_dataset_name": None}, tmp_path, capsys)
+    assert status == 0, said.err
+    assert lines_of(said)["run"] == "39 steps, at most 307,200 tokens"  # 3 epochs of 13 batches, 1,024 tokens a row
+    assert lines_of(said)["train"] == "100 different rows, at most 102,400 trained tokens"
+    status, said = run("plan", named | {"dataset_name": "someone/rows", "dataset_train_split": "no"}, tmp_path, capsys)
+    assert (status, said.err) == (
+        2, f"taid: error: {info}: data set someone/rows has no split 'no', but train\n"
+    )  # fmt: skip
+
+
+def test_rows_of_unknown_number_and_a_wrong_number_of_gpus_are_said(options, tmp_path, capsys):
+    unknown = options | {"dataset_name": "nobody/nothing", "eval_dataset_name": None}
+    status, said = run("plan", unknown, tmp_path, capsys)
+    assert status == 0, said.err
+    assert lines_of(said)["run"] == "how many rows nobody/nothing has is not known here: set max_steps to plan it"
+    status, said = run("plan", unknown | {"max_steps": 5}, tmp_path, capsys)
+    assert lines_of(said)["run"] == "5 steps, at most 40,960 tokens"
+    status, said = run("plan", options, tmp_path, capsys, "--gpus", "many")
+    assert (status, said.err) == (2, "taid: error: --gpus must be a number, 0 for a CPU, got 'many'\n")
+    assert not (tmp_path / "run").exists()

@@ -105,7 +105,8 @@ def test_the_table_and_the_comments_say_what_the_plan_says(recipe, run):
     assert cells[3] == hours(said.out)
     comments = " ".join(line.lstrip("# ") for line in recipe.read_text().splitlines() if line.startswith("#"))
     assert f"taid plan --gpus {gpus(cells)}: {cells[3]} hours" in comments
-    assert "40 % of the peak" in comments
+    steps = re.search(r"^run: (.*)$", said.out, re.MULTILINE)[1]
+    assert f"hours at 40 % of the peak ({steps})" in comments
     assert re.search(r"\bOurs\b", comments), "what was chosen by us is said"
 
 

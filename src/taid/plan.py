@@ -336,9 +336,9 @@ def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> lis
     if steps is None:
         return [*lines, f"run: how many rows {recipe.data.names[0]} has is not known here: set max_steps to plan it"]
     mean = rows.tokens / rows.number if rows.counted and rows.number else length
-    is_passes = rows.counted and args.max_steps <= 0
-    tokens = int(args.num_train_epochs * rows.tokens) if is_passes else int(steps * a_step * mean)
-    bound = "" if is_passes else "about " if rows.counted else "at most "
+    is_passes = args.max_steps <= 0
+    tokens = int(min(steps * a_step * mean, args.num_train_epochs * rows.tokens if is_passes else math.inf))
+    bound = "at most " if not rows.counted else "" if is_passes else "about "
     lines += [f"run: {steps:,} steps, {bound}{tokens:,} tokens"]
     if args.objective == "taid" and args.kd_ratio > 0:
         schedule = TAIDSchedule(
