@@ -144,7 +144,7 @@ def test_memory_is_that_of_the_weights_and_what_is_trained_of_them(options, tmp_
     def mb(number):
         return f"{number / 1e6:,.1f} MB"
 
-    status, said = run("plan", options | {"optim": "adamw_torch"}, tmp_path, capsys)
+    _, said = run("plan", options | {"optim": "adamw_torch"}, tmp_path, capsys)
     assert lines_of(said)["student"].endswith(f", {weights['student']:,} weights")
     assert memory_of(said) == {
         "student's weights, float32": mb(4 * weights["student"]),

@@ -214,6 +214,26 @@ def test_a_teacher_elsewhere_is_captured_in_miniature(recipe, run, server, tmp_p
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"fp16": True}, {"tf32": True}, {"push_to_hub": True}, {"teacher_model_init_kwargs": {"device_map": "auto"}},
+     {"attn_implementation": "flash_attention_2"}, {"max_length": None}, {"use_peft": True}, {"packing": True},
+     {"streaming": True, "max_steps": 9}, {"resume_from_checkpoint": "true"}],
+    ids=lambda option: next(iter(option)),
+)  # fmt: skip
+def test_what_needs_a_gpu_or_reaches_out_is_left_out(recipe, run, option):
+    status, said = run("train", "--config", recipe(**option), "--dry_run")
+    assert status == 0, said.err
+
+
+def test_a_dry_run_is_of_one_process(recipe, run, monkeypatch):
+    monkeypatch.setattr("taid.config.TAIDConfig.world_size", 2)
+    status, said = run("train", "--config", recipe(), "--dry_run")
+    assert (status, said.err) == (
+        2, "taid: error: --dry_run is for one process: start it without accelerate launch\n"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("objective", [*Objective.__args__])
 def test_every_objective_passes(recipe, run, objective):
     status, said = run("train", "--config", recipe(objective=objective), "--dry_run")

@@ -180,15 +180,15 @@ def _planned(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
     if known.gpus is not None and not known.gpus.isdigit():
         raise ValueError(f"--gpus must be a number, 0 for a CPU, got {known.gpus!r}")
     arguments = [*([] if known.config is None else ["--config", str(known.config)]), *rest]
-    here = [] if torch.accelerator.is_available() else ["--use_cpu"]  # or a recipe with bf16 would be refused
-    configured = _configured([*arguments, *here], command)
+    on_cpu = ["--use_cpu", "--tf32", "false"]  # or a recipe with bf16 or tf32 would be refused without a GPU
+    configured = _configured([*arguments, *([] if torch.accelerator.is_available() else on_cpu)], command)
     in_file = {} if known.config is None else yaml.safe_load(known.config.read_text(encoding="utf-8"))
     is_for_cpu = in_file.get("use_cpu") or any(argument.startswith("--use_cpu") for argument in rest)
     from taid.plan import Recipe
 
     gpus = int(known.gpus) if known.gpus is not None else 0 if is_for_cpu else 1
     folder = Path() if known.config is None else known.config.parent
-    return Recipe(*configured, folder=folder, gpus=gpus), [*arguments, "--use_cpu"]
+    return Recipe(*configured, folder=folder, gpus=gpus), [*arguments, *on_cpu]
 
 
 def _rows_here(recipe: Recipe) -> tuple[Any, Any]:
@@ -209,6 +209,8 @@ def _dry_run(argv: Sequence[str]) -> None:
     from taid.plan import plan
 
     recipe, arguments = _planned(argv, "train")
+    if recipe.args.world_size > 1:
+        raise ValueError("--dry_run is for one process: start it without accelerate launch")
     print(plan(recipe, *_rows_here(recipe)), flush=True)
     with miniature(recipe) as small:
         if small.needs_cache:

@@ -86,12 +86,15 @@ def miniature(recipe: Recipe) -> Iterator[Miniature]:
             "per_device_train_batch_size": min(args.per_device_train_batch_size, 2),
             "per_device_eval_batch_size": min(args.per_device_eval_batch_size, 2),
             "gradient_accumulation_steps": min(args.gradient_accumulation_steps, 2),
-            "max_length": min(args.max_length or most, most),
             "report_to": "none",
             "dataloader_num_workers": 0,
         }
         if "teacher" in roles:
             small["teacher_model_name_or_path"] = root / "teacher"
+        if args.max_length is not None:
+            small["max_length"] = min(args.max_length, most)
+        if args.fp16:
+            small["fp16"] = False  # which a CPU has not
         if args.train_tokens is not None:
             small["max_steps"] = -1
             rows = small["per_device_train_batch_size"] * small["gradient_accumulation_steps"]

@@ -245,7 +245,7 @@ def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
     """The rows as the trainer of a run would prepare them."""
     tokenizer = recipe.tokenizer(recipe.args.tokenizer_from)
     args = copy.copy(recipe.args)
-    args.objective, args.tokenizer_from = "sft", "student"
+    args.objective, args.tokenizer_from, args.push_to_hub = "sft", "student", False  # a trainer makes the repository
     args.teacher_cache = args.teacher_server_url = args.teacher_model_name_or_path = None
     smallest = LlamaForCausalLM(
         LlamaConfig(vocab_size=max(tokenizer.get_vocab().values()) + 1, hidden_size=8, intermediate_size=8,
@@ -299,8 +299,9 @@ def _length(recipe: Recipe) -> int:
 def _memory(recipe: Recipe, student: Size, teacher: Size | None) -> list[str]:
     """What a process holds all the time."""
     args, dtype = recipe.args, getattr(torch, str(recipe.model.dtype), torch.float32)
+    before = ", before they are quantized" if recipe.model.load_in_4bit or recipe.model.load_in_8bit else ""
     parts = [
-        (student.weights * dtype.itemsize, f"student's weights, {_name(dtype)}"),
+        (student.weights * dtype.itemsize, f"student's weights, {_name(dtype)}{before}"),
         (student.trained * dtype.itemsize, "their gradients" if student.trained == student.weights else "gradients"),
     ]
     optimizer = OptimizerNames(args.optim).value
@@ -314,7 +315,8 @@ def _memory(recipe: Recipe, student: Size, teacher: Size | None) -> list[str]:
     if teacher is not None:
         held = teacher.weights * (teacher_dtype := _teacher_dtype(args, teacher.config)).itemsize
         where = "only in taid cache" if args.teacher_cache else "on its server" if args.teacher_server_url else ""
-        lines += [f"  {_bytes(held):>9}  teacher's weights, {_name(teacher_dtype)}{where and ', ' + where}"]
+        before = ", before they are quantized" if "quantization_config" in teacher_init_kwargs(args) else ""
+        lines += [f"  {_bytes(held):>9}  teacher's weights, {_name(teacher_dtype)}{before}{where and ', ' + where}"]
         total += 0 if where else held
         if args.teacher_cache:
             both = _bytes(held + student.weights * dtype.itemsize)
