@@ -525,6 +525,45 @@ def test_a_picture_that_says_how_it_is_turned_is_turned(tmp_path):
     assert images.decoded({"image": {"path": str(tmp_path / "a.jpg"), "bytes": None}})["images"][0].size == (10, 20)
 
 
+def test_rows_of_text_with_placeholders_train(tmp_path):
+    rows = [{"images": [picture(i)], "text": f"<image> is {word}"} for i, word in enumerate(WORDS)]
+    losses = steps(make(tmp_path, rows=rows))
+    assert losses[-1][0] < losses[0][0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"images": "0.png"}, "`images` is a list of images and `image` is one"),
+        ({"image": ["0.png"]}, "`images` is a list of images and `image` is one"),
+        ({"images": ["0.png"], "input_ids": [1, 2, 3]}, "rows of input_ids have no images"),
+    ],
+)
+def test_a_column_of_another_form_is_named(tmp_path, row, message):
+    picture(0).save(tmp_path / "0.png")
+    messages = {} if "input_ids" in row else {"messages": chat("Which?", "alpha")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | messages) + "\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl: {message}"):
+        load_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_image_and_images_may_stand_beside_each_other(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    rows = [{"image": "0.png"}, {"images": ["0.png", "0.png"]}, {}]
+    rows = [row | {"messages": chat("Which?", "alpha")} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = [images.decoded(row)["images"] for row in load_rows(str(tmp_path / "rows.jsonl"))]
+    assert [len(shown) for shown in read] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("part", [{"type": "image", "url": "https://x.org/a.png"}, {"type": "video"}])
+def test_a_part_that_would_be_fetched_is_refused(part):
+    content = [part, {"type": "text", "text": "Which?"}]
+    row = {"images": [], "messages": [{"role": "user", "content": content}, *chat("", "alpha")[1:]]}
+    with pytest.raises(ValueError, match="row 0 of a batch: a part of a message is text, or"):
+        collator()([row])
+
+
 def test_parquet_with_images_inside_is_read(tmp_path):
     data = Dataset.from_list(plain_rows()).cast_column("images", List(Image()))
     data.to_parquet(tmp_path / "rows.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import warnings
@@ -49,14 +50,24 @@ def prepared(dataset: Dataset, name: str, *, folder: Path | None = None, skip: b
     places = [f"{name}, row {number}" for number in range(len(dataset))]
     if not has_images(dataset):
         return dataset.add_column(PLACE, places)
-    column = next(column for column in COLUMNS if column in dataset.column_names)
-    feature = dataset.features[column]
-    inner = getattr(feature, "feature", feature)
-    if getattr(inner, "dtype", None) == "string":
-        dataset = dataset.map(lambda row: {column: _absolute(row[column], folder)}, keep_in_memory=True)
-    raw = Image(decode=False)
-    dataset = dataset.cast_column(column, raw if inner is feature else List(raw))
-    return _readable(dataset.add_column(PLACE, places), column, skip=skip)
+    columns = [column for column in COLUMNS if column in dataset.column_names]
+    if "input_ids" in dataset.column_names:
+        raise ValueError(f"{name}: rows of input_ids have no images: give messages, prompt and completion, or text")
+    for column in columns:
+        feature = dataset.features[column]
+        inner = getattr(feature, "feature", feature)
+        if (inner is feature) != (column == "image") and getattr(inner, "dtype", None) != "null":
+            raise ValueError(f"{name}: `images` is a list of images and `image` is one; here `{column}` is {feature}")
+        if getattr(inner, "dtype", None) == "string":
+            absolute = functools.partial(_absolute_paths, column=column, folder=folder)
+            dataset = dataset.map(absolute, keep_in_memory=True)
+        raw = Image(decode=False)
+        dataset = dataset.cast_column(column, raw if column == "image" else List(raw))
+    return _readable(dataset.add_column(PLACE, places), columns, skip=skip)
+
+
+def _absolute_paths(row: dict[str, Any], *, column: str, folder: Path | None) -> dict[str, Any]:
+    return {column: _absolute(row[column], folder)}
 
 
 def _absolute(value: Any, folder: Path | None) -> Any:
@@ -66,9 +77,9 @@ def _absolute(value: Any, folder: Path | None) -> Any:
     return value and str(path if path.is_absolute() or folder is None else folder / path)
 
 
-def _readable(dataset: Dataset, column: str, *, skip: bool) -> Dataset:
+def _readable(dataset: Dataset, columns: list[str], *, skip: bool) -> Dataset:
     errors: dict[int, ValueError] = {}
-    for number, row in enumerate(dataset.select_columns([column, PLACE])):
+    for number, row in enumerate(dataset.select_columns([*columns, PLACE])):
         try:
             for image in of(row):
                 if image.get("bytes") is None:

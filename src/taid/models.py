@@ -242,7 +242,10 @@ def load_config(name_or_path: str, **origin: Any) -> Any:
     """The configuration of a model, or of the model that an adapter is for."""
     name_or_path = os.path.expanduser(name_or_path)
     if not (Path(name_or_path) / "config.json").is_file() and (adapter := find_adapter_config_file(name_or_path)):
-        name_or_path = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(f"{adapter} names no base model (base_model_name_or_path)")
+        name_or_path = os.path.expanduser(base)
     return AutoConfig.from_pretrained(name_or_path, **origin)
 
 

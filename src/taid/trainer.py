@@ -494,7 +494,12 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset and images.PLACE not in self._signature_columns:
-            self._signature_columns += [images.PLACE, "chat_template_kwargs", "tools"]
+            self._signature_columns += [
+                images.PLACE,
+                self.args.dataset_text_field,
+                "chat_template_kwargs",
+                "tools",
+            ]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)

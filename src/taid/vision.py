@@ -60,7 +60,7 @@ class Collator:
         """A batch as both models take it, its ``labels`` -100 where nothing is trained."""
         places = [row.get(images.PLACE, f"row {number} of a batch") for number, row in enumerate(rows)]
         untrained = {number for number, place in enumerate(places) if place == UNTRAINED}
-        rows = [self._decoded(row, number, untrained) for number, row in enumerate(rows)]
+        rows = [self._decoded(row, number, places[number], untrained) for number, row in enumerate(rows)]
         rows = images.exchanged(rows) if self.exchange else rows
         batch = self._batch(rows, places)
         if too_long := self._cut_images(batch):
@@ -76,7 +76,7 @@ class Collator:
         cut = {name for name in _TEXT & batch.keys() if batch[name].shape == batch["input_ids"].shape}
         return {name: value[:, : self.max_length] if name in cut else value for name, value in batch.items()}
 
-    def _decoded(self, row: dict[str, Any], number: int, untrained: set[int]) -> dict[str, Any]:
+    def _decoded(self, row: dict[str, Any], number: int, place: str, untrained: set[int]) -> dict[str, Any]:
         try:
             row = {column: value for column, value in images.decoded(row).items() if column != images.PLACE}
         except ValueError as error:
@@ -88,6 +88,7 @@ class Collator:
         for column in ("messages", "prompt", "completion"):
             if isinstance(row.get(column), list):
                 row[column] = [_without_absent(message) for message in row[column]]
+                _require_bare(row[column], place)
         return row
 
     def _batch(self, rows: list[dict[str, Any]], places: list[str]) -> dict[str, Tensor]:
@@ -207,6 +208,18 @@ def _without_absent(message: dict[str, Any]) -> dict[str, Any]:
         return message
     parts = [{key: value for key, value in part.items() if value is not None} for part in message["content"]]
     return message | {"content": parts}
+
+
+def _require_bare(messages: list[dict[str, Any]], place: str) -> None:
+    """Images lie in their column: processors would fetch one that a part names from wherever that is."""
+    for message in messages:
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        for part in parts:
+            if part.get("type") not in ("text", "image") or (part["type"] == "image" and len(part) > 1):
+                raise ValueError(
+                    f"{place}: a part of a message is text, or {{'type': 'image'}} where an image of the `images` "
+                    f"column stands; got {part!r:.80}"
+                )
 
 
 def image_token_ids(processor: ProcessorMixin) -> list[int]:
