@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
 from taid.config import Objective
+from taid.progress import StepProgress
 from taid.schedule import CurriculumTemperature
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
@@ -353,6 +354,9 @@ def test_a_mixture_of_experts_is_resumed_and_its_best_checkpoint_loaded(tmp_path
 
     options |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 3.0}
     trainer, _, _ = train(tmp_path / "best", make_mixture(tokenizer), teacher_folder, held_out=HELD_OUT, **options)
+    shown = {"eval_loss": 1.0, "eval_cross_entropy": 2.0, "eval_kl": 1.0, "eval_teacher_cross_entropy": 1.5,
+             "eval_aux_loss": 3.0}  # fmt: skip
+    StepProgress().on_log(None, trainer.state, None, logs=shown)  # no data set is called "aux"
     best = MixtralForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in best.state_dict().items())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, List
@@ -188,7 +189,7 @@ def test_held_out_rows_may_be_text_alone(tmp_path):
 
 
 def test_rows_that_fill_a_batch_are_not_trained_on():
-    rows = [{**ROWS[0], "place": "row 0"}, {**ROWS[3], "place": vision.UNTRAINED}]
+    rows = [{**ROWS[0], images.PLACE: "row 0"}, {**ROWS[3], images.PLACE: vision.UNTRAINED}]
     labels = collator()(rows)["labels"]
     assert (labels[0] != -100).any()
     assert (labels[1] == -100).all()
@@ -203,9 +204,12 @@ def test_tokens_of_images_are_not_trained_and_all_others_are(architecture):
     batch = collate([dict(row) for row in ROWS])
     processor = collate.collator.processor
     special = set(processor.tokenizer.added_tokens_decoder) - {0, 1, 2}  # all that images bring
+    new_line = processor.tokenizer.convert_tokens_to_ids("Ċ")
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-        for token, seen, label in zip(ids.tolist(), mask.tolist(), labels.tolist(), strict=True):
-            assert label == (-100 if token in special or not seen else token)
+        of_image = [place for place, token in enumerate(ids.tolist()) if token in special]
+        for place, (token, seen, label) in enumerate(zip(ids.tolist(), mask.tolist(), labels.tolist(), strict=True)):
+            within = token == new_line and of_image and of_image[0] < place < of_image[-1]
+            assert label == (-100 if token in special or not seen or within else token)
     assert (batch["input_ids"] == processor.image_token_id).any()
 
 
@@ -277,7 +281,7 @@ def test_a_teacher_whose_images_take_another_number_of_tokens_is_refused_and_the
     with pytest.raises(
         ValueError, match=r"of the demo, row 1: the student's processor makes \d+ tokens .* the teacher's \d+"
     ):
-        collate([{**ROWS[1], "place": "of the demo, row 1"}])
+        collate([{**ROWS[1], images.PLACE: "of the demo, row 1"}])
 
 
 def test_a_token_that_the_teacher_does_not_know_is_named():
@@ -367,6 +371,43 @@ def test_a_model_that_cannot_take_the_pixels_is_named(tmp_path):
     other = make_vision_model("llava", make_processor("llava"), size=32)
     with pytest.raises(ValueError, match="the teacher cannot take what the student's processor makes of a row"):
         make(tmp_path, teacher=other).train()
+
+
+def test_rows_of_one_text_are_no_false_alarm(tmp_path):
+    """Images that are permuted among equal texts leave the mean as it was."""
+    rows = [{"images": [picture(i)], "messages": chat("Which?", "alpha")} for i in range(8)]
+    make(tmp_path, rows=rows, max_steps=1).train()
+
+
+def test_rows_whose_answers_are_cut_off_are_not_what_sight_is_tested_on(tmp_path):
+    cut = [{"images": [picture(i)], "prompt": "<image>" + "a" * 60, "completion": " alpha"} for i in range(5)]
+    good = [{"images": [picture(i)], "prompt": "<image>", "completion": f" {word}"} for i, word in enumerate(WORDS)]
+    losses = steps(make(tmp_path / "some", rows=cut + good, max_length=40, max_steps=1))
+    assert losses[0][1] > 0
+    with pytest.raises(ValueError, match="of the first 5 rows with images none can be trained on"):
+        make(tmp_path / "none", rows=cut, max_length=40).train()
+
+
+def test_images_none_of_which_can_be_read_are_an_error_even_when_left_out(tmp_path):
+    rows = [{"images": [{"bytes": b"nothing", "path": None}], "messages": chat("Which?", word)} for word in WORDS]
+    data = Dataset.from_list(rows).cast_column("images", List(Image(decode=False)))
+    with pytest.raises(ValueError, match="of the first 8 rows with images none can be trained on"):
+        make(tmp_path, rows=data, skip_bad_images=True).train()
+
+
+def test_steps_without_a_trained_token_do_not_dilute_the_logged_loss(tmp_path):
+    unreadable = {"bytes": b"nothing", "path": None}
+    good = [{"images": [{"bytes": encoded(picture(i)), "path": None}], "messages": chat("Which?", word)}
+            for i, word in enumerate(WORDS[:4])]  # fmt: skip
+    rows = [r for row in good for r in (row, row | {"images": [unreadable]})]
+    options = {"per_device_train_batch_size": 1, "learning_rate": 1e-12, "skip_bad_images": True}
+    options |= {"objective": "forward_kl"}
+    raw = List(Image(decode=False))
+    half = make(tmp_path / "half", rows=Dataset.from_list(rows).cast_column("images", raw), logging_steps=8,
+                max_steps=8, **options)  # fmt: skip
+    alone = make(tmp_path / "alone", rows=Dataset.from_list(good).cast_column("images", raw), logging_steps=4,
+                 max_steps=4, **options)  # fmt: skip
+    assert first_loss(half) == pytest.approx(first_loss(alone), rel=1e-5)
 
 
 def test_images_are_exchanged_in_their_own_sizes():
@@ -502,7 +543,10 @@ def test_a_row_that_is_too_long_is_left_out_when_asked(form, caplog):
 
 
 def test_a_placeholder_in_the_text_of_a_row_is_named():
-    rows = [dict(ROWS[0]), {"images": [picture(0)], "messages": chat("Which <image>?", "alpha"), "place": "f, row 7"}]
+    rows = [
+        dict(ROWS[0]),
+        {"images": [picture(0)], "messages": chat("Which <image>?", "alpha"), images.PLACE: "f, row 7"},
+    ]
     with pytest.raises(ValueError, match="f, row 7: the student's processor cannot take this row"):
         collator("llava")(rows)
 
@@ -556,6 +600,23 @@ def test_image_and_images_may_stand_beside_each_other(tmp_path):
     assert [len(shown) for shown in read] == [1, 2, 0]
 
 
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_a_column_that_would_be_ignored_is_refused(tmp_path, column):
+    rows = [{**row, column: "[]"} for row in plain_rows()]
+    with pytest.raises(ValueError, match=f"the train data set: rows with images go without `{column}`"):
+        make(tmp_path, rows=rows)
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path):
+    ramp = Pixels.fromarray(np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16))
+    ramp.save(tmp_path / "ramp.png")
+    shown = images.decoded({"image": {"path": str(tmp_path / "ramp.png"), "bytes": None}})["images"][0]
+    assert np.abs(np.asarray(shown)[..., 0].astype(int).ravel() - np.arange(256)).max() <= 1
+    Pixels.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="floating-point values"):
+        images.decoded({"image": {"path": str(tmp_path / "float.tiff"), "bytes": None}})
+
+
 @pytest.mark.parametrize("part", [{"type": "image", "url": "https://x.org/a.png"}, {"type": "video"}])
 def test_a_part_that_would_be_fetched_is_refused(part):
     content = [part, {"type": "text", "text": "Which?"}]
@@ -568,7 +629,7 @@ def test_parquet_with_images_inside_is_read(tmp_path):
     data = Dataset.from_list(plain_rows()).cast_column("images", List(Image()))
     data.to_parquet(tmp_path / "rows.parquet")
     rows = load_rows(str(tmp_path / "rows.parquet"))
-    assert [row["place"] for row in rows] == [f"{tmp_path}/rows.parquet, row {i}" for i in range(8)]
+    assert [row[images.PLACE] for row in rows] == [f"{tmp_path}/rows.parquet, row {i}" for i in range(8)]
     assert images.decoded(rows[3])["images"][0].tobytes() == picture(3).tobytes()
 
 

@@ -118,6 +118,11 @@ def held_out(
         trainer.data_collator.exchange = True
         others_images = trainer.evaluate(trainer.train_dataset)["eval_cross_entropy"]
     cross_entropy, tokens = found["eval_cross_entropy"], found["eval_tokens"]
+    if not math.isfinite(cross_entropy) or not math.isfinite(found.get("eval_kl", 0.0)):
+        raise ValueError(
+            f"the loss of a model on these rows is {cross_entropy}, the KL to the teacher {found.get('eval_kl')}: "
+            "weights are not finite, or too large for this dtype (--dtype float32)"
+        )
     return Measures(
         cross_entropy=cross_entropy,
         perplexity=math.exp(min(cross_entropy, 700.0)),

@@ -17,7 +17,7 @@ from PIL import ImageOps
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("images", "image")
-PLACE = "place"
+PLACE = "taid_place"
 """The column that names a row in messages."""
 
 _ERRORS = (OSError, SyntaxError, ValueError, Pixels.DecompressionBombError, Pixels.DecompressionBombWarning)
@@ -53,6 +53,8 @@ def prepared(dataset: Dataset, name: str, *, folder: Path | None = None, skip: b
     columns = [column for column in COLUMNS if column in dataset.column_names]
     if "input_ids" in dataset.column_names:
         raise ValueError(f"{name}: rows of input_ids have no images: give messages, prompt and completion, or text")
+    for other in {"tools", "chat_template_kwargs"} & set(dataset.column_names):
+        raise ValueError(f"{name}: rows with images go without `{other}`, which would be ignored: remove the column")
     for column in columns:
         feature = dataset.features[column]
         inner = getattr(feature, "feature", feature)
@@ -97,8 +99,7 @@ def _readable(dataset: Dataset, columns: list[str], *, skip: bool) -> Dataset:
 
 def of(row: dict[str, Any]) -> list[Any]:
     """The images of a row, which may have none."""
-    images = row.get("images") or [row.get("image")]
-    return [image for image in images if image is not None]
+    return [image for image in (*(row.get("images") or ()), row.get("image")) if image is not None]
 
 
 def decoded(row: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +111,15 @@ def decoded(row: dict[str, Any]) -> dict[str, Any]:
     place = row.get(PLACE, "a row")
     images = [image if isinstance(image, Pixels.Image) else _open(image, place, load=True) for image in of(row)]
     rest = {column: value for column, value in row.items() if column not in COLUMNS}
-    return rest | {"images": [ImageOps.exif_transpose(image).convert("RGB") for image in images]}
+    return rest | {"images": [_as_rgb(ImageOps.exif_transpose(image), place) for image in images]}
+
+
+def _as_rgb(image: Pixels.Image, place: str) -> Pixels.Image:
+    if image.mode == "F":
+        raise ValueError(f"{place}: an image has floating-point values, whose range is not known: save it with 8 bits")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return image.convert("RGB")
 
 
 def _open(image: Any, place: str, *, load: bool = False) -> Pixels.Image:
@@ -141,8 +150,13 @@ def exchanged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def others() -> Iterator[Pixels.Image]:
         for place, (number, image) in enumerate(images):
             following = [other for n, other in images[place + 1 :] + images[:place] if n != number]
-            different = (other.resize(image.size) for other in following if other.tobytes() != image.tobytes())
-            yield next(different, ImageOps.invert(image))
+            resized = (other.resize(image.size) for other in following)
+            yield next((other for other in resized if other.tobytes() != image.tobytes()), ImageOps.invert(image))
 
     other = others()
     return [row | {"images": [next(other) for _ in row["images"]]} for row in rows]
+
+
+def inverted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Decoded rows with each image in negative, so that none is what it was."""
+    return [row | {"images": [ImageOps.invert(image) for image in row["images"]]} for row in rows]

@@ -35,9 +35,8 @@ class StepProgress(ProgressCallback):  # type: ignore[misc]
                 self.training_bar.set_postfix_str(shown)
             else:
                 print(f"step {state.global_step}/{state.max_steps}: {shown}, {logs['seconds']:.0f} s", flush=True)
-        for prefix in [
-            name.removesuffix("loss") for name in logs if name.startswith("eval_") and name.endswith("_loss")
-        ]:
+        means = [name for name in logs if name.startswith("eval_") and name.endswith("_cross_entropy")]
+        for prefix in [name.removesuffix("cross_entropy") for name in means if "_teacher_cross" not in name]:
             line = f"step {state.global_step}: held-out cross-entropy {logs[prefix + 'cross_entropy']:.4f}"
             if f"{prefix}kl" in logs:
                 line += f" (teacher {logs[prefix + 'teacher_cross_entropy']:.4f})"

@@ -41,7 +41,16 @@ IMPORTANT = (
     "learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps max_length seed output_dir"
 ).split()
-_HELD_OUT = ("loss", "cross_entropy", "kl", "teacher_cross_entropy", "entropy", "mean_token_accuracy", "tokens")
+_HELD_OUT = (
+    "loss",
+    "cross_entropy",
+    "kl",
+    "teacher_cross_entropy",
+    "entropy",
+    "mean_token_accuracy",
+    "tokens",
+    "aux_loss",
+)
 # Lazy, so that eval_teacher_cross_entropy is the teacher's cross-entropy and not that of a set named "teacher".
 _HELD_OUT_KEY = re.compile(rf"(eval_(?:.+?_)??)({'|'.join(_HELD_OUT)})")
 

@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 # Beside objective, schedule and N: what a checkpoint's optimizer state, rows and weights belong to.
 _RUN_DEFINING = (
     "model_name_or_path teacher_model_name_or_path dataset_name max_length packing seed data_seed optim learning_rate "
-    "weight_decay lr_scheduler_type bf16 fp16 use_peft lora_r lora_alpha lora_target_modules"
+    "weight_decay lr_scheduler_type warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon router_aux_loss_coef "
+    "bf16 fp16 use_peft lora_r lora_alpha lora_target_modules"
 ).split()
 _NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
@@ -133,7 +134,6 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
 
-        rows.require_chat_template(pair.processing_class, args, train_dataset)
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
         is_mixture_of_experts = hasattr(pair.student.config.get_text_config(), "output_router_logits")
@@ -143,6 +143,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             train_dataset = images.prepared(train_dataset, "the train data set", skip=args.skip_bad_images)
             eval_dataset = rows.each(eval_dataset, lambda of, name: images.prepared(
                 of, f"the {name} data set", skip=args.skip_bad_images))  # fmt: skip
+
+        rows.require_chat_template(pair.processing_class, args, train_dataset)
 
         super().__init__(
             model=pair.student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -310,6 +312,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 "a lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, a look at the rows of this step."
             )
         self._window["steps"] += 1
+        self._window["trained_steps"] += bool(sums["trained"])
         self._window["mean_loss"] += sums["loss"] / trained
         for name, value in sums.items():
             self._window[name] += value
@@ -325,7 +328,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         window = self._window
         if "loss" in logs and window["steps"]:
             logs |= means(window) | {
-                "loss": window["mean_loss"] / window["steps"],
+                "loss": window["mean_loss"] / max(window["trained_steps"], 1),
                 "num_tokens": self._total_train_tokens,
             }
             logs |= {name: window[name] for name in self.moving.logged()}
@@ -497,8 +500,6 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self._signature_columns += [
                 images.PLACE,
                 self.args.dataset_text_field,
-                "chat_template_kwargs",
-                "tools",
             ]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:

@@ -54,6 +54,8 @@ class Collator:
         processor = collator.processor
         self.image_ids, self.shared_ids = image_token_ids(processor), vocabulary.index
         endings = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
+        lines = processor.tokenizer(["\n", "\n\n"], add_special_tokens=False)["input_ids"]
+        self.new_line_ids = torch.tensor(sorted({ids[-1] for ids in lines if ids}))
         self.special_ids = torch.tensor(sorted({*processor.tokenizer.added_tokens_decoder, *self.image_ids} - endings))
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -118,11 +120,17 @@ class Collator:
             raise
 
     def of_images(self, ids: Tensor) -> Tensor:
-        """Which of the tokens ``[B, T]`` stand for images: their placeholders, and special tokens that touch these."""
+        """Which of the tokens ``[B, T]`` stand for images: placeholders, special tokens that touch these, and new lines
+        between the rows of an image's tiles."""
         special, image = torch.isin(ids, self.special_ids), torch.isin(ids, torch.tensor(self.image_ids))
         runs = torch.diff(special.int(), dim=1, prepend=special[:, :1].int()).abs().cumsum(1)
         runs = runs + torch.arange(len(ids))[:, None] * (ids.shape[1] + 1)
-        return special & torch.isin(runs, runs[image])
+        found = special & torch.isin(runs, runs[image])
+        new_line = torch.isin(ids, self.new_line_ids)
+        others = (~found & ~new_line).int().cumsum(1)  # grows where neither stands
+        before = torch.where(found, others, -1).cummax(1).values
+        after = torch.where(found, others, ids.shape[1] + 1).flip(1).cummin(1).values.flip(1)
+        return found | (new_line & (before == after))
 
     def _require_shared(self, ids: Tensor, places: list[str]) -> None:
         known = torch.isin(ids, self.shared_ids)
@@ -167,7 +175,8 @@ def check_sight(
     """Show both models the images of other rows, and see that they notice.
 
     A model that is trained blind has a healthy loss: it learns the language of the answers. So the cross-entropy of the
-    first rows is measured with their own images and with each other's, in the same sizes, where nothing else differs.
+    first rows is measured with their own images and with each other's, in the same sizes, where nothing else differs;
+    and in negative, where that changes nothing, as among rows of one text.
 
     Args:
         rows: as a data set gives them; the first with images are taken.
@@ -177,14 +186,27 @@ def check_sight(
     Raises:
         ValueError: a row cannot be read, a model cannot take it, or a model does not notice.
     """
-    first = list(itertools.islice(_readable(itertools.islice(rows, _LOOKED_AT), skip=collator.skip), _SHOWN))
+    looked_at = list(itertools.islice(rows, _LOOKED_AT))
+    usable = (
+        row for row in _readable(looked_at, skip=collator.skip) if (collator([row])["labels"][:, 1:] != -100).any()
+    )
+    first = list(itertools.islice(usable, _SHOWN))
     if not first:
+        with_images = sum(bool(images.of(row)) for row in looked_at)
+        if with_images:
+            raise ValueError(
+                f"of the first {with_images} rows with images none can be trained on: their images cannot be read, or "
+                f"max_length {collator.max_length} cuts their trained tokens away"
+            )
         logger.warning(f"none of the first {_LOOKED_AT} rows has an image: whether the models see is not tested")
         return
     own, others = measure(collator(first)), measure(collator(images.exchanged(first)))
+    negative: dict[str, float] = {}
     for role, loss in own.items():
         logger.info(f"{role}: {loss:.4f} nats a token on {len(first)} rows, {others[role]:.4f} with other rows' images")
         if abs(loss - others[role]) <= _NOTICED * abs(loss):
+            negative = negative or measure(collator(images.inverted(first)))
+        if abs(loss - (negative or others)[role]) <= _NOTICED * abs(loss):
             raise ValueError(
                 f"the {role} is blind: its loss of the first {len(first)} rows is {loss:.6f} nats a token with their "
                 "own images and the same with others. Do its attention mask, processor and weights take the images in?"
