@@ -115,6 +115,20 @@ def test_no_row_is_lost_or_doubled_however_often_a_stream_of_several_files_is_le
         assert all(seen[i] == words[i] for i in range(40))  # five whole chunks: every token of theirs once
 
 
+def test_a_stretch_without_a_trained_row_is_passed_and_only_a_stream_without_any_ends(tmp_path):
+    path, all_rows = write(tmp_path / "a.jsonl", texts(60)), texts(60)
+    good = [*all_rows[:5], *all_rows[45:]]
+
+    def without_stretch(dataset):
+        return numbered(dataset).filter(lambda row: row["text"] in good)
+
+    assert read(opened(path), 30, prepare=without_stretch)[0] == good + good[:10]
+    before, place = read(opened(path), 5, prepare=without_stretch)
+    assert before + read(opened(path), 25, place, without_stretch)[0] == good + good[:10]
+    with pytest.raises(ValueError, match="no row with a trained token is left for process 0 of 1"):
+        read(opened(path), 1, prepare=lambda dataset: dataset.filter(lambda row: False))
+
+
 def test_to_go_on_reads_one_chunk_again_and_not_what_was_before(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", texts(5_000))
     _, place = read(opened(path), 4_004)

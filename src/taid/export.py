@@ -110,6 +110,8 @@ def _check_arguments(model: Path, format_: Format, quantization: str | None) -> 
 
 
 def _check_free(output: Path, *others: Path, overwrite: bool) -> None:
+    if output.is_symlink():
+        raise ValueError(f"--output: {output} is a link, in whose place the export would be put: name where it leads")
     for folder in (output, *others):
         if os.path.lexists(folder) and not folder.is_dir():
             raise ValueError(f"--output: {folder} is a file: choose another folder")

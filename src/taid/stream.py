@@ -208,18 +208,22 @@ class Stream:
             before, self._in_hand[:] = next(chunks)
             return before, list(dataset) if self._in_hand else []
 
-        seen, empty, passes = (self.start or {}).get("prepared", 0), 0, (self.start or {}).get("passes")
+        seen, passes = (self.start or {}).get("prepared", 0), (self.start or {}).get("passes")
+        last: list[int] | None = None  # the passes at the last chunk of which a row was left
         with ThreadPoolExecutor(1) as thread:  # prepares the next chunk while this one is trained on
             try:
                 coming = thread.submit(prepare)
-                while empty < 2:  # one alone may be the end of a source
+                while True:
                     before, rows = coming.result()
+                    last = before["passes"] if rows or last is None else last
+                    if all(now > then + 1 for now, then in zip(before["passes"], last, strict=True)):
+                        break  # a whole pass had none
                     coming = thread.submit(prepare)
                     if rank == 0 and before["passes"] != passes:
                         self._say_passes(passes := before["passes"])
                     for number, row in enumerate(rows[seen:], start=seen + 1):
                         yield row, before | {"prepared": number}
-                    seen, empty = 0, 0 if rows else empty + 1
+                    seen = 0
             finally:
                 self._in_hand.clear()  # the chunk in preparation ends here
         raise ValueError(
