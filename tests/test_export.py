@@ -242,6 +242,19 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(student_folder, 
         export(student_folder, tmp_path / "mine", "gguf", llama_cpp=HERE, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "ten years"
 
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes.txt, which is not of the export: move it away"):
+        export(student_folder, output, "gguf", llama_cpp=HERE, overwrite=True)
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_does_not_take_the_place_of_a_link(student_folder, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(ValueError, match="link is a link, in whose place the export would be put"):
+        export(student_folder, tmp_path / "link", "gguf", llama_cpp=HERE)
+    assert (tmp_path / "link").is_symlink()
+
 
 def test_an_export_that_fails_leaves_the_earlier_one(student_folder, tmp_path, monkeypatch):
     path = export(student_folder, tmp_path / "out", "gguf", llama_cpp=HERE)

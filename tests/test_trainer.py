@@ -76,6 +76,11 @@ def test_an_objective_of_ones_own_trains_like_the_one_that_it_is(tmp_path, stude
     assert "t" not in rows[0]
 
 
+def test_the_name_of_an_objective_is_no_function(tmp_path, student_folder, teacher_folder):
+    with pytest.raises(TypeError, match="objective is a function of both logits, not 'forward_kl'"):
+        train(tmp_path, student_folder, teacher_folder, model_options={"objective": "forward_kl"})
+
+
 @pytest.mark.parametrize("wrong", [lambda z, p: z.sum(), lambda z, p: z - p])
 def test_an_objective_that_gives_no_value_a_token_is_named(tmp_path, student_folder, teacher_folder, wrong):
     with pytest.raises(ValueError, match=r"an objective gives one value a token, \[\d+\]; yours gave"):

@@ -676,6 +676,25 @@ def test_evaluate_says_what_a_model_makes_of_its_images_and_of_others(tmp_path, 
     assert "others'" in capsys.readouterr().out
 
 
+def test_a_recipe_whose_rows_with_images_are_here_is_planned(tmp_path, rows_file, capsys):
+    processor = make_processor("llava")
+    for name, options in {"student": {}, "teacher": {"hidden_size": 64, "seed": 1}}.items():
+        make_vision_model("llava", processor, **options).save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    arguments = {
+        "model_name_or_path": tmp_path / "student", "teacher_model_name_or_path": tmp_path / "teacher",
+        "dataset_name": rows_file(), "output_dir": tmp_path / "run", "max_steps": 2, "use_cpu": True,
+    }  # fmt: skip
+    options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    assert main(["plan", *options]) == 0
+    said = capsys.readouterr().out
+    assert "student:" in said
+    assert "run: 2 steps" in said
+    assert main(["train", *options, "--dry_run"]) == 0
+    assert "dry run passed" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 

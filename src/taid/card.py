@@ -37,18 +37,18 @@ _PAPER = """```bibtex
 _LOADING = {
     "text": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")""",
+tokenizer = AutoTokenizer.from_pretrained({name})
+model = AutoModelForCausalLM.from_pretrained({name})""",
     "adapter": """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")""",
+tokenizer = AutoTokenizer.from_pretrained({name})
+model = AutoPeftModelForCausalLM.from_pretrained({name})""",
     "vision": """from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained({name})
 tokenizer = processor.tokenizer
-model = AutoModelForImageTextToText.from_pretrained("{name}")""",
+model = AutoModelForImageTextToText.from_pretrained({name})""",
 }
 _ASKING = """inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
@@ -83,7 +83,7 @@ def write_card(run_dir: Path, *, model_name: str | None = None, tags: Any = (), 
     name = model_name or str(run.config.get("hub_model_id") or run_dir.resolve().name).rpartition("/")[2]
     sections = [
         f"---\n{_front_matter(run, path, kind, tags)}\n---\n\n{_MARK}",
-        f"# {name}\n\n{opening(run)}",
+        f"# {' '.join(name.split())}\n\n{opening(run)}",
         f"## How to use it\n\n```python\n{_snippet(run, run_dir, kind)}\n```",
         _section("Results", [_held_out(run), *_evaluated(run_dir)]),
         _section("Training", [_data(run), _recipe(run), _curve(run)]),
@@ -140,7 +140,7 @@ def _public(value: Any) -> str:
 
 
 def _snippet(run: Run, run_dir: Path, kind: str) -> str:
-    name = str(run.config.get("hub_model_id") or run_dir.resolve().name)
+    name = json.dumps(str(run.config.get("hub_model_id") or run_dir.resolve().name))
     chats = (run_dir / "chat_template.jinja").is_file() or "chat_template" in _json(run_dir / "tokenizer_config.json")
     return _LOADING[kind].format(name=name) + "\n\n" + (_CHATTING if chats else _ASKING)
 

@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -270,12 +271,15 @@ def check_output(path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: the folder {path.parent} cannot be written to")
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder: name a file in it, as {path / run_folder.EVALUATION}")
     if not path.exists():
         return
     try:
-        is_evaluation = _MARK in json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        is_evaluation = isinstance(content, dict) and _MARK in content
     except (ValueError, TypeError):
         is_evaluation = False
     if not is_evaluation:

@@ -76,9 +76,11 @@ def export(
         _clear(partial)  # what a kill left
         try:
             made = {"source": model.resolve().name, "format": format_, "quantization": quantization}
-            mark = made | {"taid": metadata.version("taid")}
+            mark: dict[str, Any] = made | {"taid": metadata.version("taid")}
             run_folder.write_atomically(partial / MARK, json.dumps(mark, indent=2) + "\n")
             file = _gguf(model, partial, llama_cpp, quantization) if format_ == "gguf" else _merge(model, partial)
+            mark["files"] = sorted(path.name for path in partial.iterdir())
+            run_folder.write_atomically(partial / MARK, json.dumps(mark, indent=2) + "\n")
         except Exception:
             _clear(partial)
             raise
@@ -118,8 +120,12 @@ def _check_free(output: Path, *others: Path, overwrite: bool) -> None:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if names and not names & {MARK, f"{MARK}.partial"}:
             raise ValueError(f"--output: {folder} holds files that are no export of taid: choose another folder")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"--output: {output} holds an earlier export: choose another folder, or add --overwrite")
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            raise ValueError(f"--output: {output} holds an earlier export: choose another folder, or add --overwrite")
+        ours = json.loads((output / MARK).read_text(encoding="utf-8")).get("files", ())
+        if foreign := sorted({path.name for path in output.iterdir()} - {*ours, MARK}):
+            raise ValueError(f"--output: {output} holds {foreign[0]}, which is not of the export: move it away")
 
 
 def _clear(folder: Path) -> None:

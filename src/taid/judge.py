@@ -209,7 +209,7 @@ class Judge:
         return text
 
     def _keep(self, key: str, content: dict[str, Any]) -> None:
-        line = json.dumps({"key": key} | content, ensure_ascii=False) + "\n"
+        line = json.dumps({"key": key} | content) + "\n"  # ASCII: a half surrogate has no place in UTF-8
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             self._kept[key] = content

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 64, 5
@@ -150,7 +151,9 @@ def _note(card: dict[str, Any]) -> str:
 
 def table(card: dict[str, Any]) -> Table:
     """For the terminal."""
-    shown = Table(title="Size and speed", title_justify="left", caption=_note(card), caption_justify="left", box=SIMPLE)
+    shown = Table(
+        title="Size and speed", title_justify="left", caption=escape(_note(card)), caption_justify="left", box=SIMPLE
+    )
     shown.add_column("", no_wrap=True)
     for _, heading, _ in COLUMNS:
         shown.add_column(heading.replace(", ", "\n"), justify="right")
@@ -158,7 +161,7 @@ def table(card: dict[str, Any]) -> Table:
         cells = ["not available"] if "not_available" in row else _cells(card, row)
         shown.add_row(row["name"], *(cell.replace(" (", "\n(") for cell in cells))  # or 120 columns would not do
         if "not_available" in row:
-            shown.caption = f"{row['name']}: not available: {row['not_available']}\n{shown.caption}"
+            shown.caption = escape(f"{row['name']}: not available: {row['not_available']}") + f"\n{shown.caption}"
     return shown
 
 

@@ -113,6 +113,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         args = args or TAIDConfig()
+        if objective is not None and not callable(objective):
+            raise TypeError(f"objective is a function of both logits, not {objective!r}: named ones go into args")
         if objective is not None:
             name: Any = getattr(objective, "__name__", type(objective).__name__)
             args.fused, args.objective = False, name
