@@ -33,15 +33,16 @@ def require_chat_template(processing_class: Any, args: TAIDConfig, dataset: Any)
         )
 
 
-def without_untrained(prepared: Any, name: str, args: TAIDConfig) -> Any:
-    """Leave out rows of which no token is trained; says how many.
+def without_untrained(prepared: Dataset, count: int, name: str, args: TAIDConfig) -> Dataset:
+    """Leave out rows of which no token is trained; says how many of the count that TRL was given.
 
     Raises:
         ValueError: that are all of them.
     """
-    # TRL keeps a row whose only label is on its first token, which no token predicts.
+    # TRL leaves most of them out itself, silently, but keeps one whose only label is on its first token, which no
+    # token predicts.
     kept = prepared.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
-    dropped = len(prepared) - len(kept)
+    dropped = count - len(kept)
     if dropped and not len(kept):
         raise ValueError(
             f"max_length {args.max_length} cuts away every trained token of all {dropped} rows of the {name} data set: "
@@ -49,7 +50,7 @@ def without_untrained(prepared: Any, name: str, args: TAIDConfig) -> Any:
         )
     if dropped and args.process_index == 0:
         logger.warning(
-            f"{dropped} of {len(prepared)} rows of the {name} data set are left out: max_length {args.max_length} cuts "
+            f"{dropped} of {count} rows of the {name} data set are left out: max_length {args.max_length} cuts "
             "away all their trained tokens"
         )
     return kept

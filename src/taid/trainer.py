@@ -506,11 +506,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-        return (
-            rows.without_untrained(prepared, rest[-1], args)
-            if isinstance(dataset, Dataset) and not packing
-            else prepared
-        )
+        if isinstance(dataset, Dataset) and not packing:
+            return rows.without_untrained(prepared, len(dataset), rest[-1], args)
+        return prepared
 
     def _check_rows(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Each data set has a trained token, and no token that the teacher does not share."""
