@@ -58,7 +58,7 @@ def opened(*names, weights=None, **options):
 
 def numbered(dataset):
     """What stands for TRL's preparation where no tokens are needed."""
-    return dataset.map(lambda row: {"n": row["text"]})
+    return dataset.map(lambda row: {"n": row["text"], "input_ids": list(row["text"].encode())})
 
 
 def packed(dataset):
@@ -231,6 +231,36 @@ def test_a_file_that_has_changed_before_the_place_is_refused(tmp_path):
         write(path, texts(9))
         with pytest.raises(ValueError, match="has changed since the checkpoint"):
             read(opened(path), 1, place)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_other_rows_of_the_same_lengths_are_not_taken_for_those_before_the_checkpoint(name, tmp_path):
+    for seen in (5, 20):  # in the first chunk, before which no byte stands, and in a later one
+        path = write(tmp_path / name, texts(40))
+        _, place = read(opened(path), seen)
+        write(path, texts(40, "b"))
+        with pytest.raises(ValueError, match=rf"a\.{name[2:]}: the rows are not those that the checkpoint has seen"):
+            read(opened(path), 1, place)
+        write(path, texts(seen - 2))
+        with pytest.raises(ValueError, match=r"are not those that the checkpoint|has changed since the checkpoint"):
+            read(opened(path), 1, place)
+
+
+def test_a_parquet_file_that_is_damaged_in_its_rows_is_named(tmp_path):
+    path = write(tmp_path / "a.parquet", [f"{i} {os.urandom(40).hex()}" for i in range(400)])
+    content = bytearray(path.read_bytes())
+    content[9_000:12_000] = bytes(3_000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, row group \d+: .*: the file is damaged"):
+        read(opened(path), 400)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a \\ud83d\\ude00"}\n{"text": "a \\ud83d"}\n')
+    for read_all in (lambda: read(opened(path), 2), lambda: data.load_rows(str(path))):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 2: half of a surrogate pair, '\\ud83d': remove it"):
+            read_all()
 
 
 def test_an_archive_that_is_none_is_named_before_training(tmp_path):
@@ -414,6 +444,17 @@ def test_rows_that_max_length_cuts_away_end_a_run_and_not_a_loop(tmp_path, train
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="no trained token"):
         train(tmp_path / "run", path, max_length=8)
+
+
+def test_rows_that_are_left_out_of_a_stream_are_counted_once(tmp_path, train, caplog):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        json.dumps({"prompt": f"a{i}: " + "word " * (30 if i % 4 == 0 else 0), "completion": "b"}) for i in range(64)
+    ]
+    path.write_text("\n".join(lines))
+    train(tmp_path / "run", path, max_length=16)
+    assert caplog.text.count("are left out: max_length cuts away all their trained tokens") == 1
+    assert f"{stream.CHUNK // 4} of the {stream.CHUNK} rows in chunk 0" in caplog.text
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from taid import images
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # In the order in which a row with several of them is read; the other columns are dropped.
 _KINDS = (
@@ -175,9 +177,14 @@ def json_row(line: bytes, place: str) -> Any:
     """What a line of JSON Lines holds."""
     text = decoded(line, place)
     try:
-        return json.loads(text)
+        row = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair, which is no text for a tokenizer
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: half of a surrogate pair, {error.object[error.start]!a}: remove it") from error
+    return row
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -111,7 +111,7 @@ class Files(Source):
                 if first + count <= row:
                     first += count
                     continue
-                for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group]):
+                for batch in _batches(file, group, path):
                     for number, values in enumerate(batch.slice(max(row - first, 0)).to_pylist(), max(row, first)):
                         yield number + 1, number, values
                     first += len(batch)
@@ -181,6 +181,13 @@ def _is_buffered(rows: Any) -> bool:
     """Whether a shuffle buffer is among the steps that `datasets` takes to a row."""
     before = [vars(rows).get("ex_iterable"), *vars(rows).get("ex_iterables", ())]
     return isinstance(rows, BufferShuffledExamplesIterable) or any(map(_is_buffered, filter(None, before)))
+
+
+def _batches(file: pq.ParquetFile, group: int, path: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=_ROWS, row_groups=[group])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}, row group {group}: {error}: the file is damaged") from error
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

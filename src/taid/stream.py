@@ -2,8 +2,8 @@
 
 A stream is read in chunks of 1,000 rows a process. TRL prepares a chunk as it prepares a whole data set: it tokenizes,
 cuts and packs, so that no packed row has parts of two chunks. A place in a stream therefore is: where each source stood
-before the chunk, the number of the chunk, which seeds its draws from the sources, and how many of its prepared rows
-have been trained on. To go on there, one chunk is prepared again, wherever it lies.
+before the chunk, the number of the chunk, which seeds its draws from the sources, how many of its prepared rows have
+been trained on, and a checksum of the last of them. To go on there, one chunk is prepared again, wherever it lies.
 
 (`datasets.IterableDataset.state_dict` is not asked for the place behind TRL's preparation: by its own documentation,
 batched maps in Arrow's format, which packing is, may skip a batch.)
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OLD = "resume with the old files, tokenizer and options of the data"
 CHUNK = 1_000  # rows of a process; as many as TRL packs at a time
 
 
@@ -60,7 +63,7 @@ def open_stream(
             Files(name, files, text_field) if files
             else Rows(name, data.load(name, [], config, split, text_field, streaming=True))
         )  # fmt: skip
-    return Stream(sources, weights, seed=_seed(args), text_field=text_field)
+    return Stream(sources, weights, seed=_seed(args), text_field=text_field, packing=args.packing)
 
 
 def of(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None:
@@ -84,7 +87,7 @@ def of(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None:
         return train_rows
     if images.has_images(train_rows):
         raise ValueError("rows with images are not streamed: give a Dataset, not an IterableDataset")
-    return Stream([Rows("the training data", train_rows)], seed=_seed(args))
+    return Stream([Rows("the training data", train_rows)], seed=_seed(args), packing=args.packing)
 
 
 def check_options(args: TAIDConfig) -> None:
@@ -122,6 +125,7 @@ class Stream:
         weights: how often a row is drawn from each, relative to the others.
         seed: of these draws.
         text_field: the column that holds plain text; None leaves rows unchecked.
+        packing: TRL will pack them; otherwise it is said when it leaves rows out.
 
     Raises:
         ValueError: no rows, or a bad one among the first.
@@ -129,9 +133,10 @@ class Stream:
 
     def __init__(
         self, sources: Sequence[Source], weights: Sequence[float] | None = None, *, seed: int = 0,
-        text_field: str | None = None,
+        text_field: str | None = None, packing: bool = False,
     ) -> None:  # fmt: skip
         self.sources, self.seed = sources, seed
+        self._warns = not packing  # of rows that are left out, once
         shares = np.array(weights or [1.0] * len(sources))
         self.shares = shares / shares.sum()
         self.start: dict[str, Any] | None = None
@@ -206,9 +211,17 @@ class Stream:
 
         def prepare() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             before, self._in_hand[:] = next(chunks)
-            return before, list(dataset) if self._in_hand else []
+            rows = list(dataset) if self._in_hand else []
+            if self._warns and len(rows) < len(self._in_hand):
+                self._warns = False
+                logger.warning(
+                    f"{self._names()}: {len(self._in_hand) - len(rows)} of the {len(self._in_hand):,} rows in chunk "
+                    f"{before['chunk']} are left out: max_length cuts away all their trained tokens; said once"
+                )
+            return before, rows
 
-        seen, passes = (self.start or {}).get("prepared", 0), (self.start or {}).get("passes")
+        start = self.start or {}
+        seen, passes = start.get("prepared", 0), start.get("passes")
         last: list[int] | None = None  # the passes at the last chunk of which a row was left
         with ThreadPoolExecutor(1) as thread:  # prepares the next chunk while this one is trained on
             try:
@@ -221,15 +234,22 @@ class Stream:
                     coming = thread.submit(prepare)
                     if rank == 0 and before["passes"] != passes:
                         self._say_passes(passes := before["passes"])
+                    if seen and (seen > len(rows) or _checksum(rows[seen - 1]) != start["row"]):
+                        raise ValueError(
+                            f"{self._names()}: the rows are not those that the checkpoint has seen: {_OLD}"
+                        )
                     for number, row in enumerate(rows[seen:], start=seen + 1):
-                        yield row, before | {"prepared": number}
+                        yield row, before | {"prepared": number, "row": _checksum(row)}
                     seen = 0
             finally:
                 self._in_hand.clear()  # the chunk in preparation ends here
         raise ValueError(
-            f"{', '.join(source.name for source in self.sources)}: no row with a trained token is left for process "
-            f"{rank} of {processes}: give more rows, or a larger max_length"
+            f"{self._names()}: no row with a trained token is left for process {rank} of {processes}: give more rows, "
+            "or a larger max_length"
         )
+
+    def _names(self) -> str:
+        return ", ".join(source.name for source in self.sources)
 
     def _say_passes(self, passes: list[int]) -> None:
         for source, times in zip(self.sources, passes, strict=True):
@@ -240,6 +260,10 @@ class Stream:
         """What must be the same for a place to be the same: which files there are, in which order."""
         names = "\n\n".join(source.identity() for source in self.sources)
         return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row["input_ids"]).encode())
 
 
 class Batches:
