@@ -401,9 +401,15 @@ def test_arguments_of_from_pretrained_that_are_no_mapping_are_refused_by_name(na
         ("loss_type: dft", "loss_type 'dft' is TRL's; here `objective` and `kd_ratio` define the loss"),
         ("label_smoothing_factor: 0.1", "label_smoothing_factor is 0.1, but no objective here smooths"),
         ("average_tokens_across_devices: false", "average_tokens_across_devices: false is not possible"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size must be positive, got 0"),
+        ("per_device_eval_batch_size: -1", "per_device_eval_batch_size must be positive, got -1"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be positive, got 0"),
+        ("learning_rate: .nan", "learning_rate must be 0 or a positive number, got nan"),
+        ("learning_rate: -0.1", "learning_rate must be 0 or a positive number, got -0.1"),
+        ("max_length: 0", "max_length must be positive, or null for rows of any length, got 0"),
     ],
 )
-def test_options_that_do_not_go_together_with_distillation_are_refused(read, text, message):
+def test_options_that_distillation_cannot_have_are_refused(read, text, message):
     with pytest.raises(ValueError, match=message):
         read(text + "\n")
 
@@ -443,6 +449,14 @@ def test_a_key_that_stands_twice_is_refused_by_name_and_line(read):
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
         parse(["--config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(ValueError, match=r"--config .* is a folder: name a YAML file in it"):
+        parse(["--config", str(tmp_path)])
+
+
+def test_a_chat_template_that_is_no_file_is_not_looked_for_on_the_hub(read):
+    with pytest.raises(FileNotFoundError, match=r"chat_template_path: there is no file \./nope\.jinja"):
+        read("chat_template_path: ./nope.jinja\n")
+    assert read("chat_template_path: Qwen/Qwen2.5-0.5B-Instruct\n")[2].chat_template_path.startswith("Qwen")
 
 
 # --- what follows from the values -------------------------------------------------------------------------------------

@@ -256,6 +256,18 @@ def test_an_export_does_not_take_the_place_of_a_link(student_folder, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
+def test_no_export_goes_to_the_root_of_the_file_system(student_folder):
+    with pytest.raises(ValueError, match="--output / is the root of the file system: name a folder"):
+        export(student_folder, Path("/"), "gguf", llama_cpp=HERE)
+
+
+def test_a_description_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"')
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON: Expecting"):
+        export(tmp_path / "adapter", tmp_path / "out", "merged-lora")
+
+
 def test_an_export_that_fails_leaves_the_earlier_one(student_folder, tmp_path, monkeypatch):
     path = export(student_folder, tmp_path / "out", "gguf", llama_cpp=HERE)
     before = path.read_bytes()

@@ -454,7 +454,7 @@ def test_rows_that_are_left_out_of_a_stream_are_counted_once(tmp_path, train, ca
     path.write_text("\n".join(lines))
     train(tmp_path / "run", path, max_length=16)
     assert caplog.text.count("are left out: max_length cuts away all their trained tokens") == 1
-    assert f"{stream.CHUNK // 4} of the {stream.CHUNK} rows in chunk 0" in caplog.text
+    assert f"{stream.CHUNK // 4} of the {stream.CHUNK} rows in chunk 0 are left out" in caplog.text
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -260,6 +260,16 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError(f"dkd_temperature must be a positive number, got {self.dkd_temperature}")
         if not 0.0 <= self.kd_ratio <= 1.0:
             raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be positive, or null for rows of any length, got {self.max_length}")
+        if not 0.0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be 0 or a positive number, got {self.learning_rate}")
+        template = self.chat_template_path
+        if template and template.startswith(("/", ".", "~")) and not Path(template).exists():
+            raise FileNotFoundError(f"chat_template_path: there is no file {template}")
         if self.max_steps == 0:
             raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs, got 0")
         if self.train_tokens is not None and self.train_tokens < 1:
@@ -533,6 +543,8 @@ def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"--config {path}: there is no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"--config {path} is a folder: name a YAML file in it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
     except yaml.YAMLError as error:

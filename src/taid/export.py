@@ -69,7 +69,7 @@ def export(
             rounding; says what and the remedy. `output` is then as it was.
     """
     output = output.expanduser().absolute()
-    partial, old = (output.with_name(f"{output.name}.{end}") for end in ("partial", "old"))
+    partial, old = (output.parent / f"{output.name}.{end}" for end in ("partial", "old"))
     _check_arguments(model, format_, quantization)
     _check_free(output, partial, old, overwrite=overwrite)
     with run_folder.claimed(partial, "--output"):
@@ -106,12 +106,20 @@ def _check_arguments(model: Path, format_: Format, quantization: str | None) -> 
         raise ValueError(f"--quantization {quantization} belongs to --format gguf")
     if format_ == "gguf" and is_adapter:
         raise ValueError(f"{model} is an adapter: first taid export {model} --format merged-lora --output MERGED")
-    for name in ("config.json", "tokenizer_config.json"):
-        if (model / name).is_file() and "auto_map" in json.loads((model / name).read_text(encoding="utf-8")):
-            raise ValueError(f"{model / name} asks for code of its own (auto_map), which is not run")
+    for path in (model / name for name in ("config.json", "tokenizer_config.json", "adapter_config.json")):
+        if not path.is_file():
+            continue
+        try:
+            keys = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if "auto_map" in keys:
+            raise ValueError(f"{path} asks for code of its own (auto_map), which is not run")
 
 
 def _check_free(output: Path, *others: Path, overwrite: bool) -> None:
+    if not output.name:
+        raise ValueError(f"--output {output} is the root of the file system: name a folder")
     if output.is_symlink():
         raise ValueError(f"--output: {output} is a link, in whose place the export would be put: name where it leads")
     for folder in (output, *others):
