@@ -453,6 +453,17 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_of_an_older_student_is_left_where_a_run_is_overwritten(architecture, tmp_path):
+    processor = make_processor(architecture)
+    make_vision_model(architecture, processor).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "evaluation.speed.md").write_text("| tokens/s |")
+    assert (tmp_path / "processor_config.json").exists()
+    run_folder.clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def rows_file(tmp_path):
     """Write rows whose images are files beside the rows; the content of one may be given."""

@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 CONFIG, VERSIONS, METRICS, EVALUATION = "config.yaml", "versions.json", "metrics.jsonl", "evaluation.json"
 # What taid, transformers and peft write beside the checkpoints; a file of the user's own is never deleted.
 _OWN_FILES = (
-    "config.yaml versions.json metrics.jsonl evaluation.json report.html t.png loss.png README.md *.safetensors "
-    "*.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* "
-    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja *.partial"
+    "config.yaml versions.json metrics.jsonl evaluation.json evaluation.speed.md report.html t.png loss.png README.md "
+    "*.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* "
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja *processor_config.json "
+    "*.partial"
 ).split()
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
