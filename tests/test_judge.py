@@ -292,6 +292,22 @@ def test_what_cannot_be_graded_is_tried_three_times_and_is_never_zero(
     assert (found["score"], found["ungraded"], len(server.requests) - begin) == ((6 + 6 + 6 + 9) / 4, 0, 1)
 
 
+def test_half_of_a_surrogate_pair_in_what_the_judge_says_is_kept_and_read_again(serve, judge, student, tokenizer):
+    server = serve(lambda messages: "Good \ud83d [[5]]")
+    found = judge(server).grade(student, tokenizer)
+    assert (found["score"], found["graded"]) == (5.0, 4)
+    begin = len(server.requests)
+    assert judge(server).grade(student, tokenizer) == found
+    assert len(server.requests) == begin
+
+
+@pytest.mark.parametrize("line", ['{"key": "a", "answer": 3}', '{"key": "a", "grade": "9"}', '{"key": 1}', "[]", "{"])
+def test_a_file_of_answers_that_was_edited_is_named(line, serve, judge, tmp_path):
+    (tmp_path / "answers.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl, line 1: taid evaluate did not write this"):
+        judge(serve())
+
+
 def test_without_any_grade_there_is_no_score(serve, judge, student, tokenizer):
     found = judge(serve(lambda messages: "Hm.")).grade(student, tokenizer)
     assert (found["score"], found["graded"], found["ungraded"], found["by_turn"]) == (None, 0, 4, {})
