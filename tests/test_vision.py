@@ -453,6 +453,20 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("images", [3]), ("images", [["a.png"]]), ("images", "a.png"), ("images", {"a": 1}), ("images", [None]),
+     ("images", [{"url": "x"}]), ("image", ["a.png"]), ("image", 3)],
+)  # fmt: skip
+def test_images_in_json_that_are_no_paths_are_named_with_their_line(column, value, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    good = {"prompt": "p", "completion": "c", column: ["a.png"] if column == "images" else "a.png"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | {column: value}) + "\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: `{column}` must be (a list of paths|the path of one)"):
+        load_rows(str(path))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_of_an_older_student_is_left_where_a_run_is_overwritten(architecture, tmp_path):
     processor = make_processor(architecture)
@@ -597,9 +611,9 @@ def test_rows_of_text_with_placeholders_train(tmp_path):
 def test_a_column_of_another_form_is_named(tmp_path, row, message):
     picture(0).save(tmp_path / "0.png")
     messages = {} if "input_ids" in row else {"messages": chat("Which?", "alpha")}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row | messages) + "\n")
-    with pytest.raises(ValueError, match=f"rows.jsonl: {message}"):
-        load_rows(str(tmp_path / "rows.jsonl"))
+    Dataset.from_list([row | messages]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=f"rows.parquet: {message}"):
+        load_rows(str(tmp_path / "rows.parquet"))
 
 
 def test_image_and_images_may_stand_beside_each_other(tmp_path):

@@ -67,7 +67,7 @@ def load_rows(
     check = RowCheck(text_field)
     # Text is checked line by line where it lies, because Arrow's own message names no line.
     if builder == "json":
-        check.all(itertools.chain.from_iterable(map(_json_rows, files)), name)
+        check.all(images.with_paths(itertools.chain.from_iterable(map(_json_rows, files))), name)
     elif builder == "text":
         for _ in itertools.chain.from_iterable(map(_lines, files)):
             pass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ _ERRORS = (OSError, SyntaxError, ValueError, Pixels.DecompressionBombError, Pixe
 def has_images(dataset: Any) -> bool:
     """Whether its rows have a column of images."""
     return any(column in COLUMNS for column in getattr(dataset, "column_names", None) or ())
+
+
+def with_paths(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Places and rows of JSON as they are; a ValueError where their images are anything but paths."""
+    for place, row in rows:
+        image, images = (row.get("image"), row.get("images")) if isinstance(row, dict) else (None, None)
+        if not isinstance(image, str | None):
+            raise ValueError(f"{place}: `image` must be the path of one image, got {json.dumps(image):.80}")
+        if images is not None and not (isinstance(images, list) and all(isinstance(path, str) for path in images)):
+            raise ValueError(f"{place}: `images` must be a list of paths, got {json.dumps(images):.80}")
+        yield place, row
 
 
 def prepared(dataset: Dataset, name: str, *, folder: Path | None = None, skip: bool = False) -> Dataset:
