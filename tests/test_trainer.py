@@ -81,10 +81,16 @@ def test_the_name_of_an_objective_is_no_function(tmp_path, student_folder, teach
         train(tmp_path, student_folder, teacher_folder, model_options={"objective": "forward_kl"})
 
 
-@pytest.mark.parametrize("wrong", [lambda z, p: z.sum(), lambda z, p: z - p])
+@pytest.mark.parametrize("wrong", [lambda z, p: z.sum(), lambda z, p: z - p, lambda z, p: None])
 def test_an_objective_that_gives_no_value_a_token_is_named(tmp_path, student_folder, teacher_folder, wrong):
     with pytest.raises(ValueError, match=r"an objective gives one value a token, \[\d+\]; yours gave"):
         train(tmp_path, student_folder, teacher_folder, model_options={"objective": wrong})
+
+
+def test_an_objective_without_a_gradient_is_named(tmp_path, student_folder, teacher_folder):
+    options = {"objective": lambda z, p: my_kl(z.detach(), p)}
+    with pytest.raises(ValueError, match="has no gradient: it must not detach the student's logits"):
+        train(tmp_path, student_folder, teacher_folder, model_options=options)
 
 
 # --- one number a step ------------------------------------------------------------------------------------------------

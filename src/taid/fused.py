@@ -146,10 +146,12 @@ def distillation_loss(
         given = task.parameters | ({"labels": labels_N} if objective == "dkd" else {})
         if objective == "ctkd" and torch.is_grad_enabled():
             given["temperature"] = torch.as_tensor(given["temperature"]).detach().to(student_NV).requires_grad_()
-        columns["objective"] = (own or getattr(objectives, objective))(student_NV, teacher_NV, **given)
-        if columns["objective"].shape != zero.shape:
-            shapes = [list(values.shape) for values in (zero, columns["objective"])]
-            raise ValueError(f"an objective gives one value a token, {shapes[0]}; yours gave {shapes[1]}")
+        values = columns["objective"] = (own or getattr(objectives, objective))(student_NV, teacher_NV, **given)
+        if not isinstance(values, Tensor) or values.shape != zero.shape:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"an objective gives one value a token, {list(zero.shape)}; yours gave {got}")
+        if torch.is_grad_enabled() and student_NV.requires_grad and not values.requires_grad:
+            raise ValueError("an objective of your own has no gradient: it must not detach the student's logits")
         if objective == "ctkd" and torch.is_grad_enabled():
             total = columns["objective"].sum()
             gradient = torch.autograd.grad(total, given["temperature"], retain_graph=True)[0]
