@@ -128,7 +128,11 @@ def test_the_snippet_is_for_what_lies_in_the_folder(run):
     assert "apply_chat_template" in card(folder)
     (folder / "config.json").write_text('{"vision_config": {}}')
     assert 'AutoModelForImageTextToText.from_pretrained("me/student")' in card(folder)
-    (folder / "adapter_config.json").touch()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "them/base"}')
+    text = card(folder)
+    assert 'PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("them/base"), "me/student")' in text
+    assert ModelCard(text).data.pipeline_tag == "image-text-to-text"
+    (folder / "config.json").unlink()
     text = card(folder)
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/student")' in text
     assert (ModelCard(text).data.library_name, ModelCard(text).data.base_model_relation) == ("peft", "adapter")

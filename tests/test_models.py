@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from taid.config import TAIDConfig
 from taid.models import load_model, load_pair, load_tokenizer, output_rows
@@ -414,3 +416,28 @@ def test_the_teachers_tokenizer_becomes_the_students_where_asked(student_folder,
     assert torch.equal(b, before.get_input_embeddings().weight[35])
     assert pair.vocabulary.ids == tuple(range(300))
     assert after.generation_config.eos_token_id == 0
+
+
+def test_a_tokenizer_that_would_not_be_read_back_is_not_taken_over(teacher_folder, tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    # transformers opens each qwen2 folder with Qwen2Tokenizer, which takes digits one by one.
+    message = (
+        r"a qwen2 model with this tokenizer would be opened by transformers as one with Qwen2Tokenizer, which makes"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_pair(str(tmp_path), str(teacher_folder), options(tokenizer_from="teacher"), None, None)
+
+
+def test_an_adapters_fault_is_named(student_folder, tmp_path):
+    base = load_model(str(student_folder), role="student")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)teacher .* could not be loaded: Found missing adapter keys"):
+        load_model(str(tmp_path), role="teacher")
+    edit("adapter_config.json", base_model_name_or_path="./gone")(tmp_path)
+    with pytest.raises(ValueError, match=r"the base model of teacher .*, folder './gone' does not exist"):
+        load_model(str(tmp_path), role="teacher")

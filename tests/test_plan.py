@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import yaml
-from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen3MoeConfig
 
 from taid.cli import main
 from taid.plan import size
@@ -196,6 +196,9 @@ def test_windows_and_experts_cost_what_a_token_sees_of_them():
         # a token at position p sees the min(p, window) before it: the mean over a long row, in a continuum
         seen = sum(min(p / 1000 * length, 16) for p in range(1000)) / 1000
         assert windows.attention(length) == pytest.approx(4 * 32 * (2 * length / 2 + 2 * seen), rel=2e-3)
+        each = size(MistralConfig(**shape, num_hidden_layers=4, sliding_window=16))
+        assert each.attention(length) == pytest.approx(4 * 32 * 4 * seen, rel=2e-3)
+    assert size(MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1)).attention(100) == 0
     experts = size(Qwen3MoeConfig(**shape, num_hidden_layers=1, num_experts=8, num_experts_per_tok=2,
                                   moe_intermediate_size=16))  # fmt: skip
     assert experts.weights - experts.used == 100 * 32 + 6 * 3 * 32 * 16

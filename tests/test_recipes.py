@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)  # fmt: skip
 
 from taid import tiny
 from taid.cli import main
@@ -307,6 +318,23 @@ def test_a_small_configuration_keeps_what_decides_which_code_runs():
         Gemma2Config(**shape(head_dim=256)),
         Qwen3Config(**shape(head_dim=128)),
         Qwen3MoeConfig(**shape(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=512)),
+        GPT2Config(vocab_size=1000, n_embd=768, n_layer=6, n_head=12),
+        OPTConfig(vocab_size=1000, hidden_size=768, ffn_dim=3072, num_attention_heads=12, word_embed_proj_dim=768),
+        MambaConfig(vocab_size=1000, hidden_size=768, num_hidden_layers=4),
+        DeepseekV3Config(
+            **shape(num_key_value_heads=16),
+            n_routed_experts=16,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=64,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        ),
         *(AutoConfig.from_pretrained(path) for path in CONFIGURATIONS if "InternVL" not in path.name),
     ],
     ids=lambda config: f"{config.model_type}-{config.hidden_size}",

@@ -12,7 +12,15 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+)  # fmt: skip
 from trl import SFTConfig, SFTTrainer
 
 from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
@@ -442,6 +450,54 @@ def test_a_lora_student_trains_saves_loads_and_generates(tmp_path, student_folde
     assert loaded.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["down_proj"]}])
+def test_an_adapter_is_trained_on_and_resumed(kind, tmp_path, student_folder, teacher_folder):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM", **kind)
+    options = {"learning_rate": 5.0, "objective": "forward_kl", "save_strategy": "steps", "save_steps": 2}
+    first, _, evaluated = train(
+        tmp_path / "first", student_folder, teacher_folder, held_out=HELD_OUT, eval_strategy="steps", eval_steps=4,
+        model_options={"peft_config": lora}, **options,
+    )  # fmt: skip
+    first.save_model()
+    whole, steps, again = train(
+        tmp_path / "second", tmp_path / "first", teacher_folder, held_out=HELD_OUT, eval_strategy="steps", eval_steps=4,
+        eval_on_start=True, **options,
+    )  # fmt: skip
+    assert again[0]["eval_cross_entropy"] == evaluated[-1]["eval_cross_entropy"]  # it begins where the first ended
+    assert all(row["grad_norm"] > 0 for row in steps)
+    assert again[-1]["eval_kl"] < again[0]["eval_kl"]
+    assert not (tmp_path / "second" / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(student_folder).state_dict()
+    for name, weight in whole.model.get_base_model().state_dict().items():
+        if "lora_" not in name and "modules_to_save" not in name:
+            assert torch.equal(weight, base[name.replace(".base_layer", "").replace(".original_module", "")])
+    whole.save_model()
+    expected = (tmp_path / "second" / "adapter_model.safetensors").read_bytes()
+    assert expected != (tmp_path / "first" / "adapter_model.safetensors").read_bytes()
+    args = config(tmp_path / "second", eval_strategy="steps", eval_steps=4, eval_on_start=True, **options)
+    resumed = TAIDTrainer(
+        str(tmp_path / "first"), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION, eval_dataset=HELD_OUT
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-2"))
+    resumed.save_model()
+    assert (tmp_path / "second" / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_an_adapter_is_not_given_another(tmp_path, student_folder, teacher_folder):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    train(tmp_path / "first", student_folder, teacher_folder, model_options={"peft_config": lora})[0].save_model()
+    with pytest.raises(ValueError, match=r"student .*first' is an adapter, and is trained on as it is: leave use_peft"):
+        train(tmp_path / "b", tmp_path / "first", teacher_folder, model_options={"peft_config": lora})
+    with pytest.raises(ValueError, match=r"tokenizer_from: teacher .* student .*first' is an adapter: merge it first"):
+        train(tmp_path / "b", tmp_path / "first", teacher_folder, tokenizer_from="teacher")
+
+
+def test_a_student_of_which_nothing_is_trained_is_an_error(tmp_path, student_folder, teacher_folder, tokenizer):
+    student = AutoModelForCausalLM.from_pretrained(student_folder).requires_grad_(False)
+    with pytest.raises(ValueError, match="no weight of the student can be trained"):
+        train(tmp_path, student, teacher_folder, model_options={"processing_class": tokenizer})
+
+
 def test_the_student_folder_is_an_ordinary_one(tmp_path, student_folder, teacher_folder, tokenizer):
     trainer, _, _ = train(tmp_path, student_folder, teacher_folder)
     trainer.save_model()
@@ -515,6 +571,18 @@ def test_rows_without_a_trained_token_are_counted_and_an_empty_rest_is_an_error(
     assert "2 of 5 rows of the train data set are left out" in caplog.text
     with pytest.raises(ValueError, match="every trained token of all 2 rows of the train data set"):
         TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=Dataset.from_list([long_prompt] * 2))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_rows_longer_than_learned_positions_are_named(role, tmp_path, make_model, tokenizer):
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    pair = {"student": make_model(300, seed=1), "teacher": make_model(300, seed=2)} | {role: short}
+    options = {"processing_class": tokenizer, "teacher_processing_class": tokenizer}
+    with pytest.raises(
+        ValueError, match=rf"train data set has \d\d tokens, but the {role} has learned 16 positions: set"
+    ):
+        train(tmp_path, pair["student"], pair["teacher"], model_options=options)
+    train(tmp_path, pair["student"], pair["teacher"], model_options=options, max_length=16)
 
 
 def test_a_row_whose_only_label_is_on_its_first_token_trains_nothing(tmp_path, student_folder, teacher_folder):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from taid import TAIDConfig, TAIDTrainer, images, objectives, run_folder, tiny, vision
+from taid import TAIDConfig, TAIDTrainer, card, images, objectives, run_folder, tiny, vision
 from taid.capture import capture
 from taid.cli import main
 from taid.data import load_rows
@@ -130,6 +130,32 @@ def test_an_adapter_in_both_towers_learns(tmp_path):
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert any(".visual." in name for name in trained)
     assert all("lora_" in name for name in trained)
+
+
+def test_the_card_of_an_adapter_opens_it(tmp_path, monkeypatch):
+    processor = make_processor("llava")
+    make_vision_model("llava", processor).save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    trainer = TAIDTrainer(
+        str(tmp_path / "base"), make_vision_model("llava", processor, hidden_size=64, seed=1),
+        config(tmp_path / "run", learning_rate=5.0), train_dataset=Dataset.from_list(ROWS),
+        teacher_processing_class=processor, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    text = card.write_card(tmp_path / "run", overwrite=True).read_text()
+    assert "pipeline_tag: image-text-to-text" in text
+    program = text.split("```python\n")[1].split("\n\ninputs")[0].split("\n\nmessages")[0]
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(program, found)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        theirs, ours = found["model"].eval()(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits
+        before = found["model"].get_base_model().eval()
+        with found["model"].disable_adapter():
+            assert not torch.allclose(before(input_ids=ids).logits, ours, atol=1e-3)
+    torch.testing.assert_close(theirs, ours)
 
 
 def test_workers_make_the_same_batches(tmp_path):
@@ -270,6 +296,20 @@ def test_a_teacher_with_other_pixels_gets_its_own_of_the_same_images(tmp_path):
     assert first_loss(trainer) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
+def test_a_teacher_with_other_pixels_is_given_the_students_template(kind):
+    ours, theirs = make_processor("llava"), make_processor("llava")
+    theirs.image_processor.image_mean = [0.1, 0.2, 0.3]
+    theirs.chat_template = theirs.chat_template.replace("<|im_start|>' +", "<|im_start|>ROLE ' +")
+    assert theirs.chat_template != ours.chat_template
+    rows = [dict(row) for row in ROWS]
+    if kind != "messages":
+        rows = [{"images": r["images"], "prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in rows]
+    batch = collator("llava", processor=ours, teacher=theirs)(rows)
+    assert not torch.equal(batch["pixel_values"], batch["teacher_pixel_values"])
+    assert "ROLE" in theirs.chat_template  # the user's own object
+
+
 def test_the_same_processor_is_asked_once():
     batch = collator("qwen2_vl", teacher=make_processor("qwen2_vl"))([dict(row) for row in ROWS])
     assert not any(name.startswith("teacher_") for name in batch)
@@ -306,6 +346,12 @@ def test_a_token_that_the_teacher_does_not_know_is_named():
 def test_what_does_not_go_with_images_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+def test_a_student_that_sees_keeps_its_tokenizer_also_for_rows_of_text(tmp_path):
+    rows = [{"messages": chat("Which?", word)} for word in WORDS]
+    with pytest.raises(ValueError, match="tokenizer_from: teacher is for text models"):
+        make(tmp_path, rows=rows, teachers=make_processor("llava").tokenizer, tokenizer_from="teacher")
 
 
 def test_a_cache_of_rows_with_images_is_refused_before_anything_is_written(tmp_path):

@@ -44,6 +44,12 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
 model = AutoPeftModelForCausalLM.from_pretrained({name})""",
+    "vision adapter": """from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained({name})
+tokenizer = processor.tokenizer
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({base}), {name})""",
     "vision": """from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained({name})
@@ -95,10 +101,10 @@ def write_card(run_dir: Path, *, model_name: str | None = None, tags: Any = (), 
 
 
 def _kind(run_dir: Path) -> str:
-    if (run_dir / "adapter_config.json").is_file():
-        return "adapter"
-    config = _json(run_dir / "config.json")
-    return "vision" if "vision_config" in config else "text"
+    is_adapter = (run_dir / "adapter_config.json").is_file()
+    # Beside an adapter's weights lies no configuration, but the processor, if it is of a model that sees.
+    sees = any(run_dir.glob("*processor_config.json")) or "vision_config" in _json(run_dir / "config.json")
+    return " ".join([*["vision"] * sees, *["adapter"] * is_adapter]) or "text"
 
 
 def _front_matter(run: Run, path: Path, kind: str, tags: Any) -> str:
@@ -108,13 +114,13 @@ def _front_matter(run: Run, path: Path, kind: str, tags: Any) -> str:
     base = _on_hub(run.config.get("model_name_or_path"))
     names = [name for key in ("dataset_name", "eval_dataset_name") for name in _names(run.config.get(key))]
     data = ModelCardData(
-        library_name="peft" if kind == "adapter" else "transformers",
+        library_name="peft" if "adapter" in kind else "transformers",
         license=license_,
         language=kept.get("language"),
         base_model=base,
-        base_model_relation=None if base is None else "adapter" if kind == "adapter" else "finetune",
+        base_model_relation=None if base is None else "adapter" if "adapter" in kind else "finetune",
         datasets=sorted({name for name in names if _on_hub(name)}) or None,
-        pipeline_tag="image-text-to-text" if kind == "vision" else "text-generation",
+        pipeline_tag="image-text-to-text" if "vision" in kind else "text-generation",
         tags=sorted({"taid", "trl", "distillation", *([tags] if isinstance(tags, str) else tags or ())}),
     )
     return str(data.to_yaml())
@@ -142,7 +148,9 @@ def _public(value: Any) -> str:
 def _snippet(run: Run, run_dir: Path, kind: str) -> str:
     name = json.dumps(str(run.config.get("hub_model_id") or run_dir.resolve().name))
     chats = (run_dir / "chat_template.jinja").is_file() or "chat_template" in _json(run_dir / "tokenizer_config.json")
-    return _LOADING[kind].format(name=name) + "\n\n" + (_CHATTING if chats else _ASKING)
+    adapter = _json(run_dir / "adapter_config.json") if kind == "vision adapter" else {}
+    base = json.dumps(_public(adapter.get("base_model_name_or_path")))
+    return _LOADING[kind].format(name=name, base=base) + "\n\n" + (_CHATTING if chats else _ASKING)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -115,12 +115,18 @@ def _model(recipe: Recipe, role: str, folder: Path) -> tuple[str, bool]:
     """Write a small model with the recipe's tokenizer; returns its class, and whether there is a chat template."""
     config = recipe.config(role)
     tokenizer = recipe.tokenizer(role)
-    small = tiny.config_like(config, hidden_size=_WIDTHS[role])
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(small.get_text_config(), name, getattr(tokenizer, name))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = (AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM).from_config(small)
+    try:
+        small = tiny.config_like(config, hidden_size=_WIDTHS[role])
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(small.get_text_config(), name, getattr(tokenizer, name))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = (AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM).from_config(small)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"no small {config.model_type} model could be made for the dry run of the {role} ({error}): try the "
+            "recipe itself, with --max_steps 2"
+        ) from error
     model.to(config.dtype or torch.float32).save_pretrained(folder)
     (recipe.processor(role) if sees(config) else tokenizer).save_pretrained(folder)
     return type(model).__name__, tokenizer.chat_template is not None

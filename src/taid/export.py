@@ -21,13 +21,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor
 
 from taid import run_folder
-from taid.models import load_model, load_processing_class, load_tokenizer, tokenizer_of
+from taid.models import (
+    load_config,
+    load_model,
+    load_processing_class,
+    load_tokenizer,
+    require_read_back,
+    tokenizer_of,
+)
 
 Format = Literal["merged-lora", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -153,17 +159,17 @@ def _merge(source: Path, folder: Path) -> str:
         raise ValueError(
             f"{source} holds {config.peft_type} prompts, which no weights can hold: only LoRA and DoRA merge"
         )
-    base = load_model(name, role="base model", revision=config.revision, dtype="auto")
-    if getattr(base.config, "quantization_config", None) is not None:
+    if getattr(load_config(name, revision=config.revision), "quantization_config", None) is not None:
         raise ValueError(f"base model {name!r} is quantized: set base_model_name_or_path in adapter_config.json to "
                          "the model it was made from")  # fmt: skip
-    stored, base = base.dtype, base.float()
+    model = load_model(str(source), role="adapter", dtype="auto").eval()
+    base = model.get_base_model()
+    stored = base.dtype
     has_tokenizer = (source / "tokenizer_config.json").is_file()
     processing_class = load_processing_class(str(source if has_tokenizer else name), role="student")
     tokenizer = tokenizer_of(processing_class)
-    _fit_embeddings(base, source, tokenizer)
-    model = PeftModel.from_pretrained(base, source).eval()
-    answers = _answers(model, tokenizer)
+    require_read_back(base.config, tokenizer)
+    answers = _answers(model.float(), tokenizer)
 
     head = base.get_output_embeddings()
     if isinstance(head, BaseTunerLayer) or isinstance(base.get_input_embeddings(), BaseTunerLayer):
@@ -180,20 +186,6 @@ def _merge(source: Path, folder: Path) -> str:
     engine = Engine("transformers", _tokenize(load_tokenizer(str(folder), role="result")), _logits(result))
     _require_same(answers, engine, stored)
     return ""
-
-
-def _fit_embeddings(base: Any, source: Path, tokenizer: Any) -> None:
-    """Give `base` as many embedding rows as the adapter's file holds (tokenizer_from: teacher changes them)."""
-    name = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
-    with safe_open(source / "adapter_model.safetensors", framework="pt") as file:
-        keys = [key for key in file.keys() if f".{name}." in key and key.endswith("weight") and "lora_" not in key]  # noqa: SIM118
-        rows = {file.get_slice(key).get_shape()[0] for key in keys}
-    if rows and rows != {base.get_input_embeddings().weight.shape[0]}:
-        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
-    if tokenizer.get_vocab() != load_tokenizer(base.name_or_path, role="base model").get_vocab():
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(base.config.get_text_config(), token, getattr(tokenizer, token))
-            setattr(base.generation_config, token, getattr(tokenizer, token))
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------

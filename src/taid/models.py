@@ -5,14 +5,19 @@ Weights load from safetensors only, and remote code runs only when asked for.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -23,9 +28,9 @@ from transformers import (
     AutoTokenizer,
     ProcessorMixin,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
-from taid.vocabulary import Vocabulary, adopt_tokenizer
+from taid.vocabulary import Vocabulary, adopt_special_tokens, adopt_tokenizer, split_differently
 
 if TYPE_CHECKING:
     from taid.cache import Cache
@@ -122,7 +127,18 @@ def load_pair(
         _require_sight(teacher, teacher_processing_class, "teacher")
     teacher_tokenizer = tokenizer_of(teacher_processing_class)
     if args.tokenizer_from == "teacher":
+        if sees(student.config):
+            raise ValueError(
+                "tokenizer_from: teacher is for text models: a vision-language student would lose the token that "
+                "stands for its images. Choose a teacher of the student's family"
+            )
+        if isinstance(student, PeftModel):
+            raise ValueError(
+                f"tokenizer_from: teacher gives whole models a tokenizer, and student {names['model_name_or_path']!r} "
+                "is an adapter: merge it first (taid export --format merged-lora)"
+            )
         adopt_tokenizer(student, tokenizer, teacher_tokenizer)
+        require_read_back(student.config, teacher_tokenizer)
         tokenizer = processing_class = teacher_tokenizer
     rows = {
         "student_rows": output_rows(student),
@@ -130,6 +146,25 @@ def load_pair(
     }
     vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
     return Pair(student, processing_class, teacher, teacher_processing_class, vocabulary, names)
+
+
+def require_read_back(config: Any, tokenizer: Any) -> None:
+    """See that transformers opens a folder with both as this tokenizer: of some model types it takes the type's own.
+
+    Raises:
+        ValueError: it does not; says what it makes of which text.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder)
+    if found := split_differently(tokenizer, again):
+        text, ours, theirs = found
+        raise ValueError(
+            f"a {config.model_type} model with this tokenizer would be opened by transformers as one with "
+            f"{type(again).__name__}, which makes {theirs} of {text!r} instead of {ours}: choose a student of another "
+            "type, or a teacher of the student's family"
+        )
 
 
 def _require_sight(model: Any, processing_class: Any, role: str) -> None:
@@ -182,8 +217,10 @@ def tokenizer_of(processing_class: Any) -> Any:
 def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     """Load a causal or vision-language model whose every weight is on disk.
 
+    An adapter comes as a ``PeftModel`` on its base model, with its own weights to be trained and no others.
+
     Args:
-        name_or_path: a folder written by ``save_pretrained``, or a Hub name.
+        name_or_path: a folder written by ``save_pretrained``, also that of an adapter, or a Hub name.
         role: "student" or "teacher", for the messages.
         **init_kwargs: passed to ``from_pretrained`` of transformers' auto classes (revision, dtype, ...).
 
@@ -192,6 +229,8 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
             config.json; or from_pretrained cannot do what `init_kwargs` ask.
     """
     _check_folder(name_or_path, role)
+    if (adapter := _adapter_config(name_or_path)) is not None:
+        return _load_adapter(name_or_path, adapter, role, init_kwargs)
     options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
     try:
@@ -218,6 +257,50 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     return model
 
 
+def _load_adapter(name_or_path: str, config: dict[str, Any], role: str, init_kwargs: dict[str, Any]) -> PeftModel:
+    name = config["base_model_name_or_path"]
+    revision = {"revision": config["revision"]} if config.get("revision") else {}
+    base = load_model(
+        name, role=f"the base model of {role} {name_or_path!r},",
+        **{option: value for option, value in init_kwargs.items() if option != "revision"} | revision,
+    )  # fmt: skip
+    try:
+        weights = Path(cached_file(os.path.expanduser(name_or_path), "adapter_model.safetensors"))
+        if PeftConfig.from_pretrained(weights.parent).is_prompt_learning:
+            raise ValueError("it adds virtual tokens, which another model has not: use LoRA")
+        holds_embeddings = _fit_embeddings(base, weights)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, weights.parent, is_trainable=True)
+    except (*_ERRORS, UserWarning) as error:
+        raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
+    if holds_embeddings and not isinstance(base.get_input_embeddings(), ModulesToSaveWrapper):
+        keep_embeddings(model)
+    return model
+
+
+def keep_embeddings(model: PeftModel) -> None:
+    """Let an adapter be saved with embeddings; peft itself keeps those of another size, not those whose rows moved."""
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=True)
+
+
+def _fit_embeddings(base: Any, weights: Path) -> bool:
+    """Give `base` as many embedding rows as the adapter's file holds (tokenizer_from: teacher changes them), if any."""
+    name = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    with safe_open(weights, framework="pt") as file:
+        keys = [key for key in file.keys() if f".{name}." in key and key.endswith("weight") and "lora_" not in key]  # noqa: SIM118
+        rows = {file.get_slice(key).get_shape()[0] for key in keys}
+    if not rows:
+        return False
+    if rows != {base.get_input_embeddings().weight.shape[0]}:
+        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    if (weights.parent / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent)
+        if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(base.name_or_path).get_vocab():
+            adopt_special_tokens(base, tokenizer)
+    return True
+
+
 def load_renamed_weights(model: Any, folder: Path) -> bool:
     """Load a checkpoint into a model whose weights have other names, or another form, on disk than in memory.
 
@@ -240,13 +323,24 @@ def load_renamed_weights(model: Any, folder: Path) -> bool:
 
 def load_config(name_or_path: str, **origin: Any) -> Any:
     """The configuration of a model, or of the model that an adapter is for."""
+    if (adapter := _adapter_config(name_or_path)) is not None:
+        name_or_path = adapter["base_model_name_or_path"]
+    return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **origin)
+
+
+def _adapter_config(name_or_path: str) -> dict[str, Any] | None:
+    """What adapter_config.json says, where there is one and no whole model."""
     name_or_path = os.path.expanduser(name_or_path)
-    if not (Path(name_or_path) / "config.json").is_file() and (adapter := find_adapter_config_file(name_or_path)):
-        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not isinstance(base, str):
-            raise ValueError(f"{adapter} names no base model (base_model_name_or_path)")
-        name_or_path = os.path.expanduser(base)
-    return AutoConfig.from_pretrained(name_or_path, **origin)
+    path = None if (Path(name_or_path) / "config.json").is_file() else find_adapter_config_file(name_or_path)
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
+        raise ValueError(f"{path} names no base model (base_model_name_or_path)")
+    return config
 
 
 def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
@@ -300,6 +394,13 @@ def _processing_class_of(name: str | None, role: str, argument: str, *, see: boo
 def output_rows(model: Any) -> int:
     """The number of rows of a model's output head: its tokens and their padding."""
     return int(model.get_output_embeddings().weight.shape[0])
+
+
+def positions(model: Any) -> int | None:
+    """For how many positions a model has learned a vector each, as GPT-2 and OPT; None where they are computed."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (module for name, module in model.named_modules() if re.search(r"wpe$|embed_positions$", name))
+    return most if any(isinstance(table, torch.nn.Embedding) for table in tables) else None
 
 
 def _check_folder(name_or_path: str, role: str) -> None:

@@ -143,9 +143,12 @@ class Size:
     def attention(self, length: float) -> float:
         """FLOPs a token of the products of queries with keys and of their weights with values, forward, causal."""
         text = self.config.get_text_config()
+        if getattr(text, "num_attention_heads", None) is None:  # a state-space model
+            return 0.0
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        window = getattr(text, "sliding_window", None) or length
+        window = getattr(text, "sliding_window", None)
+        each = "full_attention" if window is None else "sliding_attention"
+        kinds, window = getattr(text, "layer_types", None) or [each] * text.num_hidden_layers, window or length
         seen = {
             True: length / 2,
             False: min(window, length) * (1 - min(window, length) / (2 * length)),

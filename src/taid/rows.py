@@ -86,6 +86,15 @@ def require_usable(dataset: Any, name: str, vocabulary: Vocabulary, tokenizer: A
     return dataset
 
 
+def require_positions(dataset: Any, name: str, most: int | None, role: str) -> None:
+    """Raise a ValueError where a prepared row is longer than the positions that a model has learned (None: any)."""
+    if most is not None and (longest := max(map(len, dataset["input_ids"]))) > most:
+        raise ValueError(
+            f"a row of the {name} data set has {longest} tokens, but the {role} has learned {most} positions: set "
+            f"max_length: {most}"
+        )
+
+
 def filled(dataset: Dataset, missing: int) -> Dataset:
     """Rows, and so many more of which nothing is trained."""
     is_of_images = images.PLACE in dataset.column_names

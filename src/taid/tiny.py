@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 _HEADS = 4
 # What architectures call the sizes beside those that all of them have: each becomes the width, or at most this number.
-_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size")
+_WIDTHS = (
+    "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
+    "ffn_dim",
+)  # fmt: skip
 _AT_MOST = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32,
     "max_window_layers": 2,
@@ -48,12 +51,14 @@ def config_like(config: Any, *, hidden_size: int = 32) -> Any:
     """
     small = copy.deepcopy(config)
     text = small.get_text_config()
-    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    heads, groups = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
     head_size = getattr(text, "head_dim", None)
-    if head_size is not None:
+    if head_size is not None and not hasattr(text, "qk_rope_head_dim"):  # latent attention's heads stay as they are
         # Where heads together are wider than the model, they stay so.
         text.head_dim = hidden_size // _HEADS * (2 if head_size * heads > text.hidden_size else 1)
-    text.hidden_size, text.num_attention_heads = hidden_size, _HEADS
+    text.hidden_size = hidden_size
+    if heads is not None:
+        text.num_attention_heads = _HEADS
     if groups is not None:
         text.num_key_value_heads = _HEADS if groups == heads else min(groups, 2)
     _layers(text)
@@ -83,19 +88,20 @@ def _tower(config: Any, hidden_size: int) -> None:
 def _layers(config: Any) -> None:
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     config.num_hidden_layers = max(2, len(kinds))
-    if kinds:
+    if kinds and "layer_types" in vars(config):  # of some kinds it follows from the number
         config.layer_types = (kinds * 2)[: config.num_hidden_layers]
 
 
 def _positions(config: Any, head_size: int) -> None:
     """Cut the factors that some kinds of rotary positions have for each pair of a head's numbers."""
-    pairs = int(head_size * (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)) // 2
-    for name, value in (config.rope_parameters or {}).items():
+    parameters = getattr(config, "rope_parameters", None) or {}
+    pairs = int(head_size * parameters.get("partial_rotary_factor", 1.0)) // 2
+    for name, value in parameters.items():
         if name == "mrope_section":  # how many pairs tell time, height and width
             parts = [pairs * part // sum(value) for part in value[:-1]]
-            config.rope_parameters[name] = [*parts, pairs - sum(parts)]
+            parameters[name] = [*parts, pairs - sum(parts)]
         elif isinstance(value, list):
-            config.rope_parameters[name] = value[:pairs]
+            parameters[name] = value[:pairs]
 
 
 def tokenizer(

@@ -17,7 +17,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from taid import capture, images, rows, run_folder, stream, vision
 from taid.cache import Cache
 from taid.card import write_card
 from taid.config import TAIDConfig, resolved
-from taid.models import load_pair, load_renamed_weights
+from taid.models import keep_embeddings, load_pair, load_renamed_weights, positions
 from taid.moving import MovingParameters
 from taid.pair_loss import PairLoss
 from taid.report import write_report
@@ -135,6 +134,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                          teacher_processing_class, elsewhere, see=see)  # fmt: skip
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
+        if peft_config is not None and is_peft_model(pair.student):
+            raise ValueError(
+                f"student {pair.names['model_name_or_path']!r} is an adapter, and is trained on as it is: leave "
+                "use_peft away, or make a model of it first (taid export --format merged-lora)"
+            )
 
         if args.device.type == "cpu":  # nothing to pin for, and torch warns
             args.dataloader_pin_memory = False
@@ -153,8 +157,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class=pair.processing_class, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         if args.tokenizer_from == "teacher" and is_peft_model(self.model):
-            # peft saves embeddings that have another size, not those whose rows have moved.
-            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=True)
+            keep_embeddings(self.model)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
@@ -165,7 +168,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self.data_collator = vision.Collator(
                 self.data_collator, pair.teacher_processing_class, self.vocabulary, skip=args.skip_bad_images
             )
-        self._check_rows(pair.tokenizer)
+        loaded = {"student": pair.student, "teacher": pair.teacher}
+        self._check_rows(pair.tokenizer, {role: model for role, model in loaded.items() if model is not None})
         self.teacher = self._teacher(pair.teacher, elsewhere)
         self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
         self.moving = MovingParameters(args)
@@ -399,6 +403,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _begin(self) -> None:
         """Make the schedule, or take it up where the checkpoint left it."""
+        if not any(weight.requires_grad for weight in self.model.parameters()):
+            raise ValueError("no weight of the student can be trained: all have requires_grad = False")
         if isinstance(self.data_collator, vision.Collator):
             vision.check_sight(iter(self.train_dataset), self.data_collator, self._sees)
         self._train_start = self._window_start = time.perf_counter()
@@ -510,14 +516,16 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             return rows.without_untrained(prepared, len(dataset), rest[-1], args)
         return prepared
 
-    def _check_rows(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Each data set has a trained token, and no token that the teacher does not share."""
+    def _check_rows(self, tokenizer: PreTrainedTokenizerBase, models: dict[str, Any]) -> None:
+        """Each data set has a trained token, no token that the teacher does not share, and fits into both models."""
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **named}.items():
             is_stream = self._stream is not None and name == "train"  # of which the first chunk is looked at
             is_known = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
             if (is_stream or is_known) and not self._skip_prepare_dataset:
                 checked = rows.require_usable(dataset, name, self.vocabulary, tokenizer)
+                for role, model in models.items() if is_known else ():
+                    rows.require_positions(dataset, name, positions(model), role)
                 if is_stream:
                     self.train_dataset: Any = checked
 

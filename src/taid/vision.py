@@ -48,8 +48,10 @@ class Collator:
         self.teacher = None
         if teacher is not None and not _same_pixels(collator.processor, teacher):
             self.teacher = copy.copy(self.collator)
-            self.teacher.processor = teacher
+            # The template stands in both: TRL takes it from the processor for prompts and completions.
             self.teacher.chat_template = collator.chat_template or collator.processor.chat_template
+            self.teacher.processor = copy.copy(teacher)
+            self.teacher.processor.chat_template = self.teacher.chat_template
         self.skip, self.exchange = skip, False
         processor = collator.processor
         self.image_ids, self.shared_ids = image_token_ids(processor), vocabulary.index

@@ -64,17 +64,13 @@ class Vocabulary:
                     f"{student.get(token, 'none')} for the student and {teacher.get(token, 'none')} for the teacher. "
                     + _WAYS_OUT
                 )
-        probes = [*_PROBES, *_as_text(student_tokenizer, sorted(i for t, i in student.items() if t not in special))]
-        student_ids, teacher_ids = (
-            tokenizer(probes, add_special_tokens=False)["input_ids"]
-            for tokenizer in (student_tokenizer, teacher_tokenizer)
-        )
-        for probe, ours, theirs in zip(probes, student_ids, teacher_ids, strict=True):
-            if ours != theirs:
-                raise ValueError(
-                    f"student and teacher have the same vocabulary but split text differently: {probe!r} becomes "
-                    f"{ours} for the student and {theirs} for the teacher. " + _WAYS_OUT
-                )
+        texts = _as_text(student_tokenizer, sorted(i for t, i in student.items() if t not in special))
+        if found := split_differently(student_tokenizer, teacher_tokenizer, texts):
+            text, ours, theirs = found
+            raise ValueError(
+                f"student and teacher have the same vocabulary but split text differently: {text!r} becomes {ours} for "
+                f"the student and {theirs} for the teacher. " + _WAYS_OUT
+            )
         rows = min(student_rows, teacher_rows)
         return cls(tuple(sorted(i for token, i in student.items() if teacher.get(token) == i and i < rows)))
 
@@ -118,6 +114,13 @@ class Vocabulary:
                 )
 
 
+def split_differently(one: Any, other: Any, texts: Iterable[str] = ()) -> tuple[str, list[int], list[int]] | None:
+    """The first text that two tokenizers make other tokens of, and these: of some that tell most apart, and `texts`."""
+    texts = [*_PROBES, *texts]
+    splits = (tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (one, other))
+    return next((found for found in zip(texts, *splits, strict=True) if found[1] != found[2]), None)
+
+
 def _as_text(tokenizer: Any, ids: list[int]) -> list[str]:
     """All tokens that are text of their own, sixteen to a line: where merges differ, some token comes out in parts."""
     texts = [text for text in tokenizer.batch_decode([[i] for i in ids]) if "\ufffd" not in text]
@@ -143,9 +146,14 @@ def adopt_tokenizer(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
         table[targets.to(rows.device)] = rows[sources.to(rows.device)]
     model.get_input_embeddings().padding_idx = None  # the old one: it would keep another token from learning
 
+    adopt_special_tokens(model, new_tokenizer)
+
+
+def adopt_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Let the special-token ids of a model's configuration follow a tokenizer."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config.get_text_config(), name, getattr(new_tokenizer, name))
-        setattr(model.generation_config, name, getattr(new_tokenizer, name))
+        setattr(model.config.get_text_config(), name, getattr(tokenizer, name))
+        setattr(model.generation_config, name, getattr(tokenizer, name))
 
 
 def _tables(model: Any) -> list[Tensor]:
