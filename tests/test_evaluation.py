@@ -174,10 +174,11 @@ def test_the_table_has_a_row_for_each_model(
         assert f"{of['bits_per_byte']:.4f}" in printed
 
 
-def test_an_adapter_is_evaluated_with_its_base(tmp_path, student_folder, tokenizer, rows):
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_evaluated_with_its_base(dora, tmp_path, student_folder, tokenizer, rows):
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "use_dora": dora}
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(student_folder),
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        AutoModelForCausalLM.from_pretrained(student_folder), LoraConfig(task_type="CAUSAL_LM", **lora)
     )
     model.save_pretrained(tmp_path / "adapter")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -246,6 +247,9 @@ def test_a_file_that_is_no_evaluation_is_not_overwritten(tmp_path, student_folde
         assert evaluate("no/such/model", "--data", data, "--output", output) == 2
         assert "taid evaluate did not write: choose another name" in capsys.readouterr().err
         assert output.read_text(errors="surrogateescape") == content
+    (tmp_path / "f.speed.md").write_text("mine")
+    assert evaluate("no/such/model", "--speed", "--output", tmp_path / "f.json") == 2
+    assert "f.speed.md would be overwritten: choose another name" in capsys.readouterr().err
     assert evaluate(student_folder, "--data", data, "--output", tmp_path) == 2
     assert "is a folder: name a file in it" in capsys.readouterr().err
     output.unlink()

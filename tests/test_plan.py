@@ -188,6 +188,30 @@ def test_what_the_teacher_costs_depends_on_where_it_is(options, tmp_path, capsys
     assert terms(teacher_server_url="http://localhost:1") == ("6 N_student + attention", served)
 
 
+def test_a_student_that_is_an_adapter_is_planned_trained_and_named(options, tmp_path, capsys):
+    adapter = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "o_proj"], "max_steps": 2}
+    first = options | adapter | {"output_dir": str(tmp_path / "first")}
+    status, said = run("plan", first, tmp_path, capsys)
+    expected = [line for line in said.out.splitlines() if "of an adapter are trained" in line or "time of" in line]
+    assert run("train", first, tmp_path, capsys)[0] == 0
+    second = options | {"model_name_or_path": str(tmp_path / "first"), "max_steps": 2}
+    status, said = run("plan", second, tmp_path, capsys)
+    assert status == 0, said.err
+    found = [line for line in said.out.splitlines() if "of an adapter are trained" in line or "time of" in line]
+    assert [line.partition(",")[2] for line in found] == [line.partition(",")[2] for line in expected]
+    assert run("train", second, tmp_path, capsys)[0] == 0
+    folder = tmp_path / "run"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model_name_or_path"] == str(tmp_path / "first")
+    assert (folder / "adapter_model.safetensors").exists()
+    assert not (folder / "model.safetensors").exists()
+    weights = [(path / "adapter_model.safetensors").read_bytes() for path in (folder, tmp_path / "first")]
+    assert weights[0] != weights[1]
+    status, said = run("train", second | adapter, tmp_path, capsys, "--overwrite_output_dir")
+    assert (status, said.err.count("\n")) == (2, 1)
+    assert "is an adapter, and is trained on as it is: leave use_peft away" in said.err
+    assert (folder / "adapter_model.safetensors").read_bytes() == weights[0]
+
+
 def test_windows_and_experts_cost_what_a_token_sees_of_them():
     shape = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip

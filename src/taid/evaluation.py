@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MARK = "taid_evaluation"
+_SPEED = ".speed.md"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Measures:
             tokens. None where the trained tokens are no text.
         kl: KL(p || q) of the teacher p and the model q, nats a token, over the shared ids; None without a teacher.
         accuracy: the share of tokens that are the model's likeliest.
-        others_images: the cross-entropy with the images of other rows, in their own sizes; None for rows without. Where
-            it is no larger, the model does not use what it sees.
+        others_images: the cross-entropy with the images of other rows of the batch, in the sizes of a row's own (a row
+            alone in its batch is shown its own in negative); None for rows without. Where it is no larger, the model
+            does not use what it sees.
         tokens: how many were trained.
         bytes: of the text that they decode to (:func:`bytes_of`).
     """
@@ -189,8 +191,7 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         console.print(speed.table(result["speed"]))
         _write(options.output, result)
         if options.output is not None:
-            path = options.output.with_suffix(".speed.md")
-            run_folder.write_atomically(path, speed.markdown(result["speed"]))
+            run_folder.write_atomically(options.output.with_suffix(_SPEED), speed.markdown(result["speed"]))
     if not (rows or options.tasks or options.judge_url):
         return result
     model, processing_class = _load(options, options.model, "student", see=has_images(rows))
@@ -260,6 +261,9 @@ def _check(options: Namespace) -> None:
                 )
     if options.output is not None:
         check_output(options.output)
+        table = options.output.with_suffix(_SPEED)
+        if options.speed and table.exists() and not options.output.exists():
+            raise ValueError(f"--output: {table} would be overwritten: choose another name")
 
 
 def check_output(path: Path) -> None:

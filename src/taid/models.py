@@ -229,7 +229,7 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
             config.json; or from_pretrained cannot do what `init_kwargs` ask.
     """
     _check_folder(name_or_path, role)
-    if (adapter := _adapter_config(name_or_path)) is not None:
+    if (adapter := adapter_config(name_or_path)) is not None:
         return _load_adapter(name_or_path, adapter, role, init_kwargs)
     options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
@@ -274,6 +274,7 @@ def _load_adapter(name_or_path: str, config: dict[str, Any], role: str, init_kwa
             model = PeftModel.from_pretrained(base, weights.parent, is_trainable=True)
     except (*_ERRORS, UserWarning) as error:
         raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
+    model.name_or_path = name_or_path  # its configuration names the base model
     if holds_embeddings and not isinstance(base.get_input_embeddings(), ModulesToSaveWrapper):
         keep_embeddings(model)
     return model
@@ -323,12 +324,12 @@ def load_renamed_weights(model: Any, folder: Path) -> bool:
 
 def load_config(name_or_path: str, **origin: Any) -> Any:
     """The configuration of a model, or of the model that an adapter is for."""
-    if (adapter := _adapter_config(name_or_path)) is not None:
+    if (adapter := adapter_config(name_or_path)) is not None:
         name_or_path = adapter["base_model_name_or_path"]
     return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **origin)
 
 
-def _adapter_config(name_or_path: str) -> dict[str, Any] | None:
+def adapter_config(name_or_path: str) -> dict[str, Any] | None:
     """What adapter_config.json says, where there is one and no whole model."""
     name_or_path = os.path.expanduser(name_or_path)
     path = None if (Path(name_or_path) / "config.json").is_file() else find_adapter_config_file(name_or_path)
@@ -382,7 +383,7 @@ def _load_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
 
 
 def _name(model: Any) -> str | None:
-    return model if model is None or isinstance(model, str) else model.config._name_or_path
+    return model if model is None or isinstance(model, str) else model.name_or_path
 
 
 def _processing_class_of(name: str | None, role: str, argument: str, *, see: bool, **init_kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset_builder
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, get_peft_config
@@ -24,7 +24,7 @@ from taid import capture, tiny
 from taid.cache_format import Format
 from taid.config import DataArguments, TAIDConfig
 from taid.data import local_files
-from taid.models import load_config, load_processing_class, load_tokenizer, sees, teacher_init_kwargs
+from taid.models import adapter_config, load_config, load_processing_class, load_tokenizer, sees, teacher_init_kwargs
 from taid.schedule import TAIDSchedule
 from taid.trainer import TAIDTrainer
 
@@ -105,6 +105,16 @@ class Recipe:
         name = self.model.model_name_or_path if is_student else self.args.teacher_model_name_or_path
         revision = self.model.model_revision if is_student else self.args.teacher_model_revision
         return str(name), {"trust_remote_code": self.args.trust_remote_code, "revision": revision}
+
+    @property
+    def adapter(self) -> Any:
+        """What is trained instead of the student's weights: a new adapter, or the one that the student is; or None."""
+        folder = Path(str(self.model.model_name_or_path)).expanduser()
+        if self.model.use_peft or not folder.is_dir() or adapter_config(str(folder)) is None:
+            return get_peft_config(self.model)
+        found = PeftConfig.from_pretrained(folder)
+        found.inference_mode = False
+        return found
 
     @property
     def rows_are_here(self) -> bool:
@@ -215,8 +225,8 @@ def plan(recipe: Recipe, train_rows: Any = None, eval_rows: Any = None) -> str:
     args, rows_of_student, teacher = recipe.args, None, None
     if args.tokenizer_from == "teacher":
         rows_of_student = max(recipe.tokenizer("teacher").get_vocab().values()) + 1
-    student = size(recipe.config("student"), rows=rows_of_student, peft_config=get_peft_config(recipe.model))
-    adapter = f", {student.trained:,} of an adapter are trained" if recipe.model.use_peft else ""
+    student = size(recipe.config("student"), rows=rows_of_student, peft_config=recipe.adapter)
+    adapter = "" if recipe.adapter is None else f", {student.trained:,} of an adapter are trained"
     lines = [f"student: {recipe.model.model_name_or_path}, {student.weights:,} weights{adapter}"]
     if args.teacher_model_name_or_path is not None:
         teacher = size(recipe.config("teacher"))
@@ -344,7 +354,7 @@ def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> lis
     mean = rows.tokens / rows.number if rows.counted and rows.number else length
     is_passes = args.max_steps <= 0
     tokens = int(min(steps * a_step * mean, args.num_train_epochs * rows.tokens if is_passes else math.inf))
-    bound = "at most " if not rows.counted else "" if is_passes else "about "
+    bound = "at most " if not rows.counted else "" if is_passes and not args.dataloader_drop_last else "about "
     lines += [f"run: {steps:,} steps, {bound}{tokens:,} tokens"]
     if args.objective == "taid" and args.kd_ratio > 0:
         schedule = TAIDSchedule(
@@ -381,7 +391,7 @@ def _steps(args: TAIDConfig, a_step: int, length: int, processes: int, rows: Row
 def _flops(recipe: Recipe, student: Size, teacher: Size | None, length: float) -> dict[str, float]:
     """FLOPs of training on a token, by part: 2 a weight forward, 2 for the gradient of what goes in, 2 for its own."""
     args = recipe.args
-    of_student = 4 if recipe.model.use_peft else 6
+    of_student = 6 if recipe.adapter is None else 4
     terms = {f"{of_student} N_student": of_student * student.used}
     attention = 3 * student.attention(length)
     if teacher is not None and args.distillation_share > 0:
