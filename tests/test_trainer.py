@@ -533,6 +533,36 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("full", ["torch.save", "safetensors.torch.save_file"])
+def test_a_checkpoint_that_cannot_be_written_is_named_and_the_one_before_goes_on(
+    full, tmp_path, student_folder, teacher_folder, monkeypatch
+):
+    options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    alone, _, _ = train(tmp_path / "alone", student_folder, teacher_folder, **options)
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\n")
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                monkeypatch.setattr(full, refuse)
+                monkeypatch.setattr("transformers.modeling_utils.safe_save_file", refuse)
+
+    with pytest.raises(
+        OSError, match=r"could not be written \(.*unexpected pos 64 vs 0\): is the disk full\? Make room"
+    ):
+        train(tmp_path / "full", student_folder, teacher_folder, model_options={"callbacks": [Fill()]}, **options)
+    monkeypatch.undo()
+    last = run_folder.last_checkpoint(tmp_path / "full")
+    assert last.name == "checkpoint-2"
+    args = config(tmp_path / "full", **options)
+    again = TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION)
+    again.train(resume_from_checkpoint=str(last))
+    expected = alone.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in again.model.state_dict().items())
+
+
 class Poison(TrainerCallback):
     """Breaks one weight of the student after a given step."""
 

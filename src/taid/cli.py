@@ -323,7 +323,8 @@ def _checkpoint_to_resume(output_dir: Path, args: TAIDConfig) -> Path | None:
     checkpoint = folder if (folder / "trainer_state.json").exists() else run_folder.last_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(
-            f"cannot resume: {folder} holds no complete checkpoint; start without --resume_from_checkpoint"
+            f"cannot resume: {folder} holds no complete checkpoint; start anew, with --overwrite_output_dir instead of "
+            "--resume_from_checkpoint"
         )
     if checkpoint.resolve().parent != output_dir.resolve():
         raise ValueError(

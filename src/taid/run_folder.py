@@ -72,6 +72,18 @@ def clear(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def written(name: str) -> Iterator[None]:
+    """Raise an OSError where torch or safetensors cannot write; what they raise themselves names no cause."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"{name} could not be written ({str(error).strip()}): is the disk full? Make room, and go on from the last "
+            "whole checkpoint with --resume_from_checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
 def claimed(folder: Path, name: str = "output_dir") -> Iterator[None]:
     """Hold the folder against a second process; the operating system lets go when this one ends, however it ends."""
     try:

@@ -472,10 +472,12 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             "num_tokens": self._total_train_tokens,
             "seconds": self._seconds_before + time.perf_counter() - self._train_start,
         }
-        super()._save_checkpoint(model, trial)
+        with run_folder.written(f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with run_folder.written(output_dir or self.args.output_dir):
+            super()._save(output_dir, state_dict)
         # transformers pickles its arguments beside the weights; config.yaml holds them, in the open and without tokens.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
