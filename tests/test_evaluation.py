@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -447,11 +448,24 @@ def train(tmp_path, student_folder, rows, *more):
     return main(["train", "--use_cpu", *arguments, *map(str, more)])
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_run_ends_with_its_tasks(own_tasks_only, lora, tmp_path, student_folder, task_folder, rows, capsys):
+ADAPTER = ["--use_peft", "--lora_target_modules", "all-linear"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [[], ADAPTER, [*ADAPTER, "--use_dora"], [*ADAPTER, "--objective", "forward_kl", "--tokenizer_from", "teacher"]],
+)
+def test_a_run_ends_with_its_tasks(
+    own_tasks_only, kind, tmp_path, student_folder, teacher_folder, task_folder, rows, capsys
+):
     more = ["--eval_tasks", "tiny_choice,tiny_text", "--eval_tasks_num_fewshot", 1]
-    more += ["--eval_tasks_include_path", task_folder]
-    more += ["--use_peft", "--lora_target_modules", "all-linear"] if lora else []
+    more += ["--eval_tasks_include_path", task_folder, *kind]
+    if "--tokenizer_from" in kind:
+        description = json.loads((shutil.copytree(teacher_folder, tmp_path / "t") / "tokenizer.json").read_text())
+        vocab = description["model"]["vocab"]
+        vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+        (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(description))
+        more += ["--teacher_model_name_or_path", tmp_path / "t"]
     assert train(tmp_path, student_folder, rows, *more) == 0
     folder = tmp_path / "run"
     found = json.loads((folder / "evaluation.json").read_text())["tasks"]
@@ -476,9 +490,6 @@ def test_task_names_are_checked_before_training(own_tasks_only, tmp_path, studen
     assert train(tmp_path, student_folder, rows, *more) == 2
     assert "task 'tiny_choise' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    more = ("--eval_tasks", "tiny_choice", "--use_peft", "--tokenizer_from", "teacher")
-    assert train(tmp_path, student_folder, rows, *more) == 2
-    assert "eval_tasks load the student from output_dir" in capsys.readouterr().err
     with pytest.raises(ValueError, match="eval_tasks_num_fewshot is for eval_tasks, which names no task"):
         TAIDConfig(output_dir=str(tmp_path), use_cpu=True, eval_tasks_num_fewshot=2)
     with pytest.raises(ValueError, match="eval_tasks_num_fewshot must be 0 or positive, got -1"):

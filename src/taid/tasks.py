@@ -147,11 +147,6 @@ def tasks_of(args: TAIDConfig, model_arguments: Any) -> Tasks | None:
     """The tasks that a run ends with, found before it begins; raises what :meth:`Tasks.named` does."""
     if args.eval_tasks is None:
         return None
-    if model_arguments.use_peft and args.tokenizer_from == "teacher":
-        raise ValueError(
-            "eval_tasks load the student from output_dir, and an adapter with resized embeddings does not load by "
-            "itself: leave eval_tasks away, merge the adapter, and use taid evaluate"
-        )
     return Tasks.named(args.eval_tasks, args.eval_tasks_include_path, model=model_arguments.model_name_or_path)
 
 
