@@ -229,7 +229,7 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
             config.json; or from_pretrained cannot do what `init_kwargs` ask.
     """
     _check_folder(name_or_path, role)
-    if (adapter := adapter_config(name_or_path)) is not None:
+    if (adapter := adapter_config(name_or_path, init_kwargs.get("revision"))) is not None:
         return _load_adapter(name_or_path, adapter, role, init_kwargs)
     options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
@@ -258,14 +258,13 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
 
 
 def _load_adapter(name_or_path: str, config: dict[str, Any], role: str, init_kwargs: dict[str, Any]) -> PeftModel:
-    name = config["base_model_name_or_path"]
-    revision = {"revision": config["revision"]} if config.get("revision") else {}
     base = load_model(
-        name, role=f"the base model of {role} {name_or_path!r},",
-        **{option: value for option, value in init_kwargs.items() if option != "revision"} | revision,
+        config["base_model_name_or_path"], role=f"the base model of {role} {name_or_path!r},",
+        **init_kwargs | {"revision": config.get("revision")},
     )  # fmt: skip
     try:
-        weights = Path(cached_file(os.path.expanduser(name_or_path), "adapter_model.safetensors"))
+        folder, revision = os.path.expanduser(name_or_path), init_kwargs.get("revision")
+        weights = Path(cached_file(folder, "adapter_model.safetensors", revision=revision))
         if PeftConfig.from_pretrained(weights.parent).is_prompt_learning:
             raise ValueError("it adds virtual tokens, which another model has not: use LoRA")
         holds_embeddings = _fit_embeddings(base, weights)
@@ -324,15 +323,20 @@ def load_renamed_weights(model: Any, folder: Path) -> bool:
 
 def load_config(name_or_path: str, **origin: Any) -> Any:
     """The configuration of a model, or of the model that an adapter is for."""
-    if (adapter := adapter_config(name_or_path)) is not None:
+    if (adapter := adapter_config(name_or_path, origin.get("revision"))) is not None:
         name_or_path = adapter["base_model_name_or_path"]
+        origin |= {"revision": adapter.get("revision")}
     return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **origin)
 
 
-def adapter_config(name_or_path: str) -> dict[str, Any] | None:
+def adapter_config(name_or_path: str, revision: str | None = None) -> dict[str, Any] | None:
     """What adapter_config.json says, where there is one and no whole model."""
     name_or_path = os.path.expanduser(name_or_path)
-    path = None if (Path(name_or_path) / "config.json").is_file() else find_adapter_config_file(name_or_path)
+    path = (
+        None
+        if (Path(name_or_path) / "config.json").is_file()
+        else find_adapter_config_file(name_or_path, revision=revision)
+    )
     if path is None:
         return None
     try:
