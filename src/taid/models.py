@@ -389,7 +389,7 @@ def _load_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
 def _name(model: Any) -> str | None:
     if model is None or isinstance(model, str):
         return model
-    return str(getattr(model, "name_or_path", model.config._name_or_path))
+    return str(model.name_or_path if isinstance(model, PeftModel) else model.config._name_or_path)
 
 
 def _processing_class_of(name: str | None, role: str, argument: str, *, see: bool, **init_kwargs: Any) -> Any:
