@@ -102,6 +102,26 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_and_status_2(tmp_path):
     )
 
 
+def test_a_torchvision_of_another_torch_is_named(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms\\n is missing")'
+    )
+    about = tmp_path / "torchvision-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "taid", "train", "--output_dir", str(tmp_path / "run")], capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-800:]
+    assert done.stderr.splitlines()[-1].startswith(
+        "taid: error: transformers cannot be imported, because torchvision does not fit this torch (operator "
+        "torchvision::nms is missing): install the torchvision of the same build"
+    )
+
+
 def test_version_is_the_packages(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["--version"])

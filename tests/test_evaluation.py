@@ -241,6 +241,25 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(kind, tmp_path, monkeypa
     assert error.count("\n") == 1
 
 
+def test_what_was_measured_before_of_the_same_model_is_kept(
+    own_tasks_only, tmp_path, student_folder, teacher_folder, task_folder, rows
+):
+    data, output = rows(tmp_path / "rows.jsonl"), tmp_path / "e.json"
+    assert evaluate(student_folder, "--teacher", teacher_folder, "--data", data, "--output", output) == 0
+    first = json.loads(output.read_text())
+    tasks = ("--tasks", "tiny_choice", "--include_path", task_folder, "--output", output)
+    assert evaluate(student_folder, *tasks) == 0
+    both = json.loads(output.read_text())
+    assert both.pop("tasks")
+    assert both == first
+    assert first["teacher"] == str(teacher_folder)
+    assert evaluate(student_folder, "--data", data, "--output", output) == 0
+    again = json.loads(output.read_text())
+    assert (again["teacher"], "teacher" in again["held_out"], "tasks" in again) == (None, False, True)
+    assert evaluate(teacher_folder, *tasks) == 0  # another model's are not
+    assert "held_out" not in json.loads(output.read_text())
+
+
 def test_a_file_that_is_no_evaluation_is_not_overwritten(tmp_path, student_folder, rows, capsys):
     data, output = rows(tmp_path / "rows.jsonl"), tmp_path / "e.json"
     for content in ("mine", '{"mine": 1}', "[1, 2]", "3", "\udcff"):

@@ -546,7 +546,7 @@ def rows_file(tmp_path):
 @pytest.mark.parametrize("kind", BROKEN)
 def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path, rows_file, kind):
     path = rows_file(BROKEN[kind])
-    with pytest.raises(ValueError, match=r"rows.jsonl, row 2: image .*images/2.png cannot be read: .*skip_bad_images"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: image .*images/2.png cannot be read: .*skip_bad_images"):
         make(tmp_path / "run", rows=load_rows(str(path)), max_steps=1).train()
 
 
@@ -559,7 +559,7 @@ def test_such_rows_are_left_out_when_asked_and_the_others_count_alike(tmp_path, 
     loss = steps(make(tmp_path / "run", rows=rows, max_steps=1, skip_bad_images=True))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     assert "images/2.png cannot be read" in caplog.text
-    assert "row 2" in caplog.text
+    assert "line 3" in caplog.text
 
 
 def plain_rows():
@@ -567,14 +567,14 @@ def plain_rows():
 
 
 def test_a_missing_file_is_named_before_a_model_is_loaded(rows_file):
-    with pytest.raises(ValueError, match=r"rows.jsonl, row 2: image .*images/2.png cannot be read: .*No such file"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: image .*images/2.png cannot be read: .*No such file"):
         load_rows(str(rows_file(missing=True)))
 
 
 def test_rows_of_which_no_image_can_be_read_are_an_error_even_when_asked(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"images": ["nothing.png"], "messages": chat("Which?", "alpha")}) + "\n")
-    with pytest.raises(ValueError, match=r"row 0: image .*nothing.png cannot be read"):
+    with pytest.raises(ValueError, match=r"line 1: image .*nothing.png cannot be read"):
         load_rows(str(path), skip_bad_images=True)
 
 

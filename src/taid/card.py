@@ -215,6 +215,10 @@ def _data(run: Run) -> str:
 def _recipe(run: Run) -> str:
     names = [name for name in IMPORTANT if name not in _NOT_PUBLIC]
     names += _ADAPTER if run.config.get("use_peft") else ()
+    names += ("packing", "packing_strategy") if run.config.get("packing") else ()
+    names += ("streaming", "dataset_weights", "train_tokens") if run.config.get("streaming") else ()
+    if (run.config.get("max_steps") or -1) > 0 or run.config.get("train_tokens"):
+        names.remove("num_train_epochs")
     rows = [(f"`{name}`", _public(run.config[name])) for name in names if run.config.get(name) is not None]
     return _table(("option", "value"), rows)
 

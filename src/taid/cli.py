@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import sys
@@ -44,15 +45,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             options.run(options)
         return 0
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
+        cause = _not_importable(error)
+        if isinstance(error, RuntimeError) and cause is None:
+            raise
         if os.environ.get("TAID_TRACEBACK"):
             traceback.print_exc()
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"taid: error{rank}: {error}", file=sys.stderr)
+        print(f"taid: error{rank}: {cause or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("taid: interrupted", file=sys.stderr)
         return 130
+
+
+def _not_importable(error: Exception) -> str | None:
+    """What is wrong where transformers says only that a module of its own could not be imported."""
+    if "Could not import module" not in str(error):
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as cause:  # whatever a build for another torch raises
+        return (
+            "transformers cannot be imported, because torchvision does not fit this torch "
+            f"({' '.join(str(cause).split())}): install the torchvision of the same build, or uninstall it"
+        )
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -323,8 +341,8 @@ def _checkpoint_to_resume(output_dir: Path, args: TAIDConfig) -> Path | None:
     checkpoint = folder if (folder / "trainer_state.json").exists() else run_folder.last_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(
-            f"cannot resume: {folder} holds no complete checkpoint; start anew, with --overwrite_output_dir instead of "
-            "--resume_from_checkpoint"
+            f"cannot resume: {folder} holds no complete checkpoint; start without --resume_from_checkpoint, and "
+            "with --overwrite_output_dir where a run has begun there"
         )
     if checkpoint.resolve().parent != output_dir.resolve():
         raise ValueError(

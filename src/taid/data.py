@@ -78,7 +78,10 @@ def load_rows(
     dataset = dataset.select_columns([c for c in dataset.column_names if c in check.columns])
     if not images.has_images(dataset):
         return dataset
-    return images.prepared(dataset, name, folder=files[0].parent if files else None, skip=skip_bad_images)
+    # Read once more, because only rows with images need their places later.
+    places = [place for file in files for place, _ in _json_rows(file)] if builder == "json" else None
+    folder = files[0].parent if files else None
+    return images.prepared(dataset, name, places=places, folder=folder, skip=skip_bad_images)
 
 
 def load(

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _MARK = "taid_evaluation"
 _SPEED = ".speed.md"
+_OF_HELD_OUT = ("teacher", "before", "data")
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         options.data, config=options.dataset_config, split=options.split, text_field=options.dataset_text_field
     )
     result: dict[str, Any] = {_MARK: 1, "taid_version": metadata.version("taid")}
-    result |= {name: getattr(options, name) for name in ("model", "teacher", "before", "data")}
+    result |= {name: getattr(options, name) for name in ("model", *_OF_HELD_OUT)} | _earlier(options)
     console = _console()
     if options.speed and is_main:  # before this process has a model too
         result["speed"] = speed.measure(options.model, options.teacher, dtype=options.dtype, use_cpu=options.use_cpu)
@@ -288,6 +289,18 @@ def check_output(path: Path) -> None:
         is_evaluation = False
     if not is_evaluation:
         raise ValueError(f"--output {path} is a file that taid evaluate did not write: choose another name")
+
+
+def _earlier(options: Namespace) -> dict[str, Any]:
+    """What an earlier call wrote of this model to the same file, and is not measured again."""
+    if options.output is None or not options.output.exists():
+        return {}
+    found = json.loads(options.output.read_text(encoding="utf-8"))
+    kept = {"tasks": not options.tasks, "judge": not options.judge_url, "speed": not options.speed}
+    kept |= dict.fromkeys(("held_out", *_OF_HELD_OUT), not options.data and "held_out" in found)
+    return (
+        {name: found[name] for name in kept if kept[name] and name in found} if found["model"] == options.model else {}
+    )
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:

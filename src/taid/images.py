@@ -40,7 +40,9 @@ def with_paths(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         yield place, row
 
 
-def prepared(dataset: Dataset, name: str, *, folder: Path | None = None, skip: bool = False) -> Dataset:
+def prepared(
+    dataset: Dataset, name: str, *, places: list[str] | None = None, folder: Path | None = None, skip: bool = False
+) -> Dataset:
     """Give each row its place, and see that its image files are there.
 
     Files are opened as far as their headers; images that lie in the rows themselves are read in training.
@@ -48,6 +50,7 @@ def prepared(dataset: Dataset, name: str, *, folder: Path | None = None, skip: b
     Args:
         dataset: rows with ``image`` or ``images``: paths, or what datasets' ``Image`` feature holds; or with neither.
         name: of the data set, for the places.
+        places: where each row stands; by default its number in `name`.
         folder: what relative paths begin at.
         skip: leave out rows whose images cannot be read, and say how many.
 
@@ -59,7 +62,7 @@ def prepared(dataset: Dataset, name: str, *, folder: Path | None = None, skip: b
     """
     if PLACE in dataset.column_names:
         return dataset
-    places = [f"{name}, row {number}" for number in range(len(dataset))]
+    places = places or [f"{name}, row {number}" for number in range(len(dataset))]
     if not has_images(dataset):
         return dataset.add_column(PLACE, places)
     columns = [column for column in COLUMNS if column in dataset.column_names]
