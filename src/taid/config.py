@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -52,6 +52,21 @@ _NUMBERS = (
     "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio "
     "teacher_server_timeout"
 ).split()
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    (
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_tokens teacher_top_k",
+        "be positive",
+        lambda value: value >= 1,
+    ),
+    ("max_length", "be positive, or null for rows of any length", lambda value: value >= 1),
+    ("teacher_cache_samples", "lie in 1 .. 255", lambda value: 1 <= value <= 255),
+    ("eval_tasks_num_fewshot", "be 0 or positive", lambda value: value >= 0),
+    ("teacher_server_timeout dkd_temperature", "be a positive number", lambda value: 0.0 < value < math.inf),
+    ("learning_rate dkd_alpha dkd_beta", "be 0 or a positive number", lambda value: 0.0 <= value < math.inf),
+    ("jsd_beta head_mass", "lie strictly between 0 and 1", lambda value: 0.0 < value < 1.0),
+    ("skew", "lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
+    ("kd_ratio", "lie in [0, 1]", lambda value: 0.0 <= value <= 1.0),
+)
 
 
 @dataclass
@@ -232,48 +247,22 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         check_range(
             t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
         )
-        if self.teacher_top_k is not None and self.teacher_top_k < 1:
-            raise ValueError(f"teacher_top_k must be positive, got {self.teacher_top_k}")
-        if self.teacher_cache_samples is not None and not 1 <= self.teacher_cache_samples <= 255:
-            raise ValueError(f"teacher_cache_samples must lie in 1 .. 255, got {self.teacher_cache_samples}")
+        for names, must, holds in _RANGES:
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not holds(value):
+                    raise ValueError(f"{name} must {must}, got {value}")
         if self.teacher_cache is not None and not self.teacher_cache:
             raise ValueError("teacher_cache is empty: leave it away, or name a folder")
         for name in ("eval_tasks_num_fewshot", "eval_tasks_include_path"):
             if getattr(self, name) is not None and self.eval_tasks is None:
                 raise ValueError(f"{name} is for eval_tasks, which names no task")
-        if self.eval_tasks_num_fewshot is not None and self.eval_tasks_num_fewshot < 0:
-            raise ValueError(f"eval_tasks_num_fewshot must be 0 or positive, got {self.eval_tasks_num_fewshot}")
         if self.teacher_server_url is not None:
             check_url(self.teacher_server_url)
-        if not 0.0 < self.teacher_server_timeout < math.inf:
-            raise ValueError(f"teacher_server_timeout must be a positive number, got {self.teacher_server_timeout}")
-        if not 0.0 < self.jsd_beta < 1.0:
-            raise ValueError(f"jsd_beta must lie strictly between 0 and 1, got {self.jsd_beta}")
-        if not 0.0 <= self.skew < 1.0:
-            raise ValueError(f"skew must lie in [0, 1), got {self.skew}")
-        if not 0.0 < self.head_mass < 1.0:
-            raise ValueError(f"head_mass must lie strictly between 0 and 1, got {self.head_mass}")
-        for name in ("dkd_alpha", "dkd_beta"):
-            if not 0.0 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must be 0 or a positive number, got {value}")
-        if not 0.0 < self.dkd_temperature < math.inf:
-            raise ValueError(f"dkd_temperature must be a positive number, got {self.dkd_temperature}")
-        if not 0.0 <= self.kd_ratio <= 1.0:
-            raise ValueError(f"kd_ratio must lie in [0, 1], got {self.kd_ratio}")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length must be positive, or null for rows of any length, got {self.max_length}")
-        if not 0.0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be 0 or a positive number, got {self.learning_rate}")
         template = self.chat_template_path
         if template and template.startswith(("/", ".", "~")) and not Path(template).exists():
             raise FileNotFoundError(f"chat_template_path: there is no file {template}")
         if self.max_steps == 0:
             raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs, got 0")
-        if self.train_tokens is not None and self.train_tokens < 1:
-            raise ValueError(f"train_tokens must be positive, got {self.train_tokens}")
         if self.train_tokens is not None and not (self.packing and self.max_length):
             raise ValueError(
                 "train_tokens needs packing: true and a max_length, which give each row that many tokens; without them "

@@ -296,11 +296,11 @@ def _earlier(options: Namespace) -> dict[str, Any]:
     if options.output is None or not options.output.exists():
         return {}
     found = json.loads(options.output.read_text(encoding="utf-8"))
+    if found["model"] != options.model:
+        return {}
     kept = {"tasks": not options.tasks, "judge": not options.judge_url, "speed": not options.speed}
     kept |= dict.fromkeys(("held_out", *_OF_HELD_OUT), not options.data and "held_out" in found)
-    return (
-        {name: found[name] for name in kept if kept[name] and name in found} if found["model"] == options.model else {}
-    )
+    return {name: found[name] for name in kept if kept[name] and name in found}
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:

@@ -332,11 +332,9 @@ def load_config(name_or_path: str, **origin: Any) -> Any:
 def adapter_config(name_or_path: str, revision: str | None = None) -> dict[str, Any] | None:
     """What adapter_config.json says, where there is one and no whole model."""
     name_or_path = os.path.expanduser(name_or_path)
-    path = (
-        None
-        if (Path(name_or_path) / "config.json").is_file()
-        else find_adapter_config_file(name_or_path, revision=revision)
-    )
+    if (Path(name_or_path) / "config.json").is_file():
+        return None
+    path = find_adapter_config_file(name_or_path, revision=revision)
     if path is None:
         return None
     try:
@@ -405,6 +403,8 @@ def output_rows(model: Any) -> int:
 
 def positions(model: Any) -> int | None:
     """For how many positions a model has learned a vector each, as GPT-2 and OPT; None where they are computed."""
+    if model is None:
+        return None
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = (module for name, module in model.named_modules() if re.search(r"wpe$|embed_positions$", name))
     return most if any(isinstance(table, torch.nn.Embedding) for table in tables) else None

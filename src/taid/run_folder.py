@@ -77,6 +77,8 @@ def written(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not torch's writer of files
+            raise
         raise OSError(
             f"{name} could not be written ({str(error).strip()}): is the disk full? Make room, and go on from the last "
             "whole checkpoint with --resume_from_checkpoint"

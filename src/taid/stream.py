@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -263,7 +263,7 @@ class Stream:
 
 
 def _checksum(row: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(row["input_ids"]).encode())
+    return zlib.crc32(array("q", row["input_ids"]).tobytes())
 
 
 class Batches:

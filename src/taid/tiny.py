@@ -164,8 +164,7 @@ def processor(config: Any, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin
         of_images = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=12)
         of_videos = InternVLVideoProcessor(size=size)
     except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"vision-language models need torchvision: pip install torchvision ({reason})") from error
+        raise ValueError(f"vision-language models need torchvision: pip install torchvision ({error})") from error
     return InternVLProcessor(
         of_images, tokenizer, of_videos, image_seq_length=config.image_seq_length, chat_template=_VISION_CHAT_TEMPLATE
     )

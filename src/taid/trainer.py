@@ -31,7 +31,7 @@ from taid import capture, images, rows, run_folder, stream, vision
 from taid.cache import Cache
 from taid.card import write_card
 from taid.config import TAIDConfig, resolved
-from taid.models import keep_embeddings, load_pair, load_renamed_weights, positions
+from taid.models import Pair, keep_embeddings, load_pair, load_renamed_weights, positions
 from taid.moving import MovingParameters
 from taid.pair_loss import PairLoss
 from taid.report import write_report
@@ -168,8 +168,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self.data_collator = vision.Collator(
                 self.data_collator, pair.teacher_processing_class, self.vocabulary, skip=args.skip_bad_images
             )
-        loaded = {"student": pair.student, "teacher": pair.teacher}
-        self._check_rows(pair.tokenizer, {role: model for role, model in loaded.items() if model is not None})
+        self._check_rows(pair)
         self.teacher = self._teacher(pair.teacher, elsewhere)
         self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
         self.moving = MovingParameters(args)
@@ -518,18 +517,19 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             return rows.without_untrained(prepared, len(dataset), rest[-1], args)
         return prepared
 
-    def _check_rows(self, tokenizer: PreTrainedTokenizerBase, models: dict[str, Any]) -> None:
+    def _check_rows(self, pair: Pair) -> None:
         """Each data set has a trained token, no token that the teacher does not share, and fits into both models."""
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **named}.items():
             is_stream = self._stream is not None and name == "train"  # of which the first chunk is looked at
             is_known = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
             if (is_stream or is_known) and not self._skip_prepare_dataset:
-                checked = rows.require_usable(dataset, name, self.vocabulary, tokenizer)
-                for role, model in models.items() if is_known else ():
-                    rows.require_positions(dataset, name, positions(model), role)
+                checked = rows.require_usable(dataset, name, self.vocabulary, pair.tokenizer)
                 if is_stream:
                     self.train_dataset: Any = checked
+                else:
+                    rows.require_positions(dataset, name, positions(pair.student), "student")
+                    rows.require_positions(dataset, name, positions(pair.teacher), "teacher")
 
 
 class _RunFolder(TrainerCallback):  # type: ignore[misc]
