@@ -57,8 +57,9 @@ from taid.sequences import sequences, shifted
 from taid.trainer import TAIDTrainer
 training_step = TAIDTrainer.training_step
 def recording(self, model, inputs, *rest):
-    said = [self.processing_class.decode(s.ids[:16]) for s in sequences(inputs, shifted(inputs["labels"]))]
-    rows = [re.match(r"([a-z]\\d+):", text)[1] for text in said]
+    starts = [s.ids[:16] for s in sequences(inputs, shifted(inputs["labels"]))]
+    said = self.processing_class.batch_decode(starts, skip_special_tokens=True)
+    rows = [re.match(r"\\s*([a-z]\\d+):", text)[1] for text in said]
     with open(f"{self.args.output_dir}.seen", "a") as file:
         file.write(json.dumps([self.state.global_step + 1, rows]) + "\\n")
     return training_step(self, model, inputs, *rest)
