@@ -107,7 +107,9 @@ def manifest_of(trainer: TAIDTrainer, *, format_: str | None) -> dict[str, Any]:
 def _options(args: TAIDConfig) -> dict[str, str]:
     """How the teacher is loaded and run, as far as it changes its numbers."""
     autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
-    return {"autocast": autocast, **{name: str(value) for name, value in teacher_init_kwargs(args).items()}}
+    options = {name: str(value) for name, value in teacher_init_kwargs(args).items() if name != "distributed_config"}
+    quantized = {"quantization": args.teacher_quantization} if args.teacher_quantization else {}
+    return {"autocast": autocast, **options, **quantized}
 
 
 def _of_a_server(manifest: dict[str, Any], model: str | None) -> dict[str, Any]:

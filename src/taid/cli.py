@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taid import engines
+
 if TYPE_CHECKING:
     from taid.config import DataArguments, TAIDConfig
     from taid.plan import Recipe
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait, which costs a shared machine most of its speed (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
+        if arguments[:1] in (["train"], ["cache"]) and engines.asked(arguments):
+            return engines.launch(arguments)
         # Their options come from TRL and transformers, which take seconds to import.
         if arguments[:1] in (["train"], ["cache"], ["plan"]):
             {"train": train, "cache": cache, "plan": plan}[arguments[0]](arguments[1:])

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 from trl import ModelConfig, SFTConfig
 
+from taid import engines
 from taid.schedule import auto_alpha, check_range
 from taid.server import check_url
 
@@ -37,11 +39,15 @@ Objective = Literal[
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
 CacheFormat = Literal["hidden", "hidden_int8", "top_k", "sampled"]
+Placement = Literal["auto", "sharded", "replicated", "cpu"]
+Quantization = Literal["bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": get_args(Objective),
     "taid_signal": get_args(Signal),
     "tokenizer_from": get_args(Side),
+    "teacher_placement": get_args(Placement),
+    "teacher_quantization": (None, *get_args(Quantization)),
     "teacher_cache_format": (None, *get_args(CacheFormat)),
     "taid_adaptive": (True, False),
     "fused": (True, False),
@@ -145,6 +151,19 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         metadata={
             "help": "Further arguments of from_pretrained for the teacher, as JSON or a YAML mapping. Its dtype is "
             "that of the checkpoint in bf16 and fp16 runs and float32 otherwise, unless given here."
+        },
+    )
+    teacher_placement: Placement = field(
+        default="auto",
+        metadata={
+            "help": "Where a loaded teacher is: 'sharded' among the processes of a machine, 'replicated' on each, 'cpu' in "
+            "the memory of the CPU, from where its layers come as they are needed; 'auto' shards it under FSDP and ZeRO-3."
+        },
+    )
+    teacher_quantization: Quantization | None = field(
+        default=None,
+        metadata={
+            "help": "Load the teacher in 8 or 4 bits; `taid evaluate --teacher_quantization` measures what it costs."
         },
     )
     teacher_cache: str | None = field(
@@ -251,6 +270,11 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             for name in names.split():
                 if (value := getattr(self, name)) is not None and not holds(value):
                     raise ValueError(f"{name} must {must}, got {value}")
+        if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "cpu"):
+            raise ValueError(
+                f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do not go "
+                "together: quantized weights are held whole by each process"
+            )
         if self.teacher_cache is not None and not self.teacher_cache:
             raise ValueError("teacher_cache is empty: leave it away, or name a folder")
         for name in ("eval_tasks_num_fewshot", "eval_tasks_include_path"):
@@ -282,7 +306,10 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}, but no objective here smooths")
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            self.use_cpu: bool = True  # or each process would take itself for the only one
         super().__post_init__()
+        engines.prepare(self)
         if self.train_tokens is not None:
             self.max_steps: int = self._steps_for(self.train_tokens)
 

@@ -45,6 +45,7 @@ class OutputHead:
         self.module: Any = base.get_output_embeddings()
         self._replacement: Callable[[Tensor], Tensor] | None = None
         self._result: DistillationLoss | None = None
+        self._loss: Tensor | None = None
         own_forward, model_forward = self.module.forward, base.forward
 
         def head_forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -53,12 +54,13 @@ class OutputHead:
         @functools.wraps(model_forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             outputs = model_forward(*args, **kwargs)
-            if self._result is not None:
+            if self._loss is not None:
                 # The loss has to be among the outputs: FSDP finds its way back through them.
-                outputs.logits, outputs.loss = None, self._result.loss
+                outputs.logits, outputs.loss = None, self._loss
             return outputs
 
         self.module.forward, base.forward = head_forward, forward
+        self._hook = self.module.register_forward_hook(self._take_loss)
         self.weights()
         self.scale, self.softcap = self._probe(base)
 
@@ -108,13 +110,24 @@ class OutputHead:
 
         def replacement(hidden: Tensor) -> Tensor:
             self._result = function(hidden)
-            return hidden.detach()[..., :1]  # stands for logits, which nobody reads
+            if self._result is None:
+                return hidden.detach()[..., :1]
+            # ZeRO-3 and FSDP fetch the head's weight for the backward pass when one begins at what the head gave.
+            return self._result.loss.repeat(*hidden.shape[:-1], 1)
 
+        self.module._forward_hooks.move_to_end(self._hook.id)  # behind those of an engine that came later
         self._replacement = replacement
         try:
             yield
         finally:
-            self._replacement = self._result = None
+            self._replacement = self._result = self._loss = None
+
+    def _take_loss(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        """Take the loss out of where logits would be, which nobody reads then."""
+        if self._result is None:
+            return None
+        self._loss = output[(0,) * output.dim()].clone()
+        return output.detach()
 
     @torch.no_grad()
     def _probe(self, model: Any) -> tuple[float, float | None]:

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, find_adapter_config_file
 
+from taid import engines
 from taid.vocabulary import Vocabulary, adopt_special_tokens, adopt_tokenizer, split_differently
 
 if TYPE_CHECKING:
@@ -119,7 +120,12 @@ def load_pair(
             elsewhere, teacher, args, teacher_processing_class, revision
         )
     if isinstance(teacher, str):
-        teacher = load_model(teacher, role="teacher", **(remote | revision | teacher_init_kwargs(args)))
+        can_be_cut = args.teacher_quantization is None and adapter_config(teacher, **revision) is None
+        where = engines.placement(args, can_be_cut=can_be_cut)
+        if where != "replicated" and not can_be_cut:
+            raise ValueError(f"teacher {teacher!r} is an adapter, which is not cut up: merge it first (taid export)")
+        options = engines.reading(args, where) | teacher_init_kwargs(args)
+        teacher = load_model(teacher, role="teacher", **(remote | revision | options))
     teacher_processing_class = teacher_processing_class or _processing_class_of(
         names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", see=see, **remote, **revision
     )
@@ -235,7 +241,8 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
     try:
         kind = AutoModelForImageTextToText if sees(load_config(name_or_path, **origin)) else AutoModelForCausalLM
-        model, info = kind.from_pretrained(os.path.expanduser(name_or_path), **options)
+        with engines.read_whole():
+            model, info = kind.from_pretrained(os.path.expanduser(name_or_path), **options)
     except _ERRORS as error:
         raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
     remedy = "The folder is incomplete or its config.json belongs to another model."

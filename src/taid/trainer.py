@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import SFTTrainer
 
-from taid import capture, images, rows, run_folder, stream, vision
+from taid import capture, engines, images, rows, run_folder, stream, vision
 from taid.cache import Cache
 from taid.card import write_card
 from taid.config import TAIDConfig, resolved
@@ -189,8 +189,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             return CachedTeacher(elsewhere, self.vocabulary, self.args.device)
         if model is not None:
             model.requires_grad_(False).eval()
-            if not hasattr(model, "hf_device_map"):
-                model.to(self.args.device)
+            engines.put(model, self.args)
         if isinstance(elsewhere, Server):
             self._name_teacher(elsewhere.model)
             ids = max(self.teacher_tokenizer.get_vocab().values()) + 1
@@ -473,6 +472,14 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         }
         with run_folder.written(f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student as an ordinary folder, gathered where FSDP has cut it up; checkpoints keep their shards."""
+        is_whole = not self.is_fsdp_enabled or "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if is_whole or output_dir not in (None, self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with run_folder.written(output_dir or self.args.output_dir):

@@ -1,0 +1,241 @@
+"""The engines that split a run among processes, and where a teacher is put under each.
+
+The engines are accelerate's: DDP, FSDP2 and DeepSpeed's ZeRO, here with ready files and the processes started by name.
+A student is read whole and given to the engine. A teacher is not trained, so that no engine has to know it: where it is
+sharded, transformers cuts it among the processes while it reads it, by FSDP2, under DDP and ZeRO too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taid.config import TAIDConfig
+
+READY = ("ddp", "fsdp2", "zero2", "zero3")
+# Options of `accelerate launch` that a run may be given beside the file.
+_LAUNCHER = "num_processes num_machines machine_rank main_process_ip main_process_port".split()
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def asked(arguments: Sequence[str]) -> bool:
+    """Whether a command line is to start processes, and is not one that was started."""
+    return "LOCAL_RANK" not in os.environ and any(a.split("=")[0] == "--accelerate_config" for a in arguments)
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Start the processes of ``taid COMMAND --accelerate_config NAME|PATH ...``, and wait for them.
+
+    Returns:
+        The exit status of the process that failed first, 0 if none did; 128 and the signal's number if it was killed.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be used here.
+    """
+    import accelerate.commands.launch as accelerate_launch
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    values, command = _split(arguments)
+    path = _file(values.pop("accelerate_config"))
+    if "num_processes" not in values and not torch.accelerator.is_available():
+        raise ValueError("without a GPU say how many processes --accelerate_config starts: --num_processes 2")
+    options = [f"--{name}={value}" for name, value in values.items()]
+    try:
+        parsed = accelerate_launch.launch_command_parser().parse_args(
+            ["--config_file", str(path), *options, "-m", "taid", *command]
+        )
+        accelerate_launch.launch_command(parsed)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _status(rank, failure.exitcode)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except (ImportError, KeyError, TypeError) as error:  # what accelerate raises for a file that is not as it should be
+        raise ValueError(f"--accelerate_config {path}: {error}") from error
+    return 0
+
+
+def _status(rank: int, code: int) -> int:
+    if code >= 0:
+        return code  # and its process has said what was wrong
+    name = signal.Signals(-code).name
+    if code != -signal.SIGTERM:
+        print(
+            f"taid: error: rank {rank} was ended by {name}, and the others with it: go on from the last checkpoint with "
+            "--resume_from_checkpoint",
+            file=sys.stderr,
+        )
+    return 128 - code
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The options of the launcher, and the command line of each process."""
+    values: dict[str, str] = {}
+    rest, waiting = [], list(arguments)
+    while waiting:
+        name, has_value, value = waiting.pop(0).partition("=")
+        if name.removeprefix("--") not in ("accelerate_config", *_LAUNCHER):
+            rest.append(name + has_value + value)
+            continue
+        if not has_value:
+            if not waiting or waiting[0].startswith("--"):
+                raise ValueError(f"{name} needs a value")
+            value = waiting.pop(0)
+        values[name.removeprefix("--")] = value
+    for name in {"num_processes", "num_machines"} & values.keys():
+        if not values[name].isdigit() or int(values[name]) < 1:
+            raise ValueError(f"--{name} must be a positive number, got {values[name]!r}")
+    return values, rest
+
+
+def _file(name: str) -> Path:
+    if name in READY:
+        return Path(str(resources.files("taid") / "assets" / "engines" / f"{name}.yaml"))
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"--accelerate_config {name}: neither a file nor one of {', '.join(READY)} (`accelerate config --config_file "
+            f"{name}` asks questions and writes one)"
+        )
+    return path
+
+
+# --- in each process --------------------------------------------------------------------------------------------------
+
+
+def prepare(args: TAIDConfig) -> None:
+    """Let a process of an engine read models whole, and offer the engines on CPUs, where accelerate has none but DDP."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # or all ranks but the first would hold empty models
+    if args.device.type != "cpu" or args.world_size == 1:
+        return
+    from accelerate.state import DistributedType, PartialState
+
+    if _is_set("ACCELERATE_USE_FSDP"):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # which accelerate makes FSDP of
+    elif _is_set("ACCELERATE_USE_DEEPSPEED"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from deepspeed import comm
+
+        comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def shards_weights(args: TAIDConfig) -> bool:
+    """Whether the engine of a run cuts the student's weights among its processes."""
+    deepspeed = args.deepspeed_plugin
+    return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP") or (deepspeed is not None and deepspeed.zero_stage == 3)
+
+
+@contextlib.contextmanager
+def read_whole() -> Iterator[None]:
+    """Within this context transformers reads a model as it is, where ZeRO-3 would cut it up."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+# --- the teacher ------------------------------------------------------------------------------------------------------
+
+
+def placement(args: TAIDConfig, *, can_be_cut: bool) -> str:
+    """Where the teacher is put: as asked for, or sharded where the engine shards the student too and it `can_be_cut`."""
+    if args.teacher_placement != "auto":
+        return args.teacher_placement
+    return "sharded" if can_be_cut and shards_weights(args) else "replicated"
+
+
+def reading(args: TAIDConfig, where: str) -> dict[str, Any]:
+    """What from_pretrained is told so that it quantizes the teacher, or cuts it up: each process reads its own part.
+
+    A machine's processes hold one teacher together, so that its layers are gathered by the fast links within it.
+    """
+    if args.teacher_quantization is not None:
+        return {"quantization_config": _quantization(args), "device_map": {"": args.device}}
+    if args.world_size == 1 or where == "replicated":
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    a_machine = a_machine if args.world_size % a_machine == 0 else args.world_size
+    return {
+        "distributed_config": DistributedConfig(
+            fsdp_size=a_machine,
+            dp_replicate_size=args.world_size // a_machine,
+            fsdp_cpu_offload=where == "cpu" and args.device.type != "cpu",
+        )
+    }
+
+
+def _quantization(args: TAIDConfig) -> Any:
+    """The configuration by which transformers quantizes a teacher as it reads it."""
+    import torch
+    from transformers import BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
+
+    name = str(args.teacher_quantization)
+    package = {"bnb": "bitsandbytes", "torchao": "torchao"}.get(name.partition("_")[0])
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"teacher_quantization {name!r} needs {package}: pip install {package}")
+    if name == "bnb_8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "bnb_4bit":
+        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    if name == "fp8":
+        return FineGrainedFP8Config()
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig() if name == "torchao_int8" else Int4WeightOnlyConfig())
+
+
+def put(model: Any, args: TAIDConfig) -> None:
+    """Put a teacher that was read where it belongs, if it is not there yet.
+
+    Raises:
+        ValueError: transformers does not know how to cut it up.
+    """
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        _require_cut(model)
+    elif args.teacher_placement == "cpu" and not hasattr(model, "hf_device_map"):
+        from accelerate import cpu_offload
+
+        head = model.get_output_embeddings()
+        weight = head.weight  # stays on the device, where the loss needs it
+        cpu_offload(model.base_model, execution_device=args.device)
+        head.weight = weight
+        head.to(args.device)
+    elif not hasattr(model, "hf_device_map"):
+        model.to(args.device)
+
+
+def _require_cut(model: Any) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
+    cut = sum(weight.numel() for part in parts for weight in part.parameters())
+    whole = sum(weight.numel() for weight in model.parameters())
+    if cut < whole / 2:
+        raise ValueError(
+            f"transformers has no plan by which a {type(model).__name__} is sharded layer by layer, so that each process "
+            "would gather the whole teacher: set teacher_placement: replicated or cpu, or use a teacher_cache"
+        )
