@@ -132,6 +132,16 @@ def prepare(args: TAIDConfig) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
 
 
+def of(accelerator: Any) -> str:
+    """The engine of a process: one of :data:`READY`, or "none" where it is alone."""
+    state = accelerator.state
+    if (deepspeed := getattr(state, "deepspeed_plugin", None)) is not None:
+        return f"zero{deepspeed.zero_stage}"
+    if (fsdp := getattr(state, "fsdp_plugin", None)) is not None:
+        return f"fsdp{fsdp.fsdp_version}"
+    return "ddp" if accelerator.num_processes > 1 else "none"
+
+
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 

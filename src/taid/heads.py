@@ -146,7 +146,9 @@ class OutputHead:
         training = model.training
         model.eval()
         try:
-            ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+            device = model.get_input_embeddings().weight.device
+            device = weight.device if device.type == "meta" else device  # offloaded, and fetched when it is used
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
             logits = model(input_ids=ids, use_cache=False).logits
         finally:
             self._replacement = None

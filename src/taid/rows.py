@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -95,11 +95,38 @@ def require_positions(dataset: Any, name: str, most: int | None, role: str) -> N
         )
 
 
+class FullBatches:
+    """The batches of an epoch, as many for each process and all of one size: filled up with a row of which nothing is
+    trained, where accelerate would give the first rows of the epoch a second time.
+
+    Args:
+        batches: of a torch ``BatchSampler``.
+        processes: how many the batches are dealt to.
+        filler: the index of that row.
+    """
+
+    def __init__(self, batches: Any, processes: int, filler: int) -> None:
+        self.batches, self.processes, self.filler = batches, processes, filler
+        self.batch_size, self.drop_last, self.sampler = batches.batch_size, False, batches.sampler
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.processes) * self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch + [self.filler] * (self.batch_size - len(batch))
+        for _ in range(len(self) - len(self.batches)):
+            yield [self.filler] * self.batch_size
+
+
 def filled(dataset: Dataset, missing: int) -> Dataset:
-    """Rows, and so many more of which nothing is trained."""
+    """Rows, and so many more, short ones, of which nothing is trained."""
     is_of_images = images.PLACE in dataset.column_names
 
     def untrained(row: dict[str, Any]) -> dict[str, Any]:
-        return {images.PLACE: vision.UNTRAINED} if is_of_images else {"labels": [-100] * len(row["labels"])}
+        if is_of_images:
+            return {images.PLACE: vision.UNTRAINED}
+        short = {name: value[:2] for name, value in row.items() if isinstance(value, list)}
+        return short | {"labels": [-100, -100]} | ({"seq_lengths": [2]} if "seq_lengths" in row else {})
 
     return concatenate_datasets([dataset, dataset.select([0] * missing).map(untrained).cast(dataset.features)])

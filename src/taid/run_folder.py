@@ -164,7 +164,9 @@ def _is_safetensors(path: Path) -> bool:
         return False
 
 
-def start(folder: Path, configuration: dict[str, Any], *, total_steps: int, processes: int, device: str) -> None:
+def start(
+    folder: Path, configuration: dict[str, Any], *, total_steps: int, processes: int, device: str, engine: str
+) -> None:
     """Write config.yaml and versions.json."""
     packages = ("taid", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
     versions = {name: metadata.version(name) for name in packages} | {
@@ -172,6 +174,7 @@ def start(folder: Path, configuration: dict[str, Any], *, total_steps: int, proc
         "platform": platform.platform(),
         "device": device,
         "processes": processes,
+        "engine": engine,
         "total_steps": total_steps,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from taid import capture, engines, images, rows, run_folder, stream, vision
@@ -112,6 +112,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         args = args or TAIDConfig()
+        set_seed(args.seed)  # transformers does so too, but after an adapter is drawn
         if objective is not None and not callable(objective):
             raise TypeError(f"objective is a function of both logits, not {objective!r}: named ones go into args")
         if objective is not None:
@@ -224,10 +225,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             num_trained=num_trained, **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )  # fmt: skip
         sums = self._logged(sums, with_teacher=with_teacher, training=model.training)
+        is_filler = (labels == -100).all(-1)  # as in rows.FullBatches
         sums["num_tokens"] = (
-            inputs["attention_mask"].sum()
+            inputs["attention_mask"][~is_filler].sum()
             if "attention_mask" in inputs
-            else labels.new_tensor(inputs["input_ids"].numel(), dtype=torch.long)
+            else labels.new_tensor(inputs["input_ids"][~is_filler].numel(), dtype=torch.long)
         )
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks; the count is that of all ranks.
@@ -257,14 +259,29 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """Batches of a stream say where they end, and begin where the checkpoint's do."""
+        """Batches of a stream say where they end, and begin where the checkpoint's do; others are full on every rank."""
         if self._stream is None:
-            return super().get_train_dataloader()
+            return self._full_batches()
         shared = self.get_tp_size()  # ranks that split one model see the same rows
         return stream.Batches(
             self._stream, self.train_dataset, self.data_collator, size=self._train_batch_size,
             rank=self.accelerator.process_index // shared, processes=self.accelerator.num_processes // shared,
         )  # fmt: skip
+
+    def _full_batches(self) -> Any:
+        dataset, size = self.train_dataset, self._train_batch_size
+        processes = self.accelerator.num_processes // self.get_tp_size()
+        is_even = isinstance(dataset, Dataset) and len(dataset) % (processes * size) == 0
+        if processes == 1 or is_even or not isinstance(dataset, Dataset) or self.args.dataloader_drop_last:
+            return super().get_train_dataloader()
+        loader = self._get_dataloader(
+            dataset=rows.filled(dataset, 1), description="Training", batch_size=size, is_training=True,
+            sampler_fn=lambda _: self._get_train_sampler(dataset),
+        )  # fmt: skip
+        dealt = loader.batch_sampler
+        if dealt.num_processes > 1:  # or the sampler itself knows of processes
+            dealt.batch_sampler = rows.FullBatches(dealt.batch_sampler, processes, filler=len(dataset))
+        return loader
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args)
@@ -482,6 +499,9 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:  # gathered by an engine, where tied weights no longer share their memory
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+            state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
         with run_folder.written(output_dir or self.args.output_dir):
             super()._save(output_dir, state_dict)
         # transformers pickles its arguments beside the weights; config.yaml holds them, in the open and without tokens.
@@ -552,6 +572,7 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
             run_folder.start(
                 folder, self.trainer.configuration,
                 total_steps=state.max_steps, processes=args.world_size, device=str(args.device),
+                engine=engines.of(self.trainer.accelerator),
             )  # fmt: skip
             run_folder.truncate_metrics(folder, state.global_step)
 
