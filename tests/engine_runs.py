@@ -1,6 +1,6 @@
 """Several runs of the command line, one after another, in the processes of one engine; started by test_engines.py.
 
-    python -m accelerate.commands.launch --config_file FILE --num_processes N tests/engine_runs.py runs.json
+python -m accelerate.commands.launch --config_file FILE --num_processes N tests/engine_runs.py runs.json
 """
 
 import json

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from taid import engines, run_folder
+from taid import run_folder
 
 pytestmark = pytest.mark.cli
 
@@ -26,8 +26,8 @@ PLACES = ("model_name_or_path", "teacher_cache", "dataset_name")
 CASES = {
     "packed rows": {"packing": True, "max_length": 24},
     "LoRA, an optimizer with state": {
-        "use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"], "optim": "adamw_torch",
-        "learning_rate": 0.01,
+        "use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"],
+        "optim": "adamw_torch", "learning_rate": 0.01,
     },
     "a cache, and a last batch that is empty on a rank": {
         "teacher_cache": "cache", "dataset_name": "five.jsonl", "num_train_epochs": 2, "max_steps": -1,
@@ -46,7 +46,9 @@ def folder(tmp_path_factory, make_model, tokenizer, student_folder, teacher_fold
     rows = [{"prompt": SENTENCE[: 5 + 2 * i], "completion": SENTENCE[5 + 2 * i : 20 + 7 * i]} for i in range(8)]
     for name, some in {"train": rows, "five": rows[:5]}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    (root / "held_out.jsonl").write_text("".join(json.dumps({"text": SENTENCE[3 * i : 40 + 5 * i]}) + "\n" for i in range(7)))
+    (root / "held_out.jsonl").write_text(
+        "".join(json.dumps({"text": SENTENCE[3 * i : 40 + 5 * i]}) + "\n" for i in range(7))
+    )
     recipe = {
         "model_name_or_path": str(root / "student"), "teacher_model_name_or_path": str(teacher_folder),
         "dataset_name": str(root / "train.jsonl"), "eval_dataset_name": str(root / "held_out.jsonl"), "max_steps": 4,
@@ -76,8 +78,15 @@ def run(runs, root, engine=None, processes=2):
     path = root / f"{engine}-{processes}.json"
     path.write_text(json.dumps(runs))
     file = engine and f"{ROOT / 'src' / 'taid' / 'assets' / 'engines' / engine}.yaml"
-    launcher = ["accelerate.commands.launch", "--config_file", file, "--num_processes", str(processes)] if engine else []
-    command = [sys.executable, *(["-m", *launcher] if engine else []), str(ROOT / "tests" / "engine_runs.py"), str(path)]
+    launcher = (
+        ["accelerate.commands.launch", "--config_file", file, "--num_processes", str(processes)] if engine else []
+    )
+    command = [
+        sys.executable,
+        *(["-m", *launcher] if engine else []),
+        str(ROOT / "tests" / "engine_runs.py"),
+        str(path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
     assert done.returncode == 0, done.stderr[-5000:]
     return done
@@ -128,3 +137,87 @@ def test_two_processes_of_an_engine_give_what_one_process_gives(engine, folder, 
         require_equal(alone / str(i), folder / engine / str(i))
     versions = json.loads((folder / engine / "0" / "versions.json").read_text())
     assert (versions["engine"], versions["processes"]) == (engine, 2)
+
+
+def command(root, output, *more, engine="fsdp2", processes=2):
+    """The command line as a user gives it, in the background."""
+    words = ["train", "--config", root / "recipe.yaml", "--output_dir", output, *more]
+    words += ["--accelerate_config", engine, "--num_processes", processes] if engine else []
+    return subprocess.Popen(
+        [sys.executable, "-m", "taid", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(), start_new_session=True,
+    )  # fmt: skip
+
+
+def ranks_of(process):
+    """The processes that a launcher has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def wait_for(condition, process):
+    deadline = time.time() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+def last_step(folder):
+    path = run_folder.last_checkpoint(folder) if folder.exists() else None
+    return int(path.name.split("-")[1]) if path else 0
+
+
+LONG = ["--max_steps=40", "--save_strategy=steps", "--save_steps=4", "--eval_strategy=no", "--logging_steps=10",
+        "--optim=adamw_torch", "--learning_rate=0.001"]  # fmt: skip
+TWO_ROWS = ["--per_device_train_batch_size=2", *LONG]
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def test_sharded_runs_stop_on_sigterm_and_go_on_also_on_fewer_processes(folder):
+    alone, stopped = folder / "long", folder / "stopped"
+    finish(command(folder, alone, "--per_device_train_batch_size=4", *LONG, engine=None))
+
+    process = command(folder, stopped, *TWO_ROWS)
+    wait_for(lambda: last_step(stopped) >= 8, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    saved = last_step(stopped)
+    assert f"saved checkpoint-{saved} in {stopped}: go on with --resume_from_checkpoint" in err
+    assert not (stopped / "model.safetensors").exists()
+    assert not (stopped / run_folder.UNFINISHED).exists()
+    assert (stopped / f"checkpoint-{saved}" / "pytorch_model_fsdp_0").is_dir()  # in shards
+
+    finish(command(folder, stopped, "--per_device_train_batch_size=4", *LONG, "--resume_from_checkpoint", processes=1))
+    require_close(alone, stopped)
+
+
+def require_close(one, other):
+    for name, weight in weights(one).items():
+        assert (weight - weights(other)[name]).norm() <= 1e-5 * weight.norm(), name
+    states = [json.loads((f / "checkpoint-40" / "trainer_state.json").read_text()) for f in (one, other)]
+    schedules = [state["stateful_callbacks"]["TAIDTrainer"]["schedule"] for state in states]
+    assert schedules[0].keys() == schedules[1].keys()
+    assert schedules[0]["t"] == pytest.approx(schedules[1]["t"], rel=1e-5)
+
+
+def test_a_run_that_loses_a_process_stops_everywhere_and_says_so(folder):
+    lost = folder / "lost"
+    process = command(folder, lost, *TWO_ROWS)
+    wait_for(lambda: last_step(lost) >= 4, process)
+    ranks = ranks_of(process)
+    os.kill(ranks[-1], signal.SIGKILL)
+    begun = time.time()
+    _, err = process.communicate(timeout=90)
+    assert time.time() - begun < 60
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "was ended by SIGKILL, and the others with it: go on from the last checkpoint with" in err
+    assert "Traceback" not in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert run_folder.last_checkpoint(lost) is not None

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 _DESCRIPTION = "Distil a large language model into a small one, with TAID and the objectives it is compared with."
 
 
+class _Stopped(Exception):  # noqa: N818
+    """A run has saved and ended before its time."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """Run one command; return the exit status: 0, 2 for a mistake of the user's, 130 and 143 when it was stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # A run's machine and arguments are nobody else's business; set TRANSFORMERS_VERBOSITY to hear more.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -58,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"taid: error{rank}: {cause or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except _Stopped as stopped:
+        if str(stopped):
+            print(f"taid: stopped by SIGTERM; saved {stopped}: go on with --resume_from_checkpoint", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("taid: interrupted", file=sys.stderr)
         return 130
@@ -256,6 +265,8 @@ def _train(model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig
         if is_main and checkpoint is None:
             run_folder.clear(output_dir)  # holds a run only where overwriting it was asked for
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.was_stopped:
+            raise _Stopped(f"checkpoint-{trainer.state.global_step} in {output_dir}" if is_main else "")
         if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.global_step, trainer.state.log_history):
             trainer.evaluate()
         trainer.save_model(_internal_call=True)  # does not push yet: card and report go along

@@ -156,8 +156,9 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     teacher_placement: Placement = field(
         default="auto",
         metadata={
-            "help": "Where a loaded teacher is: 'sharded' among the processes of a machine, 'replicated' on each, 'cpu' in "
-            "the memory of the CPU, from where its layers come as they are needed; 'auto' shards it under FSDP and ZeRO-3."
+            "help": "Where a loaded teacher is: 'sharded' among the processes of a machine, 'replicated' on each, 'cpu' "
+            "in the CPU's memory, from where its layers come as they are needed; 'auto' shards it under FSDP and "
+            "ZeRO-3."
         },
     )
     teacher_quantization: Quantization | None = field(
@@ -272,8 +273,8 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
                     raise ValueError(f"{name} must {must}, got {value}")
         if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "cpu"):
             raise ValueError(
-                f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do not go "
-                "together: quantized weights are held whole by each process"
+                f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do "
+                "not go together: quantized weights are held whole by each process"
             )
         if self.teacher_cache is not None and not self.teacher_cache:
             raise ValueError("teacher_cache is empty: leave it away, or name a folder")

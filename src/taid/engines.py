@@ -73,8 +73,8 @@ def _status(rank: int, code: int) -> int:
     name = signal.Signals(-code).name
     if code != -signal.SIGTERM:
         print(
-            f"taid: error: rank {rank} was ended by {name}, and the others with it: go on from the last checkpoint with "
-            "--resume_from_checkpoint",
+            f"taid: error: rank {rank} was ended by {name}, and the others with it: go on from the last checkpoint "
+            "with --resume_from_checkpoint",
             file=sys.stderr,
         )
     return 128 - code
@@ -106,8 +106,8 @@ def _file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"--accelerate_config {name}: neither a file nor one of {', '.join(READY)} (`accelerate config --config_file "
-            f"{name}` asks questions and writes one)"
+            f"--accelerate_config {name}: neither a file nor one of {', '.join(READY)} (`accelerate config "
+            f"--config_file {name}` asks questions and writes one)"
         )
     return path
 
@@ -116,9 +116,9 @@ def _file(name: str) -> Path:
 
 
 def prepare(args: TAIDConfig) -> None:
-    """Let a process of an engine read models whole, and offer the engines on CPUs, where accelerate has none but DDP."""
+    """Let a process of an engine read models whole, and offer the engines on CPUs, where accelerate has DDP alone."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # or all ranks but the first would hold empty models
-    if args.device.type != "cpu" or args.world_size == 1:
+    if args.device.type != "cpu" or "LOCAL_RANK" not in os.environ:
         return
     from accelerate.state import DistributedType, PartialState
 
@@ -169,7 +169,7 @@ def read_whole() -> Iterator[None]:
 
 
 def placement(args: TAIDConfig, *, can_be_cut: bool) -> str:
-    """Where the teacher is put: as asked for, or sharded where the engine shards the student too and it `can_be_cut`."""
+    """Where the teacher is put: as asked for; sharded where the engine shards the student too and it `can_be_cut`."""
     if args.teacher_placement != "auto":
         return args.teacher_placement
     return "sharded" if can_be_cut and shards_weights(args) else "replicated"
@@ -186,7 +186,7 @@ def reading(args: TAIDConfig, where: str) -> dict[str, Any]:
         return {}
     from transformers.distributed import DistributedConfig
 
-    a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(args.world_size)))
     a_machine = a_machine if args.world_size % a_machine == 0 else args.world_size
     return {
         "distributed_config": DistributedConfig(
@@ -241,11 +241,11 @@ def put(model: Any, args: TAIDConfig) -> None:
 def _require_cut(model: Any) -> None:
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
+    parts: list[Any] = [module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
     cut = sum(weight.numel() for part in parts for weight in part.parameters())
     whole = sum(weight.numel() for weight in model.parameters())
     if cut < whole / 2:
         raise ValueError(
-            f"transformers has no plan by which a {type(model).__name__} is sharded layer by layer, so that each process "
-            "would gather the whole teacher: set teacher_placement: replicated or cpu, or use a teacher_cache"
+            f"transformers has no plan by which a {type(model).__name__} is sharded layer by layer, so that each "
+            "process would gather the whole teacher: set teacher_placement: replicated, or use a teacher_cache"
         )

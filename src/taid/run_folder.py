@@ -25,6 +25,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 CONFIG, VERSIONS, METRICS, EVALUATION = "config.yaml", "versions.json", "metrics.jsonl", "evaluation.json"
+UNFINISHED = "checkpoint.partial"  # where a checkpoint is written before it is whole
 # What taid, transformers and peft write beside the checkpoints; a file of the user's own is never deleted.
 _OWN_FILES = (
     "config.yaml versions.json metrics.jsonl evaluation.json evaluation.speed.md report.html t.png loss.png README.md "
@@ -65,7 +66,7 @@ def clear(folder: Path) -> None:
         is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None
         if is_checkpoint and path.is_symlink():
             path.unlink()
-        elif is_checkpoint and path.is_dir():
+        elif (is_checkpoint or path.name == UNFINISHED) and path.is_dir():
             shutil.rmtree(path)
         elif path.is_file() and any(path.match(pattern) for pattern in _OWN_FILES):
             path.unlink()
@@ -83,6 +84,28 @@ def written(name: str) -> Iterator[None]:
             f"{name} could not be written ({str(error).strip()}): is the disk full? Make room, and go on from the last "
             "whole checkpoint with --resume_from_checkpoint"
         ) from error
+
+
+def finish_checkpoint(folder: Path, name: str) -> None:
+    """Give a checkpoint its name once it is whole and on disk: a kill, or a machine that is lost, leaves it or none."""
+    made, final = folder / UNFINISHED / name, folder / name
+    for path in sorted(made.rglob("*"), reverse=True):
+        _to_disk(path)
+    if final.exists():  # of the same step, saved again
+        shutil.rmtree(final)
+    os.replace(made, final)
+    _to_disk(folder)
+    shutil.rmtree(folder / UNFINISHED)
+
+
+def _to_disk(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # which cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

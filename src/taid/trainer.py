@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from taid import capture, engines, images, rows, run_folder, stream, vision
@@ -118,6 +122,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if objective is not None:
             name: Any = getattr(objective, "__name__", type(objective).__name__)
             args.fused, args.objective = False, name
+        self._checkpoints_in: str | None = None
+        self.was_stopped = self._is_asked_to_stop = False
         self._stream = stream.of(train_dataset, eval_dataset, args)
         train_dataset = self._stream.dataset if self._stream else train_dataset
         see = images.has_images(train_dataset)
@@ -239,6 +245,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             steps = self.current_gradient_accumulation_steps if model.training else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
             sums |= {"aux_loss": outputs.aux_loss.detach(), "aux_batches": torch.ones_like(outputs.aux_loss)}
+        if model.training:
+            sums["stops"] = torch.full_like(sums["trained"], self._is_asked_to_stop)
         self._micro_batches.add(sums)
         return loss
 
@@ -259,7 +267,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """Batches of a stream say where they end, and begin where the checkpoint's do; others are full on every rank."""
+        """Batches of a stream say where they end and begin where the checkpoint's do; others are full on each rank."""
         if self._stream is None:
             return self._full_batches()
         shared = self.get_tp_size()  # ranks that split one model see the same rows
@@ -319,6 +327,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._end_step(float(grad_norm))
         return grad_norm
 
+    def _stop(self, *_: Any) -> None:
+        """On SIGTERM, as a machine that is taken away sends it: save after this step, and end."""
+        self._is_asked_to_stop = True
+
     def _end_step(self, grad_norm: float) -> None:
         """Reduce the step over ranks; stop if it is not finite; move t. Runs before the optimizer does."""
         sums = self._micro_batches.total()
@@ -332,6 +344,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 f"stopped before the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: "
                 "a lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, a look at the rows of this step."
             )
+        if sums.pop("stops"):  # of one rank or all: with the sums of the step, every rank hears of it in the same step
+            self.control.should_save = self.control.should_training_stop = self.was_stopped = True
         self._window["steps"] += 1
         self._window["trained_steps"] += bool(sums["trained"])
         self._window["mean_loss"] += sums["loss"] / trained
@@ -487,8 +501,30 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             "num_tokens": self._total_train_tokens,
             "seconds": self._seconds_before + time.perf_counter() - self._train_start,
         }
-        with run_folder.written(f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        unfinished, is_writer = folder / run_folder.UNFINISHED, self.args.should_save
+        if is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a save that was killed
+        self.accelerator.wait_for_everyone()
+        self._checkpoints_in = str(unfinished)
+        try:
+            with run_folder.written(name):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpoints_in = None
+        if self.state.best_model_checkpoint == str(unfinished / name):
+            self.state.best_model_checkpoint = str(folder / name)
+        if is_writer:
+            self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if is_writer:
+            run_folder.finish_checkpoint(folder, name)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._checkpoints_in or str(super()._get_output_dir(trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as an ordinary folder, gathered where FSDP has cut it up; checkpoints keep their shards."""
@@ -560,10 +596,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class _RunFolder(TrainerCallback):  # type: ignore[misc]
-    """Keeps config.yaml, versions.json and metrics.jsonl, on the main process."""
+    """Keeps config.yaml, versions.json and metrics.jsonl, on the main process; listens for SIGTERM on each."""
 
     def __init__(self, trainer: TAIDTrainer) -> None:
         self.trainer = trainer
+        self._before: Any = None  # what was done on SIGTERM
 
     def on_train_begin(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin()
@@ -575,6 +612,13 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
                 engine=engines.of(self.trainer.accelerator),
             )  # fmt: skip
             run_folder.truncate_metrics(folder, state.global_step)
+
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self.trainer._stop)
+
+    def on_train_end(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._stream:  # transformers counts from where it resumed
