@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.run(options)
         return 0
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
-        cause = _not_importable(error)
+        cause = _not_importable(error) or engines.lost(error)
         if isinstance(error, RuntimeError) and cause is None:
             raise
         if os.environ.get("TAID_TRACEBACK"):

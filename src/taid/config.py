@@ -156,8 +156,8 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     teacher_placement: Placement = field(
         default="auto",
         metadata={
-            "help": "Where a loaded teacher is: 'sharded' among the processes of a machine, 'replicated' on each, 'cpu' "
-            "in the CPU's memory, from where its layers come as they are needed; 'auto' shards it under FSDP and "
+            "help": "Where a loaded teacher is: 'sharded' among the processes of a machine, 'replicated' on each, "
+            "'cpu' in the CPU's memory, from where its layers come as they are needed; 'auto' shards it under FSDP and "
             "ZeRO-3."
         },
     )

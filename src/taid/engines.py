@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -146,6 +147,12 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
+def lost(error: Exception) -> str | None:
+    """What to say where a process has waited in vain for another one; None for any other error."""
+    is_of_peers = "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    return f"another process of the run is gone or hangs ({error})" if is_of_peers else None
+
+
 def shards_weights(args: TAIDConfig) -> bool:
     """Whether the engine of a run cuts the student's weights among its processes."""
     deepspeed = args.deepspeed_plugin
@@ -163,6 +170,33 @@ def read_whole() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+def fit_checkpoint(checkpoint: Path, accelerator: Any) -> None:
+    """Let DeepSpeed take up a checkpoint of another number of processes: by its own converter, beside what is there.
+
+    Raises:
+        ValueError: the converter fails; says with what.
+    """
+    latest = checkpoint / "latest"
+    if not latest.is_file():
+        return
+    tag = latest.read_text(encoding="utf-8").strip()
+    if len(list((checkpoint / tag).glob("*_optim_states.pt"))) == accelerator.num_processes:
+        return
+    if accelerator.is_main_process:
+        made = [f"--input_folder={checkpoint / tag}", f"--output_folder={checkpoint / tag}_universal"]
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *made, "--inject_missing_state"]
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
+        if done.returncode:
+            raise ValueError(
+                f"{checkpoint} was written by another number of processes, and DeepSpeed's converter "
+                f"(ds_to_universal) fails on it: {done.stderr.strip().splitlines()[-1]}. Resume with as many as then"
+            )
+        (checkpoint / "latest_universal").write_text(f"{tag}_universal", encoding="utf-8")
+    accelerator.wait_for_everyone()
+    accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
 
 
 # --- the teacher ------------------------------------------------------------------------------------------------------

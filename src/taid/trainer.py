@@ -480,6 +480,17 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             "teacher_signal": signal,
         }
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
+            engines.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            # From a converted checkpoint DeepSpeed gives all parts of the weights one counter of Adam's steps, which each
+            # of them then moves (0.19.8).
+            for state in self.model_wrapped.optimizer.optimizer.state.values():
+                state |= {"step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else {}
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
