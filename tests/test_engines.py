@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
-from taid import run_folder
+from taid import cli, rows, run_folder
 
 pytestmark = pytest.mark.cli
 
@@ -43,8 +44,8 @@ def folder(tmp_path_factory, make_model, tokenizer, student_folder, teacher_fold
     make_model(300, tied=False).save_pretrained(root / "student")
     tokenizer.save_pretrained(root / "student")
     (root / "tied").symlink_to(student_folder)
-    rows = [{"prompt": SENTENCE[: 5 + 2 * i], "completion": SENTENCE[5 + 2 * i : 20 + 7 * i]} for i in range(8)]
-    for name, some in {"train": rows, "five": rows[:5]}.items():
+    all_rows = [{"prompt": SENTENCE[: 5 + 2 * i], "completion": SENTENCE[5 + 2 * i : 20 + 7 * i]} for i in range(8)]
+    for name, some in {"train": all_rows, "five": all_rows[:5]}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     (root / "held_out.jsonl").write_text(
         "".join(json.dumps({"text": SENTENCE[3 * i : 40 + 5 * i]}) + "\n" for i in range(7))
@@ -71,6 +72,11 @@ def arguments_of(root, case, output, *more):
     given = [f"--{name}={value}" for name, value in options.items() if not isinstance(value, list)]
     listed = [word for name, value in options.items() if isinstance(value, list) for word in (f"--{name}", *value)]
     return ["train", "--config", str(root / "recipe.yaml"), "--output_dir", str(output), *given, *more, *listed]
+
+
+def require_deepspeed(engine):
+    if engine.startswith("zero") and not DEEPSPEED.is_dir():
+        pytest.skip("DeepSpeed is not there: `make dev` puts it into .venv/deepspeed")
 
 
 def run(runs, root, engine=None, processes=2):
@@ -107,9 +113,9 @@ def require_equal(one, other):
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
         assert (weight - found[name]).norm() <= 1e-5 * weight.norm(), name
-    rows = list(zip(metrics(one), metrics(other), strict=True))
-    assert {"loss", "grad_norm", "t", "kl", "eval_kl"} <= set().union(*(row for row, _ in rows))
-    for a, b in rows:
+    pairs = list(zip(metrics(one), metrics(other), strict=True))
+    assert {"loss", "grad_norm", "t", "kl", "eval_kl"} <= set().union(*(row for row, _ in pairs))
+    for a, b in pairs:
         assert a.keys() == b.keys()
         for name, value in a.items():
             assert abs(value - b[name]) <= 1e-5 * abs(value) + 1e-9, (name, a["step"], value, b[name])
@@ -129,8 +135,7 @@ def alone(folder):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_of_an_engine_give_what_one_process_gives(engine, folder, alone):
-    if engine.startswith("zero") and not DEEPSPEED.is_dir():
-        pytest.skip("DeepSpeed is not there: `make dev` puts it into .venv/deepspeed")
+    require_deepspeed(engine)
     more = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     run([arguments_of(folder, case, folder / engine / str(i), *more) for i, case in enumerate(CASES)], folder, engine)
     for i in range(len(CASES)):
@@ -179,11 +184,17 @@ def finish(process):
     return out
 
 
-def test_sharded_runs_stop_on_sigterm_and_go_on_also_on_fewer_processes(folder):
-    alone, stopped = folder / "long", folder / "stopped"
-    finish(command(folder, alone, "--per_device_train_batch_size=4", *LONG, engine=None))
+@pytest.fixture(scope="module")
+def long_alone(folder):
+    finish(command(folder, folder / "long", "--per_device_train_batch_size=4", *LONG, engine=None))
+    return folder / "long"
 
-    process = command(folder, stopped, *TWO_ROWS)
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_sharded_runs_stop_on_sigterm_and_go_on_also_on_fewer_processes(engine, folder, long_alone):
+    require_deepspeed(engine)
+    stopped = folder / f"stopped-{engine}"
+    process = command(folder, stopped, *TWO_ROWS, engine=engine)
     wait_for(lambda: last_step(stopped) >= 8, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -192,10 +203,12 @@ def test_sharded_runs_stop_on_sigterm_and_go_on_also_on_fewer_processes(folder):
     assert f"saved checkpoint-{saved} in {stopped}: go on with --resume_from_checkpoint" in err
     assert not (stopped / "model.safetensors").exists()
     assert not (stopped / run_folder.UNFINISHED).exists()
-    assert (stopped / f"checkpoint-{saved}" / "pytorch_model_fsdp_0").is_dir()  # in shards
+    shards = {"fsdp2": "pytorch_model_fsdp_0/*.distcp", "zero3": "global_step*/*_optim_states.pt"}[engine]
+    assert len(list((stopped / f"checkpoint-{saved}").glob(shards))) == 2
 
-    finish(command(folder, stopped, "--per_device_train_batch_size=4", *LONG, "--resume_from_checkpoint", processes=1))
-    require_close(alone, stopped)
+    more = ["--per_device_train_batch_size=4", *LONG, "--resume_from_checkpoint"]
+    finish(command(folder, stopped, *more, engine=engine, processes=1))
+    require_close(long_alone, stopped)
 
 
 def require_close(one, other):
@@ -221,3 +234,55 @@ def test_a_run_that_loses_a_process_stops_everywhere_and_says_so(folder):
     assert "Traceback" not in err
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert run_folder.last_checkpoint(lost) is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--accelerate_config", "zero9"],
+            "--accelerate_config zero9: neither a file nor one of ddp, fsdp2, zero2, zero3",
+        ),
+        (["--accelerate_config"], "--accelerate_config needs a value"),
+        (["--accelerate_config", "ddp"], "without a GPU say how many processes --accelerate_config starts"),
+        (["--accelerate_config=ddp", "--num_processes", "two"], "--num_processes must be a positive number, got 'two'"),
+    ],
+)
+def test_a_start_that_cannot_be_made_is_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert cli.main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_process_that_was_started_starts_no_others(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.main(["train", "--accelerate_config", "ddp"]) == 2
+    assert "--accelerate_config starts the processes itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize(("size", "processes"), [(1, 2), (2, 2), (3, 4)])
+def test_full_batches_give_each_row_once_and_each_process_as_much(count, size, processes):
+    batches = rows.FullBatches(BatchSampler(range(count), size, drop_last=False), processes, filler=count)
+    given = list(batches)
+    assert len(given) == len(batches)
+    assert {len(batch) for batch in given} == {size}
+    assert len(given) % processes == 0
+    dealt = [i for batch in given for i in batch]
+    assert dealt[:count] == list(range(count))
+    assert set(dealt[count:]) <= {count}
+    assert len(dealt) - count < size * processes
+
+
+def test_an_unfinished_checkpoint_has_no_name_and_a_finished_one_replaces_its_own(tmp_path):
+    for content in ("first", "second"):
+        made = tmp_path / run_folder.UNFINISHED / "checkpoint-4" / "global_step4"
+        made.mkdir(parents=True)
+        (made / "weights").write_text(content)
+        (made.parent / "trainer_state.json").write_text("{}")
+        before = run_folder.last_checkpoint(tmp_path)
+        assert before == (None if content == "first" else tmp_path / "checkpoint-4")
+        run_folder.finish_checkpoint(tmp_path, "checkpoint-4")
+        assert run_folder.last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+        assert (tmp_path / "checkpoint-4" / "global_step4" / "weights").read_text() == content
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]

@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] in (["train"], ["cache"]) and engines.asked(arguments):
             return engines.launch(arguments)
+        if any(argument.partition("=")[0] == "--accelerate_config" for argument in arguments):
+            raise ValueError(
+                "--accelerate_config starts the processes itself, of `taid train` and `taid cache`: leave it, torchrun "
+                "or accelerate launch away"
+            )
         # Their options come from TRL and transformers, which take seconds to import.
         if arguments[:1] in (["train"], ["cache"], ["plan"]):
             {"train": train, "cache": cache, "plan": plan}[arguments[0]](arguments[1:])
