@@ -48,5 +48,5 @@ clean:  ## remove .venv and caches
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/vision torchvision==0.28.0 # tests/torchvision_cpu.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/deepspeed deepspeed==0.19.8 einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic_core annotated-types typing-inspection typing_extensions # tests/test_engines.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/deepspeed deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo # tests/test_engines.py
 	touch $@

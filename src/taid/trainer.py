@@ -485,8 +485,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             engines.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_deepspeed_enabled:
-            # From a converted checkpoint DeepSpeed gives all parts of the weights one counter of Adam's steps, which each
-            # of them then moves (0.19.8).
+            # From a converted checkpoint DeepSpeed (0.19.8) gives all parts of the weights one counter of Adam's steps,
+            # which each of them then moves.
             for state in self.model_wrapped.optimizer.optimizer.state.values():
                 state |= {"step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else {}
         return prepared
