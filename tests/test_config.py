@@ -17,9 +17,10 @@ from taid.config import TAIDConfig, parse, resolved
 OWN_FIELDS = """
 objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal jsd_beta skew head_mass
 dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
-teacher_model_init_kwargs teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url
-teacher_server_model teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from train_tokens
-skip_bad_images eval_tasks eval_tasks_num_fewshot eval_tasks_include_path overwrite_output_dir
+teacher_model_init_kwargs teacher_placement teacher_quantization teacher_cache teacher_cache_format
+teacher_cache_samples teacher_server_url teacher_server_model teacher_server_timeout teacher_server_compare
+teacher_top_k tokenizer_from train_tokens skip_bad_images eval_tasks eval_tasks_num_fewshot
+eval_tasks_include_path overwrite_output_dir
 """.split()
 
 
@@ -74,6 +75,8 @@ def test_the_defaults_are_the_papers():
         "teacher_model_name_or_path": None,
         "teacher_model_revision": None,
         "teacher_model_init_kwargs": None,
+        "teacher_placement": "auto",
+        "teacher_quantization": None,
         "teacher_cache": None,
         "teacher_cache_format": None,
         "teacher_cache_samples": None,
@@ -641,3 +644,17 @@ def test_a_wrong_type_in_a_recipe_names_the_recipe_and_one_on_the_command_line_d
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--config .*gone\.yaml: there is no such file"):
         parse(["--config", str(tmp_path / "gone.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("eval_kl", False), ("eval_loss", False), ("eval_mean_token_accuracy", True)]
+)
+def test_the_best_checkpoint_is_that_of_the_least_loss_or_kl(metric, greater):
+    assert made(metric_for_best_model=metric).greater_is_better is greater
+    assert made(metric_for_best_model=metric, greater_is_better=not greater).greater_is_better is not greater
+
+
+@pytest.mark.parametrize("placement", ["sharded", "cpu"])
+def test_a_quantized_teacher_is_not_cut_up(placement):
+    with pytest.raises(ValueError, match=f"bnb_4bit and teacher_placement: {placement} do not go together"):
+        made(teacher_quantization="bnb_4bit", teacher_placement=placement)

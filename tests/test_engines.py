@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 DEEPSPEED = ROOT / ".venv" / "deepspeed"  # by `make dev`, apart: it would speak in every other test
 SENTENCE = "It was a bright cold day in April, and the clocks were striking thirteen. Who is there? Nobody at all. "
 TIMING = ("tokens_per_second", "seconds", "epoch")
+PROCESSES = int(os.environ.get("TAID_TEST_PROCESSES", "2"))  # 2 or 4
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 # What each case changes.
 PLACES = ("model_name_or_path", "teacher_cache", "dataset_name")
@@ -134,14 +135,15 @@ def alone(folder):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_of_an_engine_give_what_one_process_gives(engine, folder, alone):
+def test_processes_of_an_engine_give_what_one_process_gives(engine, folder, alone):
     require_deepspeed(engine)
-    more = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    run([arguments_of(folder, case, folder / engine / str(i), *more) for i, case in enumerate(CASES)], folder, engine)
+    more = ["--per_device_train_batch_size=1", f"--gradient_accumulation_steps={4 // PROCESSES}"]
+    runs = [arguments_of(folder, case, folder / engine / str(i), *more) for i, case in enumerate(CASES)]
+    run(runs, folder, engine, PROCESSES)
     for i in range(len(CASES)):
         require_equal(alone / str(i), folder / engine / str(i))
     versions = json.loads((folder / engine / "0" / "versions.json").read_text())
-    assert (versions["engine"], versions["processes"]) == (engine, 2)
+    assert (versions["engine"], versions["processes"]) == (engine, PROCESSES)
 
 
 def command(root, output, *more, engine="fsdp2", processes=2):

@@ -163,9 +163,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     )
     teacher_quantization: Quantization | None = field(
         default=None,
-        metadata={
-            "help": "Load the teacher in 8 or 4 bits; `taid evaluate --teacher_quantization` measures what it costs."
-        },
+        metadata={"help": "Load the teacher in 8 or 4 bits, whole on each process; it then says something else."},
     )
     teacher_cache: str | None = field(
         default=None,
@@ -309,6 +307,9 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu: bool = True  # or each process would take itself for the only one
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers takes whatever does not end with "loss" for something to be maximised, a KL too.
+            self.greater_is_better: bool | None = self.metric_for_best_model.endswith("accuracy")
         super().__post_init__()
         engines.prepare(self)
         if self.train_tokens is not None:
@@ -479,11 +480,13 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
 
 _COMMANDS = {
     "train": (
-        "[--dry_run] [--field value ...]",
-        "Distil a teacher into a student. --dry_run prints the plan and tries the recipe with small random models.",
+        "[--dry_run] [--accelerate_config ENGINE] [--num_processes N] [--field value ...]",
+        "Distil a teacher into a student. --dry_run prints the plan and tries the recipe with small random models. "
+        "--accelerate_config starts a process a GPU, or N, of ddp, fsdp2, zero2, zero3 or of a file of `accelerate "
+        "config`.",
     ),
     "cache": (
-        "--teacher_cache DIR [--repair] [--field value ...]",
+        "--teacher_cache DIR [--repair] [--accelerate_config ENGINE] [--num_processes N] [--field value ...]",
         "Ask the teacher once for every row that `taid train` with the same recipe sees, and keep what it says in DIR. "
         "Continues what is there; --repair reads all of it first and captures damaged shards anew.",
     ),

@@ -48,7 +48,7 @@ def launch(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    values, command = _split(arguments)
+    values, command = split(arguments)
     path = _file(values.pop("accelerate_config"))
     if "num_processes" not in values and not torch.accelerator.is_available():
         raise ValueError("without a GPU say how many processes --accelerate_config starts: --num_processes 2")
@@ -81,7 +81,7 @@ def _status(rank: int, code: int) -> int:
     return 128 - code
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The options of the launcher, and the command line of each process."""
     values: dict[str, str] = {}
     rest, waiting = [], list(arguments)

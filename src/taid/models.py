@@ -120,6 +120,7 @@ def load_pair(
             elsewhere, teacher, args, teacher_processing_class, revision
         )
     if isinstance(teacher, str):
+        _check_folder(teacher, "teacher")
         can_be_cut = args.teacher_quantization is None and adapter_config(teacher, **revision) is None
         where = engines.placement(args, can_be_cut=can_be_cut)
         if where != "replicated" and not can_be_cut:

@@ -165,6 +165,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         )  # fmt: skip
         if args.tokenizer_from == "teacher" and is_peft_model(self.model):
             keep_embeddings(self.model)
+        if engines.of(self.accelerator) == "fsdp1":
+            raise ValueError("FSDP's first version is not supported: set fsdp_version: 2 (--accelerate_config fsdp2)")
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
