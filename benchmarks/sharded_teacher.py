@@ -3,8 +3,9 @@
     python benchmarks/sharded_teacher.py [--layers 24] [--width 1024] [--processes 1 2 4] [--out runs/sharded_teacher]
 
 A random Llama is written to a folder and read in each of N processes as a run reads it, with teacher_placement sharded
-and replicated; then it answers for four batches. Memory is the peak of the resident set, file pages included, with
-glibc told to give freed pages back at once (MALLOC_MMAP_THRESHOLD_), as a GPU's allocator is not asked to.
+and replicated; then it answers for four batches. Two peaks over what the process had before: of memory of its own, and
+with pages of the files in it, which stay there as long as the machine has room for them. glibc is told to give freed
+pages back at once (MALLOC_MMAP_THRESHOLD_).
 
 The table goes to benchmarks/results/sharded_teacher.md.
 """
@@ -23,9 +24,11 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "sharded_teacher.md"
 
 
-def resident() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+def resident() -> tuple[int, int]:
+    """Bytes of memory of its own, and with pages of files."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, files = (1024 * int(fields[name].split()[0]) for name in ("RssAnon", "RssFile"))
+    return own, own + files
 
 
 def worker(model: Path, placement: str, out: Path) -> None:
@@ -37,11 +40,12 @@ def worker(model: Path, placement: str, out: Path) -> None:
     from taid.vocabulary import Vocabulary
 
     args = TAIDConfig(output_dir=str(out), use_cpu=True, bf16=False, teacher_placement=placement)
-    before, peak, is_over = resident(), [0], threading.Event()
+    before, peak, is_over = resident(), (0, 0), threading.Event()
 
     def watch() -> None:
+        nonlocal peak
         while not is_over.is_set():
-            peak[0] = max(peak[0], resident())
+            peak = tuple(map(max, peak, resident()))
             time.sleep(0.002)
 
     watching = threading.Thread(target=watch, daemon=True)
@@ -57,12 +61,13 @@ def worker(model: Path, placement: str, out: Path) -> None:
         local({"input_ids": ids, "use_cache": False}, ids)
     is_over.set()
     watching.join()
-    found = {"grown": peak[0] - before, "teacher": sum(w.numel() * w.element_size() for w in teacher.parameters())}
+    grown = [now - then for now, then in zip(peak, before, strict=True)]
+    found = {"grown": grown, "teacher": sum(w.numel() * w.element_size() for w in teacher.parameters())}
     (out / f"{args.process_index}.json").write_text(json.dumps(found))
 
 
-def measured(model: Path, placement: str, processes: int, out: Path) -> tuple[float, float]:
-    """Bytes of the teacher, and the largest growth of a process."""
+def measured(model: Path, placement: str, processes: int, out: Path) -> tuple[float, list[float]]:
+    """Bytes of the teacher, and the largest growths of a process."""
     out.mkdir(parents=True)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000", "HF_HUB_OFFLINE": "1"}
@@ -70,7 +75,7 @@ def measured(model: Path, placement: str, processes: int, out: Path) -> tuple[fl
     subprocess.run(command, check=True, env=environment, capture_output=True)
     found = [json.loads(path.read_text()) for path in out.glob("*.json")]
     assert len(found) == processes
-    return found[0]["teacher"], max(each["grown"] for each in found)
+    return found[0]["teacher"], list(map(max, *(each["grown"] for each in found), [0, 0]))
 
 
 def main() -> None:
@@ -97,13 +102,14 @@ def main() -> None:
         LlamaConfig(vocab_size=2000, hidden_size=width, intermediate_size=4 * width, num_attention_heads=8,
                     num_hidden_layers=arguments.layers, tie_word_embeddings=False)
     ).save_pretrained(model)  # fmt: skip
-    lines = ["| processes | placement | largest growth of a process, MB | of the teacher |", "|---|---|---|---|"]
+    lines = ["| processes | placement | own memory, of the teacher | with file pages |", "|---|---|---|---|"]
     for processes in arguments.processes:
         for placement in ("replicated", "sharded"):
             if processes == 1 and placement == "sharded":
                 continue
             size, grown = measured(model, placement, processes, arguments.out / f"{placement}-{processes}")
-            lines.append(f"| {processes} | {placement} | {grown / 1e6:,.0f} | {grown / size:.2f} |")
+            own, whole = (number / size for number in grown)
+            lines.append(f"| {processes} | {placement} | {own:.2f} | {whole:.2f} |")
             print(lines[-1], file=sys.stderr)
     about = (
         f"Teacher: Llama, {arguments.layers} layers of width {width}, {size / 1e6:,.0f} MB in float32, a layer "
