@@ -329,10 +329,11 @@ def test_forgetting_everything_or_nothing_leaves_a_file(tmp_path):
 
 def test_start_writes_the_configuration_and_the_versions(tmp_path):
     configuration = {"objective": "taid", "taid_alpha": "auto", "run_name": "ärger", "max_length": None}
-    run_folder.start(tmp_path / "a" / "run", configuration, total_steps=250, processes=2, device="cpu")
+    run_folder.start(tmp_path / "a" / "run", configuration, total_steps=250, processes=2, device="cpu", engine="ddp")
     assert yaml.safe_load((tmp_path / "a" / "run" / "config.yaml").read_text(encoding="utf-8")) == configuration
     versions = json.loads((tmp_path / "a" / "run" / "versions.json").read_text())
     assert (versions["total_steps"], versions["processes"], versions["device"]) == (250, 2, "cpu")
+    assert versions["engine"] == "ddp"
     assert {"taid", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "python"} <= set(versions)
     assert names(tmp_path / "a" / "run") == {"config.yaml", "versions.json"}
 
