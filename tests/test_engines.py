@@ -65,7 +65,8 @@ def folder(tmp_path_factory, make_model, tokenizer, student_folder, teacher_fold
 
 def environment():
     path = os.pathsep.join([str(DEEPSPEED), str(ROOT / "src")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    programs = os.pathsep.join([str(DEEPSPEED / "bin"), os.environ["PATH"]])  # ninja, which builds a part of DeepSpeed
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PATH": programs, "DS_ACCELERATOR": "cpu"}
 
 
 def arguments_of(root, case, output, *more):
