@@ -7,13 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import BatchSampler
 
-from taid import cli, rows, run_folder
+from taid import cli, engines, rows, run_folder
+from taid.cache import Cache
 
 pytestmark = pytest.mark.cli
 
@@ -147,6 +151,21 @@ def test_processes_of_an_engine_give_what_one_process_gives(engine, folder, alon
     assert (versions["engine"], versions["processes"]) == (engine, PROCESSES)
 
 
+def test_processes_that_hold_one_teacher_capture_what_one_process_does(folder, alone):
+    options = ["--teacher_placement=sharded", "--per_device_train_batch_size=1", "--per_device_eval_batch_size=1"]
+    recipe = ["cache", "--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / "unused"), *options]
+    five = [f"--dataset_name={folder / 'five.jsonl'}", "--teacher_cache", str(folder / "together")]
+    # The second has three rows of eight to ask for: the processes come to them at different times.
+    runs = [[*recipe, *five], [*recipe, "--teacher_cache", str(folder / "together")]]
+    int8 = ["--teacher_cache_format=hidden_int8", "--teacher_cache", str(folder / "together_int8")]
+    run([*runs, [*recipe, *int8]], folder, "ddp")
+    one, together, rounded = (Cache(folder / name) for name in ("cache", "together", "together_int8"))
+    assert set(one) == set(together) == set(rounded)
+    for key in one:
+        expected, found = one.read(key)["hidden"], together.read(key)["hidden"]
+        assert (expected - found).norm() <= 1e-6 * expected.norm()
+
+
 def command(root, output, *more, engine="fsdp2", processes=2):
     """The command line as a user gives it, in the background."""
     words = ["train", "--config", root / "recipe.yaml", "--output_dir", output, *more]
@@ -277,15 +296,45 @@ def test_full_batches_give_each_row_once_and_each_process_as_much(count, size, p
     assert len(dealt) - count < size * processes
 
 
-def test_an_unfinished_checkpoint_has_no_name_and_a_finished_one_replaces_its_own(tmp_path):
+def test_a_checkpoint_has_its_name_when_it_is_whole_and_replaces_one_of_its_step(tmp_path):
     for content in ("first", "second"):
-        made = tmp_path / run_folder.UNFINISHED / "checkpoint-4" / "global_step4"
-        made.mkdir(parents=True)
-        (made / "weights").write_text(content)
-        (made.parent / "trainer_state.json").write_text("{}")
-        before = run_folder.last_checkpoint(tmp_path)
-        assert before == (None if content == "first" else tmp_path / "checkpoint-4")
-        run_folder.finish_checkpoint(tmp_path, "checkpoint-4")
+        with run_folder.unfinished(tmp_path, "checkpoint-4", is_writer=True, wait=lambda: None) as made:
+            (made / "global_step4").mkdir(parents=True)
+            (made / "global_step4" / "weights").write_text(content)
+            (made / "trainer_state.json").write_text("{}")
+            before = run_folder.last_checkpoint(tmp_path)
+            assert before == (None if content == "first" else tmp_path / "checkpoint-4")
         assert run_folder.last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
         assert (tmp_path / "checkpoint-4" / "global_step4" / "weights").read_text() == content
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before_and_is_cleared_away(tmp_path):
+    def save(content, error=None):
+        with run_folder.unfinished(tmp_path, "checkpoint-4", is_writer=True, wait=lambda: None) as made:
+            made.mkdir(parents=True)
+            (made / "trainer_state.json").write_text(content)
+            if error:
+                raise error
+
+    save("{}")
+    with pytest.raises(OSError, match="no room"):
+        save('{"half": 1}', OSError("no room"))
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").read_text() == "{}"
+    save('{"whole": 1}')
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").read_text() == '{"whole": 1}'
+
+
+def test_fsdp_rounds_neither_the_loss_nor_what_gradients_are_summed_in():
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)  # as accelerate sets it
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
+    engines.check(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=None))
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
+    assert plugin.mixed_precision_policy.output_dtype is None
+
+
+def test_the_first_fsdp_is_refused():
+    plugin = SimpleNamespace(fsdp_version=1, mixed_precision_policy=None)
+    with pytest.raises(ValueError, match="set fsdp_version: 2"):
+        engines.check(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=None))

@@ -65,6 +65,21 @@ def relative(a, b):
     return abs(a - b) / max(abs(b), 1e-12)
 
 
+# --- a teacher in fewer bits ------------------------------------------------------------------------------------------
+
+
+def test_a_quantized_teacher_says_something_else_the_fewer_bits_the_more(tmp_path, student_folder, teacher_folder):
+    """Against the whole teacher as its own student, what is left of the KL is what fewer bits have changed."""
+
+    def kl(student, bits):
+        options = {"teacher_quantization": bits, "eval_on_start": True, "max_steps": 1}
+        _, _, held_out = train(tmp_path / str(bits), student, teacher_folder, held_out=HELD_OUT, **options)
+        return held_out[0]["eval_kl"]
+
+    assert kl(teacher_folder, None) < 1e-12
+    assert 1e-8 < kl(teacher_folder, "bnb_8bit") < kl(teacher_folder, "bnb_4bit") < kl(student_folder, None)
+
+
 # --- an objective of one's own ----------------------------------------------------------------------------------------
 
 

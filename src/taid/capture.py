@@ -25,7 +25,7 @@ from taid.models import teacher_init_kwargs
 from taid.objectives import forward_kl
 from taid.sequences import Sequence, sequences, shifted
 from taid.sparse import Sampled, TopK
-from taid.teacher import LocalTeacher, ServedTeacher
+from taid.teacher import LocalTeacher, ServedTeacher, Teacher
 
 if TYPE_CHECKING:
     from taid.trainer import TAIDTrainer
@@ -182,6 +182,8 @@ def capture(trainer: TAIDTrainer, folder: Path, *, repair: bool = False) -> None
         done = Cache(folder)
         manifests.write(folder, done.manifest | {"shards": sorted(path.stem for path in done.shard_paths())})
         _judge(source, done)
+    elif source.teacher.is_cut and source.format.name == "hidden_int8":
+        _example(trainer, source.teacher)  # the main process judges by what all of them hold
     accelerator.wait_for_everyone()
 
 
@@ -201,12 +203,37 @@ class _Source:
         left = (batch for _, batch in _own_rows(self.trainer, self.trainer.args.eval_batch_size))
         return _seen_batches(self.trainer), left
 
-    def records(self, batch: dict[str, Any], known: Container[bytes]) -> Iterator[tuple[Sequence, dict[str, Tensor]]]:
-        """Each row of a batch that is not known yet, with what is kept of it."""
-        labels = shifted(batch["labels"])
-        rows = {s.key: s for s in sequences(batch, labels) if s.trained and s.key not in known}.values()
+    def turns(self, batches: Iterable[dict[str, Any]], known: Container[bytes]) -> Iterator[dict[str, Any] | None]:
+        """Batches with a row that is not known yet.
+
+        Processes that hold one teacher together ask it together, as often as the one with most to ask: None is for the
+        others.
+        """
+        wanted = (batch for batch in batches if self._unknown(batch, known))
+        if not self.teacher.is_cut:
+            yield from wanted
+            return
+        while True:
+            batch = next(wanted, None)
+            own = torch.tensor(batch is not None, dtype=torch.int64, device=self.trainer.args.device)
+            if not self.trainer.accelerator.reduce(own, "sum"):
+                return
+            yield batch
+
+    def _unknown(self, batch: dict[str, Any], known: Container[bytes]) -> list[Sequence]:
+        rows = sequences(batch, shifted(batch["labels"]))
+        return list({s.key: s for s in rows if s.trained and s.key not in known}.values())
+
+    def records(
+        self, batch: dict[str, Any] | None, known: Container[bytes]
+    ) -> Iterator[tuple[Sequence, dict[str, Tensor]]]:
+        """Each row of a batch that is not known yet, with what is kept of it; none of None."""
+        if batch is None:
+            _example(self.trainer, self.teacher)
+            return
+        rows, labels = self._unknown(batch, known), shifted(batch["labels"])
         if isinstance(self.teacher, ServedTeacher):
-            yield from ((row, self.format.encoded(top_k)) for row, top_k in self.teacher.ask(list(rows)))
+            yield from ((row, self.format.encoded(top_k)) for row, top_k in self.teacher.ask(rows))
         elif rows:
             assert self.teacher.head is not None
             inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -248,7 +275,7 @@ def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]
         manifest = _of_a_server(manifest, teacher.server.model)
         manifest |= {"teacher_rows": teacher.rows, "hidden_size": 0, "dtype": str(torch.float32)}
     elif teacher.head is not None:
-        example = teacher.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=args.device)})
+        example = _example(trainer, teacher)
         of_hidden = {"hidden_size": example.shape[-1], "dtype": str(example.dtype), "server_model": None}
         manifest |= {"teacher_rows": teacher.head.head().weight.shape[0], **of_hidden}
     else:
@@ -256,6 +283,12 @@ def _source(trainer: TAIDTrainer, folder: Path) -> tuple[_Source, dict[str, Any]
     if kind := _SPARSE.get(name):
         check_sparse(kind, args)
     return _Source(trainer, teacher, Format.of(manifest)), manifest
+
+
+def _example(trainer: TAIDTrainer, teacher: Teacher) -> Tensor:
+    """What a loaded teacher says of nothing in particular."""
+    assert isinstance(teacher, LocalTeacher)
+    return teacher.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=trainer.args.device)})
 
 
 def _announce(source: _Source, folder: Path) -> int:
@@ -270,10 +303,11 @@ def _announce(source: _Source, folder: Path) -> int:
     total = int(accelerator.reduce(torch.tensor(missing, device=trainer.args.device), "sum"))
     each, seconds = source.format.bytes_per_token(), 0.0
     own = (batch for _, batch in _own_rows(trainer, trainer.args.train_batch_size))
-    batch = next((b for b in own if any(s.key in wanted for s in sequences(b, shifted(b["labels"])))), None)
-    if batch is not None:  # ask for it, without keeping it
+    records: list[tuple[Sequence, dict[str, Tensor]]] = []
+    for batch in itertools.islice(source.turns(own, known), 1):  # ask for it, without keeping it
         begun = time.perf_counter()
         records = list(source.records(batch, known))
+    if records:
         tokens = sum(row.trained for row, _ in records)
         seconds = (time.perf_counter() - begun) / tokens * missing
         if source.format.name == "sampled":
@@ -299,7 +333,7 @@ def _duration(seconds: float) -> str:
 def _write_missing(source: _Source, batches: Iterable[dict[str, Any]], folder: Path, bar: Any) -> None:
     there = Cache(folder)
     known, writer = set(there), Writer(folder, manifests.identity(there.manifest))
-    for batch in batches:
+    for batch in source.turns(batches, known):
         for row, record in source.records(batch, known):
             writer.add(row.key, record)
             known.add(row.key)

@@ -8,6 +8,7 @@ sharded, transformers cuts it among the processes while it reads it, by FSDP2, u
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from taid.config import TAIDConfig
 
 READY = ("ddp", "fsdp2", "zero2", "zero3")
@@ -143,6 +146,23 @@ def of(accelerator: Any) -> str:
     return "ddp" if accelerator.num_processes > 1 else "none"
 
 
+def check(accelerator: Any) -> None:
+    """Raise a ValueError for an engine that would give wrong numbers, and set FSDP2's precision right."""
+    if of(accelerator) == "fsdp1":
+        raise ValueError("FSDP's first version is not supported: set fsdp_version: 2 (--accelerate_config fsdp2)")
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        import torch
+
+        # accelerate rounds what each module gives to 16 bits, the loss among it, and sums gradients in them.
+        fsdp.mixed_precision_policy = dataclasses.replace(
+            fsdp.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
@@ -172,18 +192,21 @@ def read_whole() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = before
 
 
-def fit_checkpoint(checkpoint: Path, accelerator: Any) -> None:
+def fit_checkpoint(checkpoint: Path, accelerator: Any) -> bool:
     """Let DeepSpeed take up a checkpoint of another number of processes: by its own converter, beside what is there.
+
+    Returns:
+        Whether that was needed.
 
     Raises:
         ValueError: the converter fails; says with what.
     """
     latest = checkpoint / "latest"
     if not latest.is_file():
-        return
+        return False
     tag = latest.read_text(encoding="utf-8").strip()
     if len(list((checkpoint / tag).glob("*_optim_states.pt"))) == accelerator.num_processes:
-        return
+        return False
     if accelerator.is_main_process:
         made = [f"--input_folder={checkpoint / tag}", f"--output_folder={checkpoint / tag}_universal"]
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *made, "--inject_missing_state"]
@@ -197,6 +220,17 @@ def fit_checkpoint(checkpoint: Path, accelerator: Any) -> None:
         (checkpoint / "latest_universal").write_text(f"{tag}_universal", encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    return True
+
+
+def part_steps(optimizer: Any) -> None:
+    """Give each part of the weights its own counter of Adam's steps.
+
+    From a converted checkpoint DeepSpeed (0.19.8) gives all parts one, which each of them then moves.
+    """
+    for state in optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()
 
 
 # --- the teacher ------------------------------------------------------------------------------------------------------
@@ -215,7 +249,10 @@ def reading(args: TAIDConfig, where: str) -> dict[str, Any]:
     A machine's processes hold one teacher together, so that its layers are gathered by the fast links within it.
     """
     if args.teacher_quantization is not None:
-        return {"quantization_config": _quantization(args), "device_map": {"": args.device}}
+        import torch
+
+        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        return {"quantization_config": quantized(args.teacher_quantization, compute), "device_map": {"": args.device}}
     if args.world_size == 1 or where == "replicated":
         return {}
     from transformers.distributed import DistributedConfig
@@ -231,19 +268,20 @@ def reading(args: TAIDConfig, where: str) -> dict[str, Any]:
     }
 
 
-def _quantization(args: TAIDConfig) -> Any:
-    """The configuration by which transformers quantizes a teacher as it reads it."""
-    import torch
+def quantized(name: str, compute: torch.dtype) -> Any:
+    """The configuration by which transformers quantizes a model as it reads it; 4 bits are computed in `compute`.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
     from transformers import BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
 
-    name = str(args.teacher_quantization)
     package = {"bnb": "bitsandbytes", "torchao": "torchao"}.get(name.partition("_")[0])
     if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"teacher_quantization {name!r} needs {package}: pip install {package}")
+        raise ValueError(f"{name} needs {package}: pip install {package}")
     if name == "bnb_8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     if name == "bnb_4bit":
-        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     if name == "fp8":
         return FineGrainedFP8Config()

@@ -120,13 +120,7 @@ def load_pair(
             elsewhere, teacher, args, teacher_processing_class, revision
         )
     if isinstance(teacher, str):
-        _check_folder(teacher, "teacher")
-        can_be_cut = args.teacher_quantization is None and adapter_config(teacher, **revision) is None
-        where = engines.placement(args, can_be_cut=can_be_cut)
-        if where != "replicated" and not can_be_cut:
-            raise ValueError(f"teacher {teacher!r} is an adapter, which is not cut up: merge it first (taid export)")
-        options = engines.reading(args, where) | teacher_init_kwargs(args)
-        teacher = load_model(teacher, role="teacher", **(remote | revision | options))
+        teacher = _load_teacher(teacher, args, remote | revision)
     teacher_processing_class = teacher_processing_class or _processing_class_of(
         names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", see=see, **remote, **revision
     )
@@ -153,6 +147,15 @@ def load_pair(
     }
     vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
     return Pair(student, processing_class, teacher, teacher_processing_class, vocabulary, names)
+
+
+def _load_teacher(name: str, args: TAIDConfig, origin: dict[str, Any]) -> Any:
+    _check_folder(name, "teacher")
+    can_be_cut = args.teacher_quantization is None and adapter_config(name, origin.get("revision")) is None
+    where = engines.placement(args, can_be_cut=can_be_cut)
+    if where != "replicated" and not can_be_cut:
+        raise ValueError(f"teacher {name!r} is an adapter, which is not cut up: merge it first (taid export)")
+    return load_model(name, role="teacher", **(origin | engines.reading(args, where) | teacher_init_kwargs(args)))
 
 
 def require_read_back(config: Any, tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,34 @@ def written(name: str) -> Iterator[None]:
         ) from error
 
 
-def finish_checkpoint(folder: Path, name: str) -> None:
-    """Give a checkpoint its name once it is whole and on disk: a kill, or a machine that is lost, leaves it or none."""
+@contextlib.contextmanager
+def unfinished(folder: Path, name: str, *, is_writer: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """Where a checkpoint is written within this context; at its end it gets its name, whole and on disk.
+
+    A kill, or a machine that is lost, leaves the whole checkpoint or none of that name.
+
+    Args:
+        folder: of the run.
+        name: of the checkpoint.
+        is_writer: whether this process, of all that write, makes the folders.
+        wait: returns when all processes have called it.
+    """
     made, final = folder / UNFINISHED / name, folder / name
-    for path in sorted(made.rglob("*"), reverse=True):
-        _to_disk(path)
-    if final.exists():  # of the same step, saved again
-        shutil.rmtree(final)
-    os.replace(made, final)
-    _to_disk(folder)
-    shutil.rmtree(folder / UNFINISHED)
+    if is_writer:
+        shutil.rmtree(made.parent, ignore_errors=True)  # of a save that was killed
+    wait()
+    with written(name):
+        yield made
+    wait()
+    if is_writer:
+        for path in made.rglob("*"):
+            _to_disk(path)
+        if final.exists():  # of the same step, saved again
+            shutil.rmtree(final)
+        os.replace(made, final)
+        _to_disk(folder)
+        shutil.rmtree(made.parent)
+    wait()
 
 
 def _to_disk(path: Path) -> None:

@@ -197,9 +197,10 @@ def _in_a_process(subject: Subject, *, dtype: str, use_cpu: bool) -> tuple[dict[
 
 def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
     import torch
-    from transformers import BitsAndBytesConfig, logging
+    from transformers import logging
     from transformers.utils import cached_file
 
+    from taid import engines
     from taid.models import load_model
 
     logging.disable_progress_bar()
@@ -208,8 +209,7 @@ def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
     )
     options: dict[str, Any] = {"dtype": dtype}
     if subject.bits is not None:
-        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        quantized = BitsAndBytesConfig(**(four if subject.bits == 4 else {"load_in_8bit": True}))
+        quantized = engines.quantized(f"bnb_{subject.bits}bit", dtype)
         options |= {"quantization_config": quantized, "device_map": {"": device}}
         importlib.import_module("bitsandbytes")  # its share of the memory is not the model's
     before = _memory(device, peak=False)

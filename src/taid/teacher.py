@@ -48,6 +48,8 @@ class Teacher(ABC):
 
     kind: str
     """What its answers are worth: "exact", or which part of a distribution they give."""
+    is_cut = False
+    """Whether processes hold it together, so that all of them have to ask at once."""
     fetches = False
     """Whether it is worth to say a step early what it is asked for."""
 
@@ -89,6 +91,7 @@ class LocalTeacher(Teacher):
         self, model: nn.Module, vocabulary: Vocabulary, autocast: Callable[[], AbstractContextManager[Any]], fused: bool
     ) -> None:
         self.model, self.vocabulary, self.autocast = model, vocabulary, autocast
+        self.is_cut = getattr(model, "is_distributed_loading_by_transformers", False)
         self.head = OutputHead(model, "teacher") if fused else None
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import threading
 import time
@@ -31,7 +30,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from taid import capture, engines, images, rows, run_folder, stream, vision
+from taid import capture, engines, identity, images, rows, run_folder, stream, vision
 from taid.cache import Cache
 from taid.card import write_card
 from taid.config import TAIDConfig, resolved
@@ -48,12 +47,6 @@ from taid.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
-# Beside objective, schedule and N: what a checkpoint's optimizer state, rows and weights belong to.
-_RUN_DEFINING = (
-    "model_name_or_path teacher_model_name_or_path dataset_name max_length packing seed data_seed optim learning_rate "
-    "weight_decay lr_scheduler_type warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon router_aux_loss_coef "
-    "bf16 fp16 use_peft lora_r lora_alpha lora_target_modules"
-).split()
 _NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
@@ -124,8 +117,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             args.fused, args.objective = False, name
         self._checkpoints_in: str | None = None
         self.was_stopped = self._is_asked_to_stop = False
-        self._stream = stream.of(train_dataset, eval_dataset, args)
-        train_dataset = self._stream.dataset if self._stream else train_dataset
+        self.stream = stream.of(train_dataset, eval_dataset, args)
+        train_dataset = self.stream.dataset if self.stream else train_dataset
         see = images.has_images(train_dataset)
         if see and (args.teacher_cache or args.teacher_server_url or args.tokenizer_from == "teacher"):
             raise ValueError(
@@ -165,11 +158,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         )  # fmt: skip
         if args.tokenizer_from == "teacher" and is_peft_model(self.model):
             keep_embeddings(self.model)
-        if engines.of(self.accelerator) == "fsdp1":
-            raise ValueError("FSDP's first version is not supported: set fsdp_version: 2 (--accelerate_config fsdp2)")
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
+        engines.check(self.accelerator)
 
         self.vocabulary, self.teacher_tokenizer = pair.vocabulary, pair.teacher_tokenizer
         self.configuration = resolved(args) | pair.names
@@ -233,12 +222,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             num_trained=num_trained, **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )  # fmt: skip
         sums = self._logged(sums, with_teacher=with_teacher, training=model.training)
-        is_filler = (labels == -100).all(-1)  # as in rows.FullBatches
-        sums["num_tokens"] = (
-            inputs["attention_mask"][~is_filler].sum()
-            if "attention_mask" in inputs
-            else labels.new_tensor(inputs["input_ids"][~is_filler].numel(), dtype=torch.long)
-        )
+        is_read = (labels != -100).any(-1, keepdim=True)  # rows.FullBatches fills up with others
+        sums["num_tokens"] = (inputs.get("attention_mask", torch.ones_like(labels)) * is_read).sum()
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks; the count is that of all ranks.
             loss = loss / num_items_in_batch * (self.accelerator.num_processes // self.get_tp_size())
@@ -270,11 +255,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Batches of a stream say where they end and begin where the checkpoint's do; others are full on each rank."""
-        if self._stream is None:
+        if self.stream is None:
             return self._full_batches()
         shared = self.get_tp_size()  # ranks that split one model see the same rows
         return stream.Batches(
-            self._stream, self.train_dataset, self.data_collator, size=self._train_batch_size,
+            self.stream, self.train_dataset, self.data_collator, size=self._train_batch_size,
             rank=self.accelerator.process_index // shared, processes=self.accelerator.num_processes // shared,
         )  # fmt: skip
 
@@ -296,7 +281,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args)
         # A stream goes on by itself: transformers would read it again up to there, and skip.
-        return epochs, 0 if self._stream else batches
+        return epochs, 0 if self.stream else batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers takes one step too many when it resumes a run that is already at its end
@@ -341,9 +326,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         # A gradient scaler (float16) skips overflowing steps by design, so there only the loss counts.
         if not math.isfinite(sums["loss"]) or not (math.isfinite(grad_norm) or self.accelerator.scaler):
             last = run_folder.last_checkpoint(Path(self.args.output_dir))
+            moved = "after" if self.is_deepspeed_enabled else "before"  # DeepSpeed moves it at the end of backward
             raise FloatingPointError(
                 f"step {step}: the loss is {sums['loss'] / trained} and the gradient's norm {grad_norm}. Training "
-                f"stopped before the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: "
+                f"stopped {moved} the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: "
                 "a lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, a look at the rows of this step."
             )
         if sums.pop("stops"):  # of one rank or all: with the sums of the step, every rank hears of it in the same step
@@ -440,57 +426,26 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             vision.check_sight(iter(self.train_dataset), self.data_collator, self._sees)
         self._train_start = self._window_start = time.perf_counter()
         self.moving.start(self.state.max_steps, say=self.is_world_process_zero())
-        if self._stream:
-            self._stream.start = None
+        if self.stream:
+            self.stream.start = None
         if self.state.global_step == 0:
             return
         saved = self.state.stateful_callbacks.get(type(self).__name__)
         if saved is None:
             raise ValueError("the checkpoint was not written by TAIDTrainer: its schedule is unknown")
-        now = self._identity()
-        before = saved["identity"]
-        differing = [
-            f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-            for name in sorted({*now, *before})
-            if before.get(name) != now.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the old values."
-            )
+        identity.require_same(saved["identity"], identity.of(self))
         self.moving.restore(saved["schedule"])
-        if self._stream:
-            self._stream.start = saved["places"][self.accelerator.process_index]
+        if self.stream:
+            self.stream.start = saved["places"][self.accelerator.process_index]
         self._window = defaultdict(float, saved["window"])
         self._total_train_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
 
-    def _identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its continuation."""
-        names = ["objective", "kd_ratio", *self.moving.options, *_RUN_DEFINING]
-        rows_per_step = (
-            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        )
-        identity = {name: self.configuration.get(name) for name in names}
-        if self._stream:
-            # A place counts prepared rows, and is that of one process among so many.
-            identity |= {name: self.configuration.get(name) for name in ("dataset_weights", "packing_strategy")}
-            identity |= {"files of the stream": self._stream.identity(), "processes": self.args.world_size}
-        signal = self.teacher.kind if self.teacher is not None and self.args.distillation_share > 0 else None
-        return identity | {
-            "total_steps": self.state.max_steps,
-            "rows_per_step": rows_per_step,
-            "teacher_signal": signal,
-        }
-
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
-            engines.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
+        resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
+        is_converted = resumes and engines.fit_checkpoint(Path(str(resume_from_checkpoint)), self.accelerator)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.is_deepspeed_enabled:
-            # From a converted checkpoint DeepSpeed (0.19.8) gives all parts of the weights one counter of Adam's steps,
-            # which each of them then moves.
-            for state in self.model_wrapped.optimizer.optimizer.state.values():
-                state |= {"step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else {}
+        if is_converted:
+            engines.part_steps(self.model_wrapped.optimizer.optimizer)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -507,45 +462,38 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.stateful_callbacks[type(self).__name__] = {
-            "identity": self._identity(),
+            "identity": identity.of(self),
             "schedule": self.moving.saved(),
             "window": dict(self._window),
-            "places": gather_object([self._place]) if self._stream else None,
+            "places": gather_object([self._place]) if self.stream else None,
             "num_tokens": self._total_train_tokens,
             "seconds": self._seconds_before + time.perf_counter() - self._train_start,
         }
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        unfinished, is_writer = folder / run_folder.UNFINISHED, self.args.should_save
-        if is_writer:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a save that was killed
-        self.accelerator.wait_for_everyone()
-        self._checkpoints_in = str(unfinished)
-        try:
-            with run_folder.written(name):
+        is_writer, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with run_folder.unfinished(folder, name, is_writer=is_writer, wait=wait) as made:
+            self._checkpoints_in = str(made.parent)
+            try:
                 super()._save_checkpoint(model, trial)
-        finally:
-            self._checkpoints_in = None
-        if self.state.best_model_checkpoint == str(unfinished / name):
-            self.state.best_model_checkpoint = str(folder / name)
+            finally:
+                self._checkpoints_in = None
+            if self.state.best_model_checkpoint == str(made):
+                self.state.best_model_checkpoint = str(folder / name)
+            if is_writer:
+                self.state.save_to_json(str(made / "trainer_state.json"))
         if is_writer:
-            self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
-        if is_writer:
-            run_folder.finish_checkpoint(folder, name)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best)
-        self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._checkpoints_in or str(super()._get_output_dir(trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as an ordinary folder, gathered where FSDP has cut it up; checkpoints keep their shards."""
-        is_whole = not self.is_fsdp_enabled or "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if is_whole or output_dir not in (None, self.args.output_dir):
-            super().save_model(output_dir, _internal_call)
-        else:
+        is_cut = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if is_cut and output_dir in (None, self.args.output_dir):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)  # which writes nothing of a model that is cut up
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:  # gathered by an engine, where tied weights no longer share their memory
@@ -597,7 +545,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         """Each data set has a trained token, no token that the teacher does not share, and fits into both models."""
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **named}.items():
-            is_stream = self._stream is not None and name == "train"  # of which the first chunk is looked at
+            is_stream = self.stream is not None and name == "train"  # of which the first chunk is looked at
             is_known = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
             if (is_stream or is_known) and not self._skip_prepare_dataset:
                 checked = rows.require_usable(dataset, name, self.vocabulary, pair.tokenizer)
@@ -625,7 +573,6 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
                 engine=engines.of(self.trainer.accelerator),
             )  # fmt: skip
             run_folder.truncate_metrics(folder, state.global_step)
-
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self.trainer._stop)
 
@@ -634,7 +581,7 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
             signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._stream:  # transformers counts from where it resumed
+        if self.trainer.stream:  # transformers counts from where it resumed
             state.epoch = state.global_step / state.max_steps
         if state.global_step >= state.max_steps:  # or the last steps would be missing from metrics.jsonl
             control.should_log = True
