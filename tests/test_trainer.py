@@ -73,7 +73,9 @@ def test_a_quantized_teacher_says_something_else_the_fewer_bits_the_more(tmp_pat
 
     def kl(student, bits):
         options = {"teacher_quantization": bits, "eval_on_start": True, "max_steps": 1}
-        _, _, held_out = train(tmp_path / str(bits), student, teacher_folder, held_out=HELD_OUT, **options)
+        _, _, held_out = train(
+            tmp_path / f"{student.name} {bits}", student, teacher_folder, held_out=HELD_OUT, **options
+        )
         return held_out[0]["eval_kl"]
 
     assert kl(teacher_folder, None) < 1e-12
