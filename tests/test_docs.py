@@ -43,8 +43,9 @@ from matplotlib.image import imread
 from trl import SFTConfig
 
 import taid
-from taid import cli, config, data, judge, objectives
-from taid.config import TAIDConfig, parse
+from taid import arguments, cli, data, judge, objectives
+from taid.arguments import parse
+from taid.config import TAIDConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("*.md", "docs/**/*.md", "recipes/*.md")
@@ -356,13 +357,13 @@ def check_pytest(words: list[str]) -> None:
 
 def beside_the_configuration(command: str) -> list[tuple[str, str]]:
     """The options of a command that are no fields, as its usage shows them: `[--repair]`, `[--gpus N]`."""
-    return re.findall(r"\[(--[a-z_]+)( [A-Z]+)?\]", config._COMMANDS[command][0])
+    return re.findall(r"\[(--[a-z_]+)( [A-Z]+)?\]", arguments._COMMANDS[command][0])
 
 
 def options_of(command: str) -> set[str]:
     """Every ``--option`` of a command of taid's."""
     if command in ("train", "cache", "plan"):
-        parser: argparse.ArgumentParser = config._parser(command, show_all=True)
+        parser: argparse.ArgumentParser = arguments._parser(command, show_all=True)
         return {*parser._option_string_actions, *(option for option, _ in beside_the_configuration(command))}
     return set(commands_of_taid()[command]._option_string_actions)
 

@@ -24,8 +24,9 @@ from transformers import (
 )  # fmt: skip
 
 from taid import tiny
+from taid.arguments import parse
 from taid.cli import main
-from taid.config import Objective, parse
+from taid.config import Objective
 from taid.plan import size
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,7 +2,7 @@
 
 The flow, from the command line to the gradient:
 
-    cli.main -> config.parse -> data.load_rows -> trainer.TAIDTrainer.compute_loss -> pair_loss -> fused -> kernels
+    cli.main -> arguments.parse -> data.load_rows -> trainer.TAIDTrainer.compute_loss -> pair_loss -> fused -> kernels
                                                   trainer._end_step -> schedule.TAIDSchedule.advance -> t
 
 Public names: :class:`TAIDTrainer`, :class:`TAIDConfig`, the schedules, :func:`fused_distillation_loss` with its

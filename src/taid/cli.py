@@ -155,9 +155,9 @@ def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, 
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    from taid import config
+    from taid import arguments
 
-    model_arguments, data_arguments, args = config.parse(argv, command)
+    model_arguments, data_arguments, args = arguments.parse(argv, command)
     args.disable_tqdm = not sys.stderr.isatty()  # bars are for eyes; a log file gets a line a logged step
     if args.disable_tqdm:
         datasets.disable_progress_bars()

@@ -1,23 +1,20 @@
-"""Configuration: one flat set of names for YAML, command line and Python, and an error for each that does not exist."""
+"""The configuration of a run, each value of it checked; as a flat mapping without secrets."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 import torch
-import yaml
-from transformers import HfArgumentParser
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
 
 from taid import engines
 from taid.schedule import auto_alpha, check_range
@@ -241,70 +238,12 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Check TAID's own values, then let TRL and transformers check theirs."""
-        if isinstance(self.taid_alpha, str) and self.taid_alpha != "auto":
-            try:
-                self.taid_alpha = float(self.taid_alpha)
-            except ValueError:
-                raise ValueError(f"taid_alpha must be a positive number or 'auto', got {self.taid_alpha!r}") from None
-        if self.taid_alpha is None:
-            raise ValueError("taid_alpha must be a positive number or 'auto', got null; the paper's is 5e-4")
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                listed = ", ".join(map(_in_yaml, choices))
-                near = _nearest(str(value), map(str, choices))
-                raise ValueError(f"{name} {_in_yaml(value)} does not exist{near} (choices: {listed})")
-        for name in _NUMBERS:
-            if not isinstance(value := getattr(self, name), Real):
-                raise ValueError(f"{name} must be a number, got {_in_yaml(value)}")
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            if not _is_mapping(value := getattr(self, name)):
-                raise ValueError(
-                    f'{name} must be a mapping, as {{dtype: bfloat16}} in YAML or \'{{"dtype": "bfloat16"}}\' on the '
-                    f"command line, got {_in_yaml(value)}"
-                )
-        check_range(
-            t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
-        )
-        for names, must, holds in _RANGES:
-            for name in names.split():
-                if (value := getattr(self, name)) is not None and not holds(value):
-                    raise ValueError(f"{name} must {must}, got {value}")
-        if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "cpu"):
-            raise ValueError(
-                f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do "
-                "not go together: quantized weights are held whole by each process"
-            )
-        if self.teacher_cache is not None and not self.teacher_cache:
-            raise ValueError("teacher_cache is empty: leave it away, or name a folder")
-        for name in ("eval_tasks_num_fewshot", "eval_tasks_include_path"):
-            if getattr(self, name) is not None and self.eval_tasks is None:
-                raise ValueError(f"{name} is for eval_tasks, which names no task")
-        if self.teacher_server_url is not None:
-            check_url(self.teacher_server_url)
-        template = self.chat_template_path
-        if template and template.startswith(("/", ".", "~")) and not Path(template).exists():
-            raise FileNotFoundError(f"chat_template_path: there is no file {template}")
-        if self.max_steps == 0:
-            raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs, got 0")
-        if self.train_tokens is not None and not (self.packing and self.max_length):
-            raise ValueError(
-                "train_tokens needs packing: true and a max_length, which give each row that many tokens; without them "
-                "set max_steps"
-            )
-        if self.max_steps < 0 and self.num_train_epochs <= 0:
-            raise ValueError(
-                f"num_train_epochs must be positive where max_steps is not set, got {self.num_train_epochs}"
-            )
+        self._check_values()
+        self._check_combinations()
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16: bool | None = False  # TRL's default would be refused on a machine without an accelerator
         if self.activation_checkpointing is None:  # TRL sets only the old name, which transformers warns about
             self.activation_checkpointing: bool | None = self.gradient_checkpointing
-        if self.loss_type != "nll":
-            raise ValueError(f"loss_type {self.loss_type!r} is TRL's; here `objective` and `kd_ratio` define the loss")
-        if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}, but no objective here smooths")
-        if not self.average_tokens_across_devices:
-            raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             self.use_cpu: bool = True  # or each process would take itself for the only one
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -314,6 +253,70 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         engines.prepare(self)
         if self.train_tokens is not None:
             self.max_steps: int = self._steps_for(self.train_tokens)
+
+    def _check_values(self) -> None:
+        if isinstance(self.taid_alpha, str) and self.taid_alpha != "auto":
+            try:
+                self.taid_alpha = float(self.taid_alpha)
+            except ValueError:
+                raise ValueError(f"taid_alpha must be a positive number or 'auto', got {self.taid_alpha!r}") from None
+        if self.taid_alpha is None:
+            raise ValueError("taid_alpha must be a positive number or 'auto', got null; the paper's is 5e-4")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                listed = ", ".join(map(in_yaml, choices))
+                near = nearest(str(value), map(str, choices))
+                raise ValueError(f"{name} {in_yaml(value)} does not exist{near} (choices: {listed})")
+        for name in _NUMBERS:
+            if not isinstance(value := getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {in_yaml(value)}")
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            if not _is_mapping(value := getattr(self, name)):
+                raise ValueError(
+                    f'{name} must be a mapping, as {{dtype: bfloat16}} in YAML or \'{{"dtype": "bfloat16"}}\' on the '
+                    f"command line, got {in_yaml(value)}"
+                )
+        check_range(
+            t_start=self.taid_t_start, t_end=self.taid_t_end, alpha=self.alpha_for(total_steps=1), beta=self.taid_beta
+        )
+        for names, must, holds in _RANGES:
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not holds(value):
+                    raise ValueError(f"{name} must {must}, got {value}")
+        if self.teacher_server_url is not None:
+            check_url(self.teacher_server_url)
+        if self.teacher_cache is not None and not self.teacher_cache:
+            raise ValueError("teacher_cache is empty: leave it away, or name a folder")
+        template = self.chat_template_path
+        if template and template.startswith(("/", ".", "~")) and not Path(template).exists():
+            raise FileNotFoundError(f"chat_template_path: there is no file {template}")
+        if self.max_steps == 0:
+            raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs, got 0")
+        if self.loss_type != "nll":
+            raise ValueError(f"loss_type {self.loss_type!r} is TRL's; here `objective` and `kd_ratio` define the loss")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}, but no objective here smooths")
+        if not self.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
+
+    def _check_combinations(self) -> None:
+        if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "cpu"):
+            raise ValueError(
+                f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do "
+                "not go together: quantized weights are held whole by each process"
+            )
+        for name in ("eval_tasks_num_fewshot", "eval_tasks_include_path"):
+            if getattr(self, name) is not None and self.eval_tasks is None:
+                raise ValueError(f"{name} is for eval_tasks, which names no task")
+        if self.train_tokens is not None and not (self.packing and self.max_length):
+            raise ValueError(
+                "train_tokens needs packing: true and a max_length, which give each row that many tokens; without them "
+                "set max_steps"
+            )
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs must be positive where max_steps is not set, got {self.num_train_epochs}"
+            )
 
     def _steps_for(self, tokens: int) -> int:
         """The steps that `tokens` are in rows of `max_length`: N is known before the first row is read."""
@@ -408,52 +411,6 @@ class DataArguments:
         return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name or []
 
 
-# What `taid train --help` shows of transformers' 120 training arguments; `--help_all` shows the rest.
-_COMMON = frozenset(
-    "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim bf16 "
-    "activation_checkpointing seed logging_steps eval_strategy eval_steps save_strategy save_steps save_total_limit "
-    "load_best_model_at_end resume_from_checkpoint report_to use_cpu".split()
-)
-
-
-def parse(argv: Sequence[str], command: str = "train") -> tuple[ModelConfig, DataArguments, TAIDConfig]:
-    """Read ``--config FILE`` and ``--field value`` pairs; the command line wins.
-
-    Raises:
-        ValueError: unknown name (with the nearest known one), wrong type, broken YAML, a value out of range, or one
-            that transformers cannot set up.
-        ImportError: an option needs a package that is not installed.
-        FileNotFoundError: no such YAML file.
-    """
-    parser = _parser(command, show_all="--help_all" in argv)
-    values = ["--help" if value == "--help_all" else value for value in argv]
-    config_parser = _Parser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", type=Path)
-    config, values = config_parser.parse_known_args(values)
-    in_file = [] if config.config is None else _yaml_as_arguments(parser, config.config)
-    try:
-        namespace, unknown = parser.parse_known_args(in_file + values)
-    except ValueError as error:
-        name = re.match(r"argument --(\w+): (.*)", str(error), re.DOTALL)
-        is_from_file = name is not None and not any(v.split("=")[0] == f"--{name[1]}" for v in values)
-        if name is None or not is_from_file:
-            raise
-        raise ValueError(f"{config.config}: {name[1]}: {name[2]}") from None
-    if unknown:
-        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        raise ValueError(f"unknown option {unknown[0]!r}{_nearest(name, _names(parser))}")
-    options = vars(namespace)
-
-    def build(cls: Any) -> Any:
-        return cls(**{f.name: options[f.name] for f in fields(cls) if f.init})
-
-    try:
-        return build(ModelConfig), build(DataArguments), build(TAIDConfig)
-    except RuntimeError as error:  # what transformers raises for a device or package that an option needs
-        raise ValueError(f"the options cannot be set up: {error}") from error
-
-
 # eos_token and pad_token are words of the vocabulary.
 _SECRET = re.compile(r"(?!(eos|pad)_token$)((.*_)?token|.*(password|secret).*|api_key)", re.IGNORECASE)
 
@@ -473,132 +430,8 @@ def resolved(*configurations: Any) -> dict[str, Any]:
     return plain
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-_COMMANDS = {
-    "train": (
-        "[--dry_run] [--accelerate_config ENGINE] [--num_processes N] [--field value ...]",
-        "Distil a teacher into a student. --dry_run prints the plan and tries the recipe with small random models. "
-        "--accelerate_config starts a process a GPU, or N, of ddp, fsdp2, zero2, zero3 or of a file of `accelerate "
-        "config`.",
-    ),
-    "cache": (
-        "--teacher_cache DIR [--repair] [--accelerate_config ENGINE] [--num_processes N] [--field value ...]",
-        "Ask the teacher once for every row that `taid train` with the same recipe sees, and keep what it says in DIR. "
-        "Continues what is there; --repair reads all of it first and captures damaged shards anew.",
-    ),
-    "plan": (
-        "[--gpus N] [--field value ...]",
-        "Say what a recipe takes in memory, hours and disk, from configurations alone, and from the rows where they "
-        "are on this machine. --gpus is the number of processes that the run will have.",
-    ),
-}
-
-
-def _parser(command: str, *, show_all: bool) -> _Parser:
-    usage, description = _COMMANDS[command]
-    parser = _Parser(
-        [TAIDConfig, ModelConfig, DataArguments],
-        prog=f"taid {command}",
-        usage=f"taid {command} --config recipe.yaml {usage}",
-        description=description,
-        allow_abbrev=False,
-        add_help=False,
-        formatter_class=argparse.HelpFormatter,
-    )
-    own = set(TAIDConfig.__annotations__)
-    sections = {
-        "Objective and teacher": own,
-        "Student model": {f.name for f in fields(ModelConfig)},
-        "Data": {f.name for f in fields(DataArguments)},
-        "Rows and packing (TRL's SFTConfig)": set(SFTConfig.__annotations__) - _COMMON,
-        "Training": set(_COMMON),
-        "All other training arguments (transformers)": {f.name for f in fields(TAIDConfig)},
-    }
-    actions, parser._action_groups = list(parser._actions), []
-    general = parser.add_argument_group("General")
-    general.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of the names below; the command line wins"
-    )
-    general.add_argument("--help", action="help", help="show this message")
-    general.add_argument("--help_all", action="help", help="show all of transformers' training arguments too")
-    for title, names in sections.items():
-        group = parser.add_argument_group(title)
-        for action in [a for a in actions if a.dest in names]:
-            actions.remove(action)
-            if action.dest == "resume_from_checkpoint":
-                action.nargs, action.const = "?", "true"
-                action.help = "Continue the last complete checkpoint of output_dir, or the given one."
-            if get_origin(action.type) is dict:
-                action.type = json.loads
-            if action.help and "(default" not in action.help and action.default not in (None, "", argparse.SUPPRESS):
-                action.help += f" (default: {_in_yaml(action.default).strip(chr(39))})".replace("%", "%%")
-            hidden = title.startswith("All other") and not show_all
-            if hidden or action.option_strings[0].startswith("--no_"):
-                action.help = argparse.SUPPRESS
-            action.metavar = action.metavar or (None if action.choices else "VALUE")
-            action.option_strings = [name for name in action.option_strings if hidden or "-" not in name[2:]]
-            group._group_actions.append(action)
-    return parser
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """Turn a YAML mapping into command-line arguments, so that both are checked by the same rules."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--config {path}: there is no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"--config {path} is a folder: name a YAML file in it") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of names to values, not a {type(values).__name__}")
-    names = _names(parser)
-    nargs = {
-        action.dest: action.nargs for action in parser._actions if not action.option_strings[0].startswith("--no_")
-    }
-    hints = get_type_hints(TAIDConfig)
-    arguments: list[str] = []
-    for name, value in values.items():
-        if name not in names:
-            raise ValueError(f"{path}: unknown key {name!r}{_nearest(str(name), names)}")
-        takes_list = nargs[name] == "+" or any(get_origin(hint) is list for hint in get_args(hints.get(name)))
-        if isinstance(value, list) and not takes_list:
-            raise ValueError(f"{path}: {name} takes one value, got the list {value}")
-        if isinstance(value, list) and value and nargs[name] == "+":
-            arguments += [f"--{name}", *map(str, value)]
-        elif value is None or isinstance(value, list) or (isinstance(value, bool) and nargs[name] == "?"):
-            parser.set_defaults(**{name: value})  # what argparse would take for text
-        elif isinstance(value, dict):
-            arguments.append(f"--{name}={json.dumps(value)}")
-        else:
-            arguments.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return arguments
-
-
-def _names(parser: argparse.ArgumentParser) -> set[str]:
-    return {action.dest for action in parser._actions} - {"help", "help_all", "config"}
-
-
-def _in_yaml(value: Any) -> str:
+def in_yaml(value: Any) -> str:
+    """A value as a YAML file has it, for messages."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
@@ -612,6 +445,7 @@ def _is_mapping(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
+    """A question whether the most similar known name was meant, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""

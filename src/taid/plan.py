@@ -42,7 +42,7 @@ _STATES: dict[str, tuple[int, int | None]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made of, as :func:`taid.config.parse` gives it.
+    """What a run is made of, as :func:`taid.arguments.parse` gives it.
 
     Attributes:
         model: the student's options.
