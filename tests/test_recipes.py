@@ -265,7 +265,7 @@ def test_every_objective_passes(recipe, run, objective):
         ({"dataset_name": "chats.jsonl"}, "data file chats.jsonl does not exist"),
         ({"streaming": True}, "a stream has no length: set max_steps"),
         ({"use_peft": True, "peft_type": "x"}, "unknown key 'peft_type'"),
-        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"optim": "lomo"}, "lomo"),
         ({"gpus": 8}, "unknown key 'gpus'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
