@@ -1,6 +1,8 @@
 # Everything runs in .venv; `make` alone lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
+# A worker a core; a file's tests stay together, because they share what they have trained.
+PYTEST := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help install dev demo test check format docs clean
 
@@ -15,13 +17,13 @@ demo: install  ## distil on this Python's own standard library, in minutes
 	$(BIN)/taid demo
 
 test: dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 check: dev  ## format check, lint, types, tests, docs: what CI runs
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 
 format: dev  ## format and mend what can be mended
