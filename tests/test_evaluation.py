@@ -10,16 +10,24 @@ import shutil
 import subprocess
 import sys
 import types
+from typing import get_args
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from taid import TAIDConfig, TAIDTrainer, run_folder, tasks
 from taid.cli import main
+from taid.config import Quantization
 from taid.evaluation import bytes_of, held_out
 from taid.tasks import PAPER, Tasks
 
@@ -175,6 +183,104 @@ def test_the_table_has_a_row_for_each_model(
         assert f"{of['bits_per_byte']:.4f}" in printed
 
 
+# --- a teacher in fewer bits ------------------------------------------------------------------------------------------
+
+BITS = {
+    "bnb_8bit": BitsAndBytesConfig(load_in_8bit=True),
+    "bnb_4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+}
+
+
+def log_probs(model, tokenizer, rows):
+    """Of each token of the completions, over the shared ids, and which token it is."""
+    found, targets = [], []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor(prompt + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1, :300]
+        found.append(logits.double().log_softmax(-1))
+        targets.append(ids[len(prompt) :])
+    return torch.cat(found), torch.cat(targets)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["llama", "a head with a bias"])
+def test_what_fewer_bits_change_of_a_teacher_is_what_they_change_by_hand(
+    bits, kind, tmp_path, student_folder, teacher_folder, tokenizer, rows, capsys
+):
+    if kind != "llama":
+        teacher_folder = tmp_path / "teacher"
+        torch.manual_seed(0)
+        model = PhiForCausalLM(
+            PhiConfig(vocab_size=310, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                      initializer_range=0.2)
+        )  # fmt: skip
+        torch.nn.init.normal_(model.lm_head.bias, std=3.0)
+        model.save_pretrained(teacher_folder)
+        tokenizer.save_pretrained(teacher_folder)
+    data, output = rows(tmp_path / "rows.jsonl", number=40), tmp_path / "e.json"
+    options = ("--teacher", teacher_folder, "--teacher_quantization", bits, "--data", data, "--output", output)
+    # Which features bnb_8bit leaves in 16 bits depends on what is in a batch.
+    assert evaluate(student_folder, *options, "--batch_size", 1) == 0
+    found = json.loads(output.read_text())["held_out"]["teacher"]
+    fewer = found["quantized"]
+
+    whole, targets = log_probs(AutoModelForCausalLM.from_pretrained(teacher_folder), tokenizer, lines(data))
+    quantized = AutoModelForCausalLM.from_pretrained(
+        teacher_folder, quantization_config=BITS[bits], dtype=torch.float32, device_map={"": "cpu"}
+    )
+    ours, _ = log_probs(quantized, tokenizer, lines(data))
+    losses = [-of[torch.arange(len(targets)), targets].mean().item() for of in (whole, ours)]
+    assert found["tokens"] == len(targets)
+    assert found["cross_entropy"] == pytest.approx(losses[0], rel=2e-6)
+    assert fewer["name"] == bits
+    assert fewer["cross_entropy"] == pytest.approx(losses[1], rel=1e-5)
+    assert fewer["change"] == pytest.approx(losses[1] - losses[0], abs=1e-5 * losses[0])
+    assert fewer["change"] == fewer["cross_entropy"] - found["cross_entropy"]
+    assert fewer["kl"] == pytest.approx((whole.exp() * (whole - ours)).sum(-1).mean().item(), rel=1e-4)
+    same = (whole.argmax(-1) == ours.argmax(-1)).sum().item()
+    assert fewer["agreement"] * len(targets) == pytest.approx(same, abs=1e-6)
+    assert 0 < same < len(targets)
+    printed = capsys.readouterr().out
+    assert f"{losses[0]:.4f} -> {losses[1]:.4f} nats/token ({losses[1] - losses[0]:+.4f})" in printed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_in_as_many_bits_as_before_changes_by_nothing(
+    dtype, tmp_path, monkeypatch, student_folder, teacher_folder, rows
+):
+    monkeypatch.setattr("taid.engines.quantized", lambda name, compute: None)
+    options = ("--teacher", teacher_folder, "--teacher_quantization", "bnb_4bit", "--dtype", dtype, "--batch_size", 3)
+    assert evaluate(student_folder, *options, "--data", rows(tmp_path / "r.jsonl"), "--output", tmp_path / "e") == 0
+    found = json.loads((tmp_path / "e").read_text())["held_out"]["teacher"]
+    expected = {"name": "bnb_4bit", "cross_entropy": found["cross_entropy"], "change": 0.0, "kl": 0.0, "agreement": 1.0}
+    assert found["quantized"] == expected
+
+
+def test_the_ways_to_quantize_are_those_of_training(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate("no/such/model", "--teacher_quantization", "q4")
+    error = capsys.readouterr().err
+    assert "--teacher_quantization: invalid choice: 'q4'" in error
+    assert error.partition("choose from ")[2] == ", ".join(map(repr, get_args(Quantization))) + ")\n"
+
+
+def test_a_package_that_quantizes_and_is_missing_is_named_before_a_model_is_loaded(monkeypatch, tmp_path, rows, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    options = (
+        "--teacher",
+        "no/such/teacher",
+        "--teacher_quantization",
+        "bnb_8bit",
+        "--data",
+        rows(tmp_path / "r.jsonl"),
+    )
+    assert evaluate("no/such/model", *options) == 2
+    assert capsys.readouterr().err == "taid: error: bnb_8bit needs bitsandbytes: pip install bitsandbytes\n"
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_is_evaluated_with_its_base(dora, tmp_path, student_folder, tokenizer, rows):
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "use_dora": dora}
@@ -197,15 +303,29 @@ def test_two_processes_share_the_rows_and_print_once(tmp_path, student_folder, t
     data, output = rows(tmp_path / "rows.jsonl", number=7), tmp_path / "two.json"
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "-m", "taid", "evaluate", str(student_folder), "--use_cpu"]
-    command += ["--teacher", str(teacher_folder), "--data", str(data), "--batch_size", "2", "--output", str(output)]
+    bits = ["--teacher_quantization", "bnb_4bit"]
+    command += [
+        "--teacher",
+        str(teacher_folder),
+        *bits,
+        "--data",
+        str(data),
+        "--batch_size",
+        "2",
+        "--output",
+        str(output),
+    ]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("nats/token") == 1
-    assert evaluate(student_folder, "--teacher", teacher_folder, "--data", data, "--output", tmp_path / "e.json") == 0
+    assert done.stdout.count("Held out") == done.stdout.count("Teacher in bnb_4bit") == 1
+    options = ("--teacher", teacher_folder, *bits, "--data", data, "--output", tmp_path / "e.json")
+    assert evaluate(student_folder, *options) == 0
     two, one = (json.loads(path.read_text())["held_out"] for path in (output, tmp_path / "e.json"))
     for name, measures in one.items():
         for measure in ("cross_entropy", "bits_per_byte", "kl", "accuracy", "tokens", "bytes"):
             assert two[name][measure] == pytest.approx(measures[measure], rel=1e-6)
+    for measure in ("cross_entropy", "change", "kl", "agreement"):
+        assert two["teacher"]["quantized"][measure] == pytest.approx(one["teacher"]["quantized"][measure], rel=1e-5)
 
 
 def lines(path):
@@ -217,6 +337,13 @@ def lines(path):
 MISTAKES = {
     "nothing": ((), "nothing to evaluate: give held-out rows as --data"),
     "teacher alone": (("--teacher", "t", "--tasks", "x"), "--teacher is compared on held-out rows"),
+    "bits of no teacher": (
+        ("--teacher_quantization", "bnb_4bit", "--data", "x"),
+        "--teacher_quantization changes a teacher on held-out rows: give --teacher and --data",
+    ),
+    "bits on no rows": (
+        ("--teacher_quantization", "fp8", "--teacher", "t", "--speed"), "on held-out rows: give --teacher and --data"
+    ),
     "shots alone": (("--num_fewshot", 2, "--data", "x"), "--num_fewshot is for tasks"),
     "no rows a batch": (("--batch_size", 0, "--data", "x"), "--batch_size must be positive, got 0"),
     "half a judge": (("--judge_url", "http://host"), "--judge_model is not set"),

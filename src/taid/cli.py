@@ -122,6 +122,8 @@ def _add_evaluate(commands: Any) -> None:
     add = evaluate.add_argument
     add("model", metavar="MODEL", help="a folder with safetensors (also of an adapter) or a Hub name")
     add("--teacher", metavar="MODEL", help="gives the KL to it, and its own row")
+    add("--teacher_quantization", choices=("bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"),
+        help="also load the teacher in these bits, as in training, and say what that changes of it")  # fmt: skip
     add("--before", metavar="MODEL", help="the student before training, for a row of its own")
     add("--data", metavar="NAME", help="held-out rows: a file, glob, folder or Hub name, as dataset_name")
     add("--dataset_config", metavar="NAME", help="configuration of a Hub data set")
@@ -408,6 +410,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user can act on them
     logging.basicConfig(format="%(message)s")
     logging.getLogger("taid").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # in 8 bits it warns of a cast at each product
     run(options)
 
 

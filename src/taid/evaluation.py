@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from taid import run_folder, speed
+from taid import engines, run_folder, speed
 from taid.tasks import Tasks, task_table
 
 if TYPE_CHECKING:
@@ -103,18 +104,10 @@ def held_out(
     Raises:
         ValueError: the rows have no trained token, or student and teacher have different tokenizers.
     """
-    from transformers import PrinterCallback, ProgressCallback
-
     from taid import vision
     from taid.models import tokenizer_of
-    from taid.trainer import TAIDTrainer
 
-    trainer = TAIDTrainer(
-        student, teacher, args, train_dataset=rows, processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer,
-    )  # fmt: skip
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer = _trainer(student, tokenizer, rows, args, teacher, teacher_tokenizer)
     found = trainer.evaluate(trainer.train_dataset)
     size = sum(bytes_of(*row, tokenizer_of(tokenizer)) for row in _tokens(trainer))
     others_images = None
@@ -137,6 +130,81 @@ def held_out(
         tokens=tokens,
         bytes=size,
     )
+
+
+def quantized(
+    teacher: Any, tokenizer: Any, rows: Any, args: TAIDConfig, of_fewer_bits: Any, teacher_tokenizer: Any
+) -> dict[str, float]:
+    """Compare a teacher p with itself in fewer bits, p', which is asked as a teacher is in training.
+
+    Returns:
+        Means over the trained tokens of rows, which are those of :func:`held_out`: ``cross_entropy``, -log p'(y) in
+        nats; ``change``, that less the cross-entropy of p; ``kl``, KL(p || p') in nats, which a student would have that
+        were p'; ``agreement``, the share where both have the same likeliest token.
+
+    Raises:
+        ValueError: the rows have no trained token, or the loss in fewer bits is not finite.
+    """
+    args = copy.copy(args)
+    args.objective = "reverse_kl"  # that is KL(p || p'), with p in the student's place
+    trainer = _trainer(teacher, tokenizer, rows, args, of_fewer_bits, teacher_tokenizer)
+    found = trainer.evaluate(trainer.train_dataset)
+    cross_entropy, kl = found["eval_teacher_cross_entropy"], found["eval_loss"]
+    if not math.isfinite(cross_entropy) or not math.isfinite(kl):
+        raise ValueError(
+            f"the loss of the quantized teacher on these rows is {cross_entropy}, its KL {kl}: choose another "
+            "--teacher_quantization, or --dtype float32"
+        )
+    trainer.data_collator = _with_labels_of_teacher(trainer)
+    agreement = trainer.evaluate(trainer.train_dataset)["eval_mean_token_accuracy"]
+    change = cross_entropy - found["eval_cross_entropy"]
+    return {"cross_entropy": cross_entropy, "change": change, "kl": kl, "agreement": agreement}
+
+
+def _with_labels_of_teacher(trainer: TAIDTrainer) -> Callable[[list[Any]], dict[str, Any]]:
+    """A collator of the same batches, whose labels are the teacher's likeliest tokens: accuracy is then agreement."""
+    import torch
+
+    from taid.kernels.head_products import HeadProducts
+    from taid.sequences import shifted
+    from taid.teacher import LocalTeacher
+    from taid.vision import for_teacher
+
+    collate, teacher, ids = trainer.data_collator, trainer.teacher, trainer.vocabulary.index
+    assert isinstance(teacher, LocalTeacher)
+
+    def collated(of_rows: list[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = collate(of_rows)
+        inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
+        labels = shifted(inputs.pop("labels"))
+        hidden, head = teacher(for_teacher(inputs | {"use_cache": False}), labels)
+        products = HeadProducts(head.weight, len(ids), None, False)  # as precise as those of the loss
+        bias, tile = 0 if head.bias is None else head.bias[: len(ids)], products.tile(256)
+        likeliest = [
+            (products.project(products.operand(part), tile[: len(part)]) + bias).argmax(-1).cpu()
+            for part in torch.split(hidden[labels != -100], len(tile))
+        ]
+        to_predict = batch["labels"][:, 1:]
+        to_predict[to_predict != -100] = ids[torch.cat(likeliest)]
+        return batch
+
+    return collated
+
+
+def _trainer(
+    student: Any, tokenizer: Any, rows: Any, args: TAIDConfig, teacher: Any, teacher_tokenizer: Any
+) -> TAIDTrainer:
+    from transformers import PrinterCallback, ProgressCallback
+
+    from taid.trainer import TAIDTrainer
+
+    trainer = TAIDTrainer(
+        student, teacher, args, train_dataset=rows, processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+    )  # fmt: skip
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
 
 
 def _tokens(trainer: TAIDTrainer) -> Iterator[tuple[list[int], list[int]]]:
@@ -247,6 +315,12 @@ def _check(options: Namespace) -> None:
         raise ValueError("--teacher is compared on held-out rows or in --speed: give rows as --data")
     if options.before is not None and options.data is None:
         raise ValueError("--before is compared on held-out rows: give them as --data")
+    if options.teacher_quantization is not None:
+        if options.teacher is None or options.data is None:
+            raise ValueError("--teacher_quantization changes a teacher on held-out rows: give --teacher and --data")
+        import torch
+
+        engines.quantized(options.teacher_quantization, torch.float32)  # names a package that is not installed
     for name in ("num_fewshot", "limit", "include_path"):
         if getattr(options, name) is not None and options.tasks is None:
             raise ValueError(f"--{name} is for tasks: name some with --tasks")
@@ -332,11 +406,11 @@ def _configured(options: Namespace) -> Iterator[TAIDConfig]:
         )  # fmt: skip
 
 
-def _load(options: Namespace, name: str, role: str, *, see: bool) -> tuple[Any, Any]:
+def _load(options: Namespace, name: str, role: str, *, see: bool, **init_kwargs: Any) -> tuple[Any, Any]:
     from taid.models import load_model, load_processing_class
 
     processing_class = load_processing_class(name, role=role, see=see)
-    return load_model(name, role=role, dtype=options.dtype), processing_class
+    return load_model(name, role=role, dtype=options.dtype, **init_kwargs), processing_class
 
 
 def _compare(options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TAIDConfig) -> dict[str, Any]:
@@ -344,19 +418,31 @@ def _compare(options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TA
     from taid.images import has_images
 
     see = has_images(rows)
+    teacher: tuple[Any, Any] = (
+        (None, None) if options.teacher is None else _load(options, options.teacher, "teacher", see=see)
+    )
+    of_rows: Any = tokenizer
+    if see and options.teacher is not None:  # its own pixels of them
+        of_rows = copy.copy(teacher[1])
+        of_rows.chat_template = tokenizer.chat_template
+    of_quantized = None
+    if options.teacher_quantization is not None:  # first, because it may not load, and goes before others come
+        config = engines.quantized(options.teacher_quantization, teacher[0].dtype)
+        more = {"quantization_config": config, "device_map": {"": args.device}}
+        of_fewer_bits, _ = _load(options, options.teacher, "teacher", see=see, **more)
+        of_quantized = quantized(teacher[0], of_rows, rows, args, of_fewer_bits, teacher[1])
+        del of_fewer_bits
+        gc.collect()  # a trainer refers to itself
     pairs = {"student": (model, tokenizer)}
     if options.before is not None:
         pairs = {"student before": _load(options, options.before, "student", see=see)} | pairs
-    teacher = (None, None) if options.teacher is None else _load(options, options.teacher, "teacher", see=see)
     found = {name: asdict(held_out(*pair, rows, args, *teacher)) for name, pair in pairs.items()}
     if options.teacher is not None:
         # Beside the student, so that the ids are the shared ones, and on the student's rows.
-        of_rows: Any = tokenizer
-        if see:  # its own pixels of them
-            of_rows = copy.copy(teacher[1])
-            of_rows.chat_template = tokenizer.chat_template
         of_teacher = held_out(teacher[0], of_rows, rows, args, model, tokenizer if see else teacher[1])
         found["teacher"] = asdict(of_teacher) | {"kl": 0.0}
+    if of_quantized is not None:
+        found["teacher"]["quantized"] = {"name": options.teacher_quantization} | of_quantized
     return found
 
 
@@ -378,4 +464,11 @@ def held_out_table(found: dict[str, dict[str, Any]]) -> Table:
             "" if kl is None else f"{kl:.4f}", f"{of['accuracy']:.2%}", f"{of['tokens']:,}", f"{of['bytes']:,}",
             *([f"{of['others_images']:.4f}"] if sees else []),
         )  # fmt: skip
+    if fewer := found.get("teacher", {}).get("quantized"):
+        loss, change = fewer["cross_entropy"], fewer["change"]
+        table.caption_justify = "left"
+        table.caption = (
+            f"Teacher in {fewer['name']}: {loss - change:.4f} -> {loss:.4f} nats/token ({change:+.4f}),\n"
+            f"KL {fewer['kl']:.4f} from the teacher as it is, the same likeliest token {fewer['agreement']:.2%}"
+        )
     return table
