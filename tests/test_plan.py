@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen3MoeConfig
 
 from taid.cli import main
-from taid.plan import size
+from taid.footprint import size
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def test_the_plan_is_what_the_capture_then_says(options, tmp_path, capsys, stude
     status, said = run("plan", options | without_weights | {"teacher_top_k": 16}, tmp_path, capsys)
     assert status == 0, said.err
     assert "hidden states of 48 numbers in float32, 308 output rows" in said.out
-    sizes = dict(line.rsplit(maxsplit=3)[:2] for line in said.out.splitlines() if line.endswith(" MB"))
+    caches = said.out.partition("a cache of")[2].splitlines()
+    sizes = dict(line.rsplit(maxsplit=3)[:2] for line in caches if line.endswith(" MB"))
     assert sizes == {
         "hidden": "192", "hidden_int8": "52", "top_k, k = 16": "76", "sampled, 50 draws, about 12 ids": "45",
         "sampled, 50 draws, at most": "159",
@@ -90,8 +91,17 @@ def lines_of(said):
 
 
 def memory_of(said):
-    """What a plan says that a process holds, in its own words."""
-    return {words: number for number, words in re.findall(r"^ +([\d.,]+ [GM]B|\?)  (.+)$", said.out, re.MULTILINE)}
+    """The table of what a process holds: of each engine and place of the teacher, MB by what they are for."""
+    names = re.search(r"^  engine +teacher +(.*)$", said.out, re.MULTILINE)[1]
+    found = {}
+    for engine, place, cells in re.findall(r"^  (none|ddp|zero2|zero3|fsdp2) +(\w+) +(.*)$", said.out, re.MULTILINE):
+        numbers = re.findall(r"([\d.,]+) [GM]B|(-|\?)", cells)
+        found[engine, place] = dict(
+            zip(
+                names.replace("in all", "all").split(), [n.replace(",", "") or word for n, word in numbers], strict=True
+            )
+        )
+    return found
 
 
 def test_rows_that_are_here_are_counted(options, tmp_path, capsys, student_folder):
@@ -142,23 +152,28 @@ def test_memory_is_that_of_the_weights_and_what_is_trained_of_them(options, tmp_
     }
 
     def mb(number):
-        return f"{number / 1e6:,.1f} MB"
+        return f"{number / 1e6:,.1f}"
 
-    _, said = run("plan", options | {"optim": "adamw_torch"}, tmp_path, capsys)
+    def held(**changes):
+        status, said = run("plan", options | changes, tmp_path, capsys)
+        assert status == 0, said.err
+        ((_, parts),) = memory_of(said).items()
+        return parts, said
+
+    parts, said = held(optim="adamw_torch")
     assert lines_of(said)["student"].endswith(f", {weights['student']:,} weights")
-    assert memory_of(said) == {
-        "student's weights, float32": mb(4 * weights["student"]),
-        "their gradients": mb(4 * weights["student"]),
-        "state of adamw_torch": mb(8 * weights["student"]),
-        "teacher's weights, float32": mb(4 * weights["teacher"]),
-        "in all in taid train": mb(16 * weights["student"] + 4 * weights["teacher"]),
-    }
+    assert (parts["weights"], parts["gradients"]) == (mb(4 * weights["student"]),) * 2
+    assert (parts["optimizer"], parts["teacher"]) == (mb(8 * weights["student"]), mb(4 * weights["teacher"]))
+    assert sum(float(n) for name, n in parts.items() if name not in ("all", "engine")) == pytest.approx(
+        float(parts["all"]), abs=0.3
+    )
     for optimizer, each in (("sgd", 0), ("lion_8bit", 1), ("adamw_bnb_8bit", 2)):
-        _, said = run("plan", options | {"optim": optimizer, "dtype": "bfloat16"}, tmp_path, capsys)
-        assert memory_of(said)["student's weights, bfloat16"] == mb(2 * weights["student"])
-        assert memory_of(said)[f"state of {optimizer}"] == mb(each * weights["student"])
-    _, said = run("plan", options | {"optim": "adafactor"}, tmp_path, capsys)
-    assert memory_of(said)["state of adafactor, whose size is not known here"] == "?"
+        parts, _ = held(optim=optimizer, dtype="bfloat16")
+        assert parts["weights"] == mb(2 * weights["student"])
+        assert parts["optimizer"] == (mb(each * weights["student"]) if each else "-")
+    parts, said = held(optim="adafactor")
+    assert (parts["optimizer"], parts["all"]) == ("?", "?")
+    assert "the state of adafactor is not known here" in said.out
 
 
 def test_an_adapter_is_all_that_is_trained(options, tmp_path, capsys):
@@ -167,7 +182,7 @@ def test_an_adapter_is_all_that_is_trained(options, tmp_path, capsys):
     assert status == 0, said.err
     trained = 2 * 2 * 4 * (32 + 32)
     assert lines_of(said)["student"].endswith(f"weights, {trained:,} of an adapter are trained")
-    assert memory_of(said)["gradients"] == f"{4 * trained / 1e6:,.1f} MB"
+    assert memory_of(said)["none", "replicated"]["gradients"] == f"{4 * trained / 1e6:,.1f}"
     assert lines_of(said)["compute"].startswith("4 N_student (")
 
 
@@ -261,3 +276,57 @@ def test_rows_of_unknown_number_and_a_wrong_number_of_gpus_are_said(options, tmp
     status, said = run("plan", options, tmp_path, capsys, "--gpus", "many")
     assert (status, said.err) == (2, "taid: error: --gpus must be a number, 0 for a CPU, got 'many'\n")
     assert not (tmp_path / "run").exists()
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_engine_is_planned_and_the_first_that_fits_is_named(options, tmp_path, capsys):
+    status, said = run("plan", options, tmp_path, capsys, "--gpus", "8")
+    assert status == 0, said.err
+    found = memory_of(said)
+    assert list(found) == [
+        (engine, place) for engine in ("ddp", "zero2", "fsdp2", "zero3") for place in ("replicated", "sharded", "cpu")
+    ]
+    assert said.out.count("  fits\n") == 12
+    assert (
+        "fits into 80 GB, of which 92% can be used: --accelerate_config ddp --teacher_placement replicated" in said.out
+    )
+    status, said = run("plan", options | {"teacher_placement": "sharded"}, tmp_path, capsys, "--gpus", "2")
+    assert {place for _, place in memory_of(said)} == {"sharded"}
+    cached = options | {"objective": "sft", "teacher_cache": str(tmp_path / "cache")}
+    status, said = run("plan", cached, tmp_path, capsys, "--gpus", "2")
+    assert {place for _, place in memory_of(said)} == {"elsewhere"}
+
+
+def test_where_nothing_fits_it_says_what_would_help(options, tmp_path, capsys):
+    given = {"activation_checkpointing": False, "max_length": 256}
+    status, said = run("plan", options | given, tmp_path, capsys, "--gpus", "1", "--gpu_memory", "0.001")
+    assert status == 0, said.err
+    assert said.out.count("  too much\n") == 2
+    held = {words: float(number) for number, words in re.findall(r"^ +([\d.]+) MB  (\S.*)$", said.out, re.MULTILINE)}
+    # an adapter of such a small student would keep more than it saves
+    assert list(held) == [
+        "activation_checkpointing: true", "per_device_train_batch_size: 1 and gradient_accumulation_steps",
+        "optim: adamw_bnb_8bit", "teacher_quantization: bnb_4bit", "teacher_cache", "all of this",
+    ]  # fmt: skip
+    least = min(float(parts["all"]) for parts in memory_of(said).values())
+    assert held.pop("all of this") < min(held.values()) < max(held.values()) <= least
+
+
+@pytest.mark.parametrize("given", ["0", "much", "-3", None])
+def test_a_memory_that_is_none_is_refused(options, tmp_path, capsys, given):
+    argv = ["--gpu_memory"] if given is None else ["--gpu_memory", given]
+    status, said = run("plan", options, tmp_path, capsys, *argv)
+    assert (status, said.err) == (
+        2, f"taid: error: --gpu_memory is that of a GPU in GB, like 80, got {given!r}\n",
+    )  # fmt: skip
+
+
+def test_a_student_whose_memory_is_not_known_is_said(tmp_path, capsys, options, student_folder):
+    folder = tmp_path / "mamba"
+    shutil.copytree(student_folder, folder)
+    MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2).save_pretrained(folder)
+    status, said = run("plan", options | {"model_name_or_path": str(folder)}, tmp_path, capsys)
+    assert status == 0, said.err
+    assert f"memory: not known for {folder} (what a state-space model keeps depends on its kernels)" in said.out

@@ -27,7 +27,7 @@ from taid import tiny
 from taid.arguments import parse
 from taid.cli import main
 from taid.config import Objective
-from taid.plan import size
+from taid.footprint import size
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "recipes"

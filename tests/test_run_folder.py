@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers.trainer_utils import rotate_checkpoints
 
 from taid import run_folder
 from taid.run_folder import (
@@ -410,3 +411,37 @@ def test_what_an_interrupted_overwrite_leaves_is_still_a_run(tmp_path):
     put(tmp_path, "config.yaml")
     run_folder.clear(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 7])
+@pytest.mark.parametrize("best", [None, 5, 30, 50])
+def test_checkpoints_are_thinned_out_as_transformers_does(tmp_path, limit, best):
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        put(folder, *(f"checkpoint-{step}/trainer_state.json" for step in (5, 10, 30, 40, 50, 100)), "checkpoint-x/own")
+
+    def path_of_best(folder):
+        return None if best is None else str(folder / f"checkpoint-{best}")
+
+    run_folder.thin_out(tmp_path / "ours", limit, path_of_best(tmp_path / "ours"))
+    rotate_checkpoints(str(tmp_path / "theirs"), limit, path_of_best(tmp_path / "theirs"))
+    assert names(tmp_path / "ours") == names(tmp_path / "theirs")
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_none_that_lacks_files(tmp_path, monkeypatch):
+    files = ("trainer_state.json", "optimizer.pt", "model.safetensors")
+    put(tmp_path, *(f"checkpoint-{step}/{name}" for step in (5, 10, 15) for name in files), text="{}")
+
+    def killed(path):
+        (next(Path(path).rglob("optimizer.pt"))).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.thin_out(tmp_path, 2, None)
+    monkeypatch.undo()
+    checkpoints = sorted(tmp_path.glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-10", "checkpoint-15"]
+    assert all(names(path) == set(files) for path in checkpoints)
+    with run_folder.unfinished(tmp_path, "checkpoint-20", is_writer=True, wait=lambda: None) as made:
+        put(made, *files)
+    assert not (tmp_path / run_folder.UNFINISHED).exists(), "the next save clears the rest away"

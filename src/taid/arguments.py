@@ -80,9 +80,10 @@ _COMMANDS = {
         "Continues what is there; --repair reads all of it first and captures damaged shards anew.",
     ),
     "plan": (
-        "[--gpus N] [--field value ...]",
+        "[--gpus N] [--gpu_memory GB] [--field value ...]",
         "Say what a recipe takes in memory, hours and disk, from configurations alone, and from the rows where they "
-        "are on this machine. --gpus is the number of processes that the run will have.",
+        "are on this machine: for each engine, which of them fit, and what to change where none does. --gpus is the "
+        "number of processes that the run will have, --gpu_memory what each has (default: 80).",
     ),
 }
 

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -213,20 +214,28 @@ def _planned(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", nargs="?")
+    parser.add_argument("--gpu_memory", nargs="?", default="80")
     parser.add_argument("--config", type=Path, nargs="?")
     known, rest = parser.parse_known_args(argv)
     if known.gpus is not None and not known.gpus.isdigit():
         raise ValueError(f"--gpus must be a number, 0 for a CPU, got {known.gpus!r}")
+    if not re.fullmatch(r"\d*\.?\d+", known.gpu_memory or "") or not float(known.gpu_memory):
+        raise ValueError(f"--gpu_memory is that of a GPU in GB, like 80, got {known.gpu_memory!r}")
     arguments = [*([] if known.config is None else ["--config", str(known.config)]), *rest]
     on_cpu = ["--use_cpu", "--tf32", "false"]  # or a recipe with bf16 or tf32 would be refused without a GPU
     configured = _configured([*arguments, *([] if torch.accelerator.is_available() else on_cpu)], command)
     in_file = {} if known.config is None else yaml.safe_load(known.config.read_text(encoding="utf-8"))
-    is_for_cpu = in_file.get("use_cpu") or any(argument.startswith("--use_cpu") for argument in rest)
     from taid.plan import Recipe
 
-    gpus = int(known.gpus) if known.gpus is not None else 0 if is_for_cpu else 1
+    def is_given(name: str) -> bool:
+        return in_file.get(name) is not None or any(argument.split("=")[0] == f"--{name}" for argument in rest)
+
+    gpus = int(known.gpus) if known.gpus is not None else 0 if configured[2].use_cpu and is_given("use_cpu") else 1
     folder = Path() if known.config is None else known.config.parent
-    return Recipe(*configured, folder=folder, gpus=gpus), [*arguments, *on_cpu]
+    if gpus and not torch.accelerator.is_available() and not any(map(is_given, ("bf16", "fp16"))):
+        configured[2].bf16 = True  # TRL's default where there is a GPU
+    recipe = Recipe(*configured, folder=folder, gpus=gpus, gpu_memory=float(known.gpu_memory))
+    return recipe, [*arguments, *on_cpu]
 
 
 def _rows_here(recipe: Recipe) -> tuple[Any, Any]:

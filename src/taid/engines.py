@@ -147,12 +147,14 @@ def of(accelerator: Any) -> str:
 
 
 def check(accelerator: Any) -> None:
-    """Raise a ValueError for an engine that would give wrong numbers, and set FSDP2's precision right."""
+    """Raise a ValueError for an engine that would give wrong numbers; set FSDP2's precision and DDP's memory right."""
     if of(accelerator) == "fsdp1":
         raise ValueError("FSDP's first version is not supported: set fsdp_version: 2 (--accelerate_config fsdp2)")
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.gradient_as_bucket_view = True  # or DDP holds all gradients twice
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.mixed_precision_policy is not None:
         import torch

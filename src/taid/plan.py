@@ -9,14 +9,15 @@ import copy
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import load_dataset_builder
-from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, get_peft_config
 
@@ -24,6 +25,8 @@ from taid import capture, tiny
 from taid.cache_format import Format
 from taid.config import DataArguments, TAIDConfig
 from taid.data import local_files
+from taid.footprint import ENGINES, PLACEMENTS, STATES, Footprint, Layout, Size, size
+from taid.memory import Batch, Loss
 from taid.models import adapter_config, load_config, load_processing_class, load_tokenizer, sees, teacher_init_kwargs
 from taid.schedule import TAIDSchedule
 from taid.trainer import TAIDTrainer
@@ -32,12 +35,9 @@ _DISTINCT = 12.0  # ids of 50 draws from a large teacher, arXiv 2503.16870
 _UTILISATION = 0.4  # of the peak, as well-run training of models this small reaches
 _GPU = ("H100", 989e12, "bf16 dense")  # NVIDIA's data sheet of the SXM card, without sparsity
 _CPU = ("CPU", 0.77e12, "float32, 8 cores with AVX2 at 3 GHz")  # 8 cores x 3e9 x 2 units x 8 numbers x 2
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# Numbers that an optimizer keeps of a weight, and the bytes of each; None is the size of the weight.
-_STATES: dict[str, tuple[int, int | None]] = {
-    "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_bnb_8bit": (2, 1), "paged_adamw_32bit": (2, 4),
-    "paged_adamw_8bit": (2, 1), "adamw_8bit": (2, 1), "lion_32bit": (1, 4), "lion_8bit": (1, 1), "sgd": (0, None),
-}  # fmt: skip
+_WATTS = 700  # of the same
+_USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, NCCL's and what lies between tensors
+_PARTS = ("weights", "gradients", "optimizer", "activations", "engine", "teacher")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Recipe:
         args: everything else.
         folder: where the recipe lies; ``configs/<owner>--<name>/`` in it may stand for a model or data set of the Hub.
         gpus: how many the run will have; 0 is a CPU.
+        gpu_memory: of each, in GB.
     """
 
     model: ModelConfig
@@ -57,6 +58,7 @@ class Recipe:
     args: TAIDConfig
     folder: Path = Path()
     gpus: int = 1
+    gpu_memory: float = 80.0
 
     def beside(self, name: str | None, file: str) -> Path | None:
         """A file beside the recipe that describes a model or data set of the Hub."""
@@ -135,77 +137,19 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Size:
-    """The weights of a model.
-
-    Attributes:
-        config: its configuration.
-        weights: how many it has.
-        trained: how many of them are trained.
-        used: how many a token is multiplied with: all but the rows of an input embedding and the experts that it skips.
-    """
-
-    config: Any
-    weights: int
-    trained: int
-    used: float
-
-    def attention(self, length: float) -> float:
-        """FLOPs a token of the products of queries with keys and of their weights with values, forward, causal."""
-        text = self.config.get_text_config()
-        if getattr(text, "num_attention_heads", None) is None:  # a state-space model
-            return 0.0
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        window = getattr(text, "sliding_window", None)
-        each = "full_attention" if window is None else "sliding_attention"
-        kinds, window = getattr(text, "layer_types", None) or [each] * text.num_hidden_layers, window or length
-        seen = {
-            True: length / 2,
-            False: min(window, length) * (1 - min(window, length) / (2 * length)),
-        }
-        return float(sum(4 * text.num_attention_heads * head * seen["sliding" not in kind] for kind in kinds))
-
-
-def size(config: Any, *, rows: int | None = None, peft_config: Any = None) -> Size:
-    """Count the weights of a model on the meta device.
-
-    Args:
-        config: its configuration.
-        rows: how many rows its vocabulary is given instead of its own.
-        peft_config: of an adapter that is trained in place of the weights.
-    """
-    kind = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
-    if rows is not None:
-        config.get_text_config().vocab_size = rows
-    with torch.device("meta"):
-        model = kind.from_config(config)
-    weights = sum(p.numel() for p in model.parameters())
-    text = config.get_text_config()
-    skipped = 0.0
-    if experts := next((number for name in _EXPERTS if (number := getattr(text, name, None))), None):
-        of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        skipped = of_experts * (1 - text.num_experts_per_tok / experts)
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    used = weights - skipped - (0 if table is head else table.numel())
-    if peft_config is not None:
-        with torch.device("meta"):
-            model = get_peft_model(model, peft_config)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Size(config, weights, trained, used)
-
-
-@dataclass(frozen=True)
 class Rows:
     """What is known of the rows of a run.
 
     Attributes:
         number: how many a pass over the training rows has, packed or not; None where it is not known.
+        longest: the tokens of the longest of them.
         tokens: in such a pass.
         distinct: of each data set the different rows and their trained tokens, which a cache holds.
         counted: whether all this was counted; otherwise each row has at most `max_length` tokens.
     """
 
     number: int | None
+    longest: int
     tokens: int
     distinct: dict[str, tuple[int, int]]
     counted: bool
@@ -237,7 +181,7 @@ def plan(recipe: Recipe, train_rows: Any = None, eval_rows: Any = None) -> str:
             f"{text.hidden_size:,} numbers in {_name(dtype)}, {text.vocab_size:,} output rows"
         ]
     rows = _bounded(recipe) if train_rows is None else _counted(recipe, train_rows, eval_rows)
-    lines += ["", *_memory(recipe, student, teacher), "", *_run(recipe, student, teacher, rows)]
+    lines += ["", *_memory(recipe, student, teacher, rows.longest), "", *_run(recipe, student, teacher, rows)]
     if teacher is not None and rows.distinct:
         lines += ["", *_caches(recipe, teacher, rows)]
     return "\n".join(lines)
@@ -271,7 +215,7 @@ def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
         )
     distinct = {name: (len(keys), sum(keys.values())) for name, keys in capture.rows_of(trainer).items()}
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    return Rows(len(lengths), sum(lengths), distinct, counted=True)
+    return Rows(len(lengths), max(lengths), sum(lengths), distinct, counted=True)
 
 
 def _bounded(recipe: Recipe) -> Rows:
@@ -285,7 +229,7 @@ def _bounded(recipe: Recipe) -> Rows:
     found = {name: _number(recipe, *where) for name, where in splits.items()} if is_asked else {}
     distinct = {name: (number, number * length) for name, number in found.items() if number is not None}
     number = found.get("train")
-    return Rows(number, (number or 0) * length, distinct if len(distinct) == len(found) else {}, counted=False)
+    return Rows(number, length, (number or 0) * length, distinct if len(distinct) == len(found) else {}, counted=False)
 
 
 def _number(recipe: Recipe, name: str, split: str) -> int | None:
@@ -310,33 +254,110 @@ def _length(recipe: Recipe) -> int:
 # --- memory, time, disk -----------------------------------------------------------------------------------------------
 
 
-def _memory(recipe: Recipe, student: Size, teacher: Size | None) -> list[str]:
-    """What a process holds all the time."""
-    args, dtype = recipe.args, getattr(torch, str(recipe.model.dtype), torch.float32)
-    before = ", before they are quantized" if recipe.model.load_in_4bit or recipe.model.load_in_8bit else ""
-    parts = [
-        (student.weights * dtype.itemsize, f"student's weights, {_name(dtype)}{before}"),
-        (student.trained * dtype.itemsize, "their gradients" if student.trained == student.weights else "gradients"),
-    ]
-    optimizer = OptimizerNames(args.optim).value
-    if optimizer in _STATES:
-        number, each = _STATES[optimizer]
-        parts += [(student.trained * number * (each or dtype.itemsize), f"state of {optimizer}")]
-    lines = [f"  {_bytes(number):>9}  {words}" for number, words in parts]
-    if optimizer not in _STATES:
-        lines += [f"  {'?':>9}  state of {optimizer}, whose size is not known here"]
-    total = sum(number for number, _ in parts)
-    if teacher is not None:
-        held = teacher.weights * (teacher_dtype := _teacher_dtype(args, teacher.config)).itemsize
-        where = "only in taid cache" if args.teacher_cache else "on its server" if args.teacher_server_url else ""
-        before = ", before they are quantized" if "quantization_config" in teacher_init_kwargs(args) else ""
-        lines += [f"  {_bytes(held):>9}  teacher's weights, {_name(teacher_dtype)}{before}{where and ', ' + where}"]
-        total += 0 if where else held
-        if args.teacher_cache:
-            both = _bytes(held + student.weights * dtype.itemsize)
-            lines += [f"  {both:>9}  in all in taid cache: teacher's and student's weights"]
-    lines += [f"  {_bytes(total):>9}  in all in taid train"]
-    return ["memory of each process, where nothing is sharded, before activations:", *lines]
+def _memory(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -> list[str]:
+    """What each process holds under each engine, with the teacher in each place; which fit, and what would."""
+    args, several = recipe.args, recipe.gpus > 1
+    footprint = footprint_of(recipe, student, teacher, longest)
+    placements: tuple[str, ...] = ("elsewhere",)
+    if footprint.teacher is not None:
+        placements = PLACEMENTS if several else ("replicated", "cpu")
+        placements = placements if args.teacher_placement == "auto" else (args.teacher_placement,)
+        if args.teacher_quantization is not None or not recipe.gpus:  # neither cut up nor moved away
+            placements = ("replicated",)
+    layouts = [Layout(engine, where, max(recipe.gpus, 1))
+               for engine in (ENGINES if several else ("none",)) for where in placements]  # fmt: skip
+    try:
+        found = {layout: footprint.held(layout) for layout in layouts}
+    except ValueError as error:
+        return [f"memory: not known for {recipe.model.model_name_or_path} ({error})"]
+    room = recipe.gpu_memory * 1e9 * _USABLE if recipe.gpus else math.inf
+    lines = ["memory of each process at the fullest moment of a step:", ""]
+    if args.teacher_cache and teacher is not None:
+        both = _dtype(recipe).itemsize * student.weights + footprint.teacher_dtype.itemsize * teacher.weights
+        lines = [f"memory of taid cache: {_size(both)}, teacher's and student's weights", *lines]
+    lines += [f"  {'engine':8}{'teacher':13}" + "".join(f"{name:>12}" for name in (*_PARTS, "in all"))]
+    for layout, parts in found.items():
+        total = sum(parts.values())
+        cells = "".join(f"{_size(number):>12}" for number in (*(parts.get(name, 0) for name in _PARTS), total))
+        verdict = "" if not recipe.gpus or math.isnan(total) else "  fits" if total <= room else "  too much"
+        lines += [f"  {layout.engine:8}{layout.placement:13}{cells}{verdict}"]
+    return [*lines, "", *_advice(recipe, footprint, found, room)]
+
+
+def footprint_of(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -> Footprint:
+    """What a recipe's run needs to be held."""
+    args, model = recipe.args, recipe.model
+    low = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    is_read = not (args.teacher_cache or args.teacher_server_url)
+    teacher_dtype = torch.float32 if teacher is None else _teacher_dtype(args, teacher.config)
+    heads = [s.config.get_text_config() for s in (student, teacher) if s is not None]
+    is_flash = "flash" in str(model.attn_implementation)
+    rows, length = args.per_device_train_batch_size, longest
+    if args.packing and args.packing_strategy == "bfd":  # TRL lays them behind each other
+        rows, length = 1, rows * length
+    has_hidden = is_read or args.teacher_cache_format in (None, "hidden", "hidden_int8")
+    kd = teacher is not None and args.distillation_share > 0 and has_hidden and not args.teacher_server_url
+    return Footprint(
+        student=student, teacher=teacher if is_read else None, dtype=_dtype(recipe), teacher_dtype=teacher_dtype,
+        batch=Batch(rows, length, not is_flash and (args.packing or rows > 1), low, "cuda" if recipe.gpus else "cpu"),
+        loss=Loss(min(text.vocab_size for text in heads), (heads[-1].hidden_size, teacher_dtype) if kd else None,
+                  args.fused),
+        optimizer=OptimizerNames(args.optim).value, accumulates=args.gradient_accumulation_steps > 1,
+        checkpoints=bool(args.activation_checkpointing), offloads=args.activation_offloading,
+        quantized="bnb_4bit" if model.load_in_4bit else "bnb_8bit" if model.load_in_8bit else None,
+        teacher_quantized=args.teacher_quantization,
+    )  # fmt: skip
+
+
+def _adapted(footprint: Footprint) -> Footprint:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_dropout=0.05, target_modules="all-linear")
+    student = footprint.student
+    return footprint if student.peft_config else replace(footprint, student=size(student.config, peft_config=lora))
+
+
+# What can be changed where nothing fits, the cheaper first.
+_REMEDIES: dict[str, Callable[[Footprint], Footprint]] = {
+    "activation_checkpointing: true": lambda f: replace(f, checkpoints=True),
+    "per_device_train_batch_size: 1 and gradient_accumulation_steps": lambda f: (
+        f if f.batch.rows == 1 else replace(f, batch=replace(f.batch, rows=1), accumulates=True)
+    ),
+    "optim: adamw_bnb_8bit": lambda f: replace(f, optimizer="adamw_bnb_8bit"),
+    "teacher_quantization: bnb_4bit": lambda f: f if f.teacher is None else replace(f, teacher_quantized="bnb_4bit"),
+    "teacher_cache": lambda f: replace(f, teacher=None),
+    "use_peft: true, with lora_target_modules: all-linear": _adapted,
+}
+
+
+def _least(footprint: Footprint, layouts: Iterable[Layout]) -> float:
+    return min(sum(footprint.held(layout).values()) for layout in layouts)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return getattr(torch, str(recipe.model.dtype), torch.float32)
+
+
+def _advice(recipe: Recipe, footprint: Footprint, found: dict[Layout, dict[str, float]], room: float) -> list[str]:
+    """The first layout that fits, or what would make one fit; and what the table leaves out."""
+    lines = []
+    if footprint.optimizer not in STATES:
+        lines += [f"the state of {footprint.optimizer} is not known here"]
+    if sees(footprint.student.config):
+        lines += ["activations are those of text: what images add is not known here"]
+    if not recipe.gpus or any(math.isnan(sum(parts.values())) for parts in found.values()):
+        return lines
+    card = f"{recipe.gpu_memory:g} GB, of which {_USABLE:.0%} can be used"
+    for layout, parts in found.items():
+        if sum(parts.values()) <= room:
+            engine = [] if layout.engine == "none" else [f"--accelerate_config {layout.engine}"]
+            where = [] if layout.placement == "elsewhere" else [f"--teacher_placement {layout.placement}"]
+            return [*lines, f"the first that fits into {card}: {' '.join(engine + where) or 'one process'}"]
+    lines += [f"none fits into {card}. The smallest of them would hold, with"]
+    together, now = footprint, _least(footprint, found)
+    for words, change in _REMEDIES.items():
+        if (least := _least(change(footprint), found)) < now:
+            together = change(together)
+            lines += [f"  {_size(least):>9}  {words}"]
+    return [*lines, f"  {_size(_least(together, found)):>9}  all of this"]
 
 
 def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> list[str]:
@@ -368,10 +389,10 @@ def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> lis
     lines += [f"compute: {formula} = {a_token / 1e9:.3g} GFLOP a token, {a_token * tokens:.3g} in all"]
     if forward and args.teacher_cache is not None and rows.distinct:
         seen = sum(trained for _, trained in rows.distinct.values())
-        lines += [_hours(recipe, "taid cache", forward * seen, "about " if rows.counted else bound)]
+        lines += [_hours(recipe, "taid cache", forward * seen, seen, "about " if rows.counted else bound)]
     elif forward and args.teacher_server_url is not None:
-        lines += [_hours(recipe, "the teacher's server, if it has as many", forward * tokens, bound)]
-    return [*lines, _hours(recipe, "taid train", a_token * tokens, bound)]
+        lines += [_hours(recipe, "the teacher's server, if it has as many", forward * tokens, tokens, bound)]
+    return [*lines, _hours(recipe, "taid train", a_token * tokens, tokens, bound)]
 
 
 def _steps(args: TAIDConfig, a_step: int, length: int, processes: int, rows: Rows) -> int | None:
@@ -404,13 +425,15 @@ def _flops(recipe: Recipe, student: Size, teacher: Size | None, length: float) -
     return terms | {"attention": attention}
 
 
-def _hours(recipe: Recipe, command: str, flops: float, bound: str) -> str:
+def _hours(recipe: Recipe, command: str, flops: float, tokens: float, bound: str) -> str:
     name, peak, precision = _GPU if recipe.gpus else _CPU
-    hours = flops / (max(recipe.gpus, 1) * peak * _UTILISATION) / 3600
+    devices = max(recipe.gpus, 1)
+    hours = flops / (devices * peak * _UTILISATION) / 3600
     number = f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
+    energy = f", {hours * devices * _WATTS / 1e3:,.3g} kWh at {_WATTS} W each" if recipe.gpus else ""
     return (
-        f"time of {command}: {bound}{number} hours on {max(recipe.gpus, 1)} {name} at {_UTILISATION:.0%} of "
-        f"{peak / 1e12:g} TFLOP/s ({precision})"
+        f"time of {command}: {bound}{number} hours on {devices} {name} at {_UTILISATION:.0%} of "
+        f"{peak / 1e12:g} TFLOP/s ({precision}), {tokens / hours / 3600:,.0f} tokens a second{energy}"
     )
 
 
@@ -438,7 +461,7 @@ def _caches(recipe: Recipe, teacher: Size, rows: Rows) -> list[str]:
     ):
         format_ = Format(name, text.hidden_size, dtype, ids, k, draws)
         each = format_.bytes_per_token(distinct)
-        lines.append(f"{words:33}{each:15,.0f}{_bytes(tokens * each + (head if format_.needs_head else 0)):>12}")
+        lines.append(f"{words:33}{each:15,.0f}{_size(tokens * each + (head if format_.needs_head else 0)):>12}")
     return lines
 
 
@@ -446,5 +469,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _bytes(number: float) -> str:
+def _size(number: float) -> str:
+    if not number or math.isnan(number):
+        return "?" if number else "-"
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"

@@ -109,11 +109,26 @@ def unfinished(folder: Path, name: str, *, is_writer: bool, wait: Callable[[], N
         for path in made.rglob("*"):
             _to_disk(path)
         if final.exists():  # of the same step, saved again
-            shutil.rmtree(final)
+            os.replace(final, made.parent / "old")
         os.replace(made, final)
         _to_disk(folder)
         shutil.rmtree(made.parent)
     wait()
+
+
+def thin_out(folder: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints but for `limit` of them, the last one and the best, as transformers does.
+
+    Each loses its name first: a kill while its files go leaves no checkpoint that lacks some of them.
+    """
+    found = [path for _, path in _checkpoints(folder)]
+    kept = {*found[-1:], *([Path(best)] if best else [])}
+    number = len(found) - max(limit or len(found), len(kept))
+    for path in [path for path in found if path not in kept][: max(number, 0)]:
+        nameless = folder / UNFINISHED / path.name
+        nameless.parent.mkdir(exist_ok=True)
+        os.replace(path, nameless)
+        shutil.rmtree(nameless.parent)
 
 
 def _to_disk(path: Path) -> None:
@@ -160,12 +175,16 @@ def claimed(folder: Path, name: str = "output_dir") -> Iterator[None]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that is whole. A kill while saving leaves one without a readable trainer_state.json."""
-    found = [(int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(_checkpoints(folder)):
         with contextlib.suppress(OSError, ValueError):
             if isinstance(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")), dict):
                 return path
     return None
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """By their steps, the first one first."""
+    return sorted((int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name)))
 
 
 def check_resumable(checkpoint: Path) -> None:

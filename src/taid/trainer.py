@@ -27,7 +27,6 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from taid import capture, engines, identity, images, rows, run_folder, stream, vision
@@ -482,8 +481,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             if is_writer:
                 self.state.save_to_json(str(made / "trainer_state.json"))
         if is_writer:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), self.args.save_total_limit, best_model_checkpoint=best)
+            run_folder.thin_out(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._checkpoints_in or str(super()._get_output_dir(trial))
