@@ -37,11 +37,13 @@ CASES: dict[str, dict[str, object]] = {
     "lora": {"use_peft": True, "lora_target_modules": "all-linear"},
     "sgd": {"optim": "sgd"},
     "plain loss": {"fused": False},
-    "bf16": {"bf16": True},
+    "bf16": {"bf16": True, "per_device_train_batch_size": 1},  # for which most CPUs are slow
     "objective sft": {"objective": "sft"},
     "ddp, checkpointing": {"engine": "ddp", "gradient_checkpointing": True},
     **{f"{engine}, {placement}": {"engine": engine, "teacher_placement": placement}
        for engine in ENGINES for placement in ("replicated", "sharded")},
+    **{f"{engine}, bf16": {"engine": engine, "bf16": True, "per_device_train_batch_size": 1}
+       for engine in ("zero2", "zero3", "fsdp2")},
 }  # fmt: skip
 
 
