@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -407,6 +408,21 @@ def test_objectives_that_top_k_does_not_determine_are_refused_by_name(objective,
         trainer_of(tmp_path / "out", student_folder, None, teacher_cache=str(folder), objective=objective)
     with pytest.raises(ValueError, match="taid_signal: cross_entropy needs"):
         trainer_of(tmp_path / "out", student_folder, None, teacher_cache=str(folder), taid_signal="cross_entropy")
+
+
+def test_reading_rows_leaves_nothing_behind(make_cache):
+    for format_ in ("hidden", "top_k"):
+        cache = Cache(make_cache(teacher_cache_format=format_))
+        keys = list(cache)
+
+        def read(cache=cache, keys=keys):
+            for number in range(1_000):
+                cache.read(keys[number % len(keys)])
+
+        read()
+        before = sys.getallocatedblocks()
+        read()
+        assert sys.getallocatedblocks() - before < 100, "safetensors 0.8.0 loses an object a tensor that it makes"
 
 
 def test_nothing_is_pickled_and_the_tensors_are_what_the_format_says(make_cache):

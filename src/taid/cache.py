@@ -152,7 +152,9 @@ class Cache:
             raise ValueError(
                 f"teacher cache: {folder / 'tokenizer'} is missing: `taid cache` with its recipe restores it"
             )
-        self._shards: list[tuple[Path, Any, Tensor, Tensor]] = []  # path, open file, bounds, checksums
+        # Their paths, tensors, bounds and checksums. The tensors are views of the files, which are read as rows are;
+        # they are made once, because safetensors (0.8.0) loses a Python object each time that it makes one.
+        self._shards: list[tuple[Path, dict[str, Tensor], Tensor, Tensor]] = []
         self._places: dict[bytes, tuple[int, int]] = {}
         for path in self.shard_paths():
             self._open(path)
@@ -170,7 +172,8 @@ class Cache:
     def _open(self, path: Path) -> None:
         try:
             file: Any = safe_open(path, framework="pt")
-            index = {name: file.get_tensor(name) for name in _INDEX}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            index = {name: tensors.pop(name) for name in _INDEX}
             whole, cache = _shard_name(path, index) == path.stem, (file.metadata() or {}).get("cache")
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(f"teacher cache: shard {path} is truncated or damaged ({error}); {REPAIR}") from error
@@ -181,7 +184,7 @@ class Cache:
         keys = index["keys"].numpy().tobytes()
         for row in range(len(index["keys"])):
             self._places[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = len(self._shards), row
-        self._shards.append((path, file, _bounds(index["stops"]), index["checksums"]))
+        self._shards.append((path, tensors, _bounds(index["stops"]), index["checksums"]))
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -221,10 +224,9 @@ class Cache:
                 f"teacher cache {self.folder} lacks a row of this run: `taid cache` with its recipe adds it"
             )
         number, row = self._places[key]
-        path, file, bounds, checksums = self._shards[number]
-        names = sorted(name for name in file.keys() if name not in _INDEX)  # noqa: SIM118
-        places = zip(names, *bounds[:, row].tolist(), strict=True)
-        tensors = {name: file.get_slice(name)[start:stop] for name, start, stop in places}
+        path, of_shard, bounds, checksums = self._shards[number]
+        places = zip(of_shard, *bounds[:, row].tolist(), strict=True)
+        tensors = {name: of_shard[name][start:stop] for name, start, stop in places}
         if _checksum(tensors) != int(checksums[row]):
             raise ValueError(f"teacher cache: row {row} of shard {path} is damaged; {REPAIR}")
         return tensors
