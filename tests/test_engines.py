@@ -35,6 +35,14 @@ CASES = {
         "use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"],
         "optim": "adamw_torch", "learning_rate": 0.01,
     },
+    "DoRA, activations computed again": {
+        "use_peft": True, "use_dora": True, "lora_r": 4, "lora_dropout": 0.0,
+        "lora_target_modules": ["q_proj", "up_proj"], "activation_checkpointing": True,
+    },
+    "QLoRA": {
+        "use_peft": True, "load_in_4bit": True, "lora_r": 4, "lora_dropout": 0.0,
+        "lora_target_modules": ["q_proj", "v_proj"],
+    },
     "a cache, and a last batch that is empty on a rank": {
         "teacher_cache": "cache", "dataset_name": "five.jsonl", "num_train_epochs": 2, "max_steps": -1,
     },
@@ -114,17 +122,22 @@ def weights(folder):
 
 
 def require_equal(one, other):
-    """Loss, gradient norm, t and everything else that is logged, and the final weights: to 1e-5."""
+    """Loss, gradient norm, t and everything else that is logged, and the final weights: to 1e-5.
+
+    An adapter on a quantized model, which TRL holds in bfloat16: to the rounding of that in each of four steps.
+    """
     expected, found = weights(one), weights(other)
     assert expected.keys() == found.keys()
+    is_half = {weight.dtype for weight in expected.values()} == {torch.bfloat16}
+    relative = 4 * 2**-8 if is_half else 1e-5
     for name, weight in expected.items():
-        assert (weight - found[name]).norm() <= 1e-5 * weight.norm(), name
+        assert (weight.float() - found[name].float()).norm() <= relative * weight.float().norm(), name
     pairs = list(zip(metrics(one), metrics(other), strict=True))
     assert {"loss", "grad_norm", "t", "kl", "eval_kl"} <= set().union(*(row for row, _ in pairs))
     for a, b in pairs:
         assert a.keys() == b.keys()
         for name, value in a.items():
-            assert abs(value - b[name]) <= 1e-5 * abs(value) + 1e-9, (name, a["step"], value, b[name])
+            assert abs(value - b[name]) <= relative * abs(value) + 1e-9, (name, a["step"], value, b[name])
 
 
 @pytest.fixture(scope="module")
