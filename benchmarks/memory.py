@@ -1,6 +1,6 @@
 """Does `taid plan` say what a run holds? Peak of each process's memory in training, over what it had before models.
 
-    python benchmarks/memory.py [--only WORDS] [--out runs/memory]
+    python benchmarks/memory.py [--only WORDS] [--kept] [--out runs/memory]
 
 A random pair is written to a folder and trained for three steps by `taid train`, on one process and on two of each
 engine; `taid plan` is asked about the same recipe. A process's peak is that of the steps behind the first (VmHWM, from
@@ -132,16 +132,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name holds this; nothing is written")
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--kept", action="store_true", help="what OUT has from before is not measured again")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args()
     if args.worker:
         return worker(rest, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     write_pair(args.out)
-    lines = []
+    lines, store = [], args.out / "measured.json"
+    known = json.loads(store.read_text()) if args.kept and store.exists() else {}
     for name, case in CASES.items():
         if args.only in name:
-            parts, found = planned(args.out, case), measured(args.out, case)
+            parts, found = planned(args.out, case), known.get(name) or measured(args.out, case)
+            store.write_text(json.dumps(known := known | {name: found}))
             total = sum(parts.values())
             cells = [name, f"{max(found) / 1e6:,.0f}", f"{total / 1e6:,.0f}", f"{total / max(found):.3f}"]
             cells += [f"{parts.get(part, 0) / 1e6:,.0f}" for part in PARTS]

@@ -341,7 +341,8 @@ def test_a_checkpoint_that_fails_leaves_the_one_before_and_is_cleared_away(tmp_p
 def test_fsdp_rounds_neither_the_loss_nor_what_gradients_are_summed_in():
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)  # as accelerate sets it
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
-    engines.check(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=None))
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    engines.check(SimpleNamespace(state=state, parallelism_config=None, ddp_handler=None))
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
     assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
     assert plugin.mixed_precision_policy.output_dtype is None

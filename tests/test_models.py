@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from taid import engines
 from taid.config import TAIDConfig
 from taid.models import load_model, load_pair, load_tokenizer, output_rows
 
@@ -441,3 +442,22 @@ def test_an_adapters_fault_is_named(student_folder, tmp_path):
     edit("adapter_config.json", base_model_name_or_path="./gone")(tmp_path)
     with pytest.raises(ValueError, match=r"the base model of teacher .*, folder './gone' does not exist"):
         load_model(str(tmp_path), role="teacher")
+
+
+def test_evaluating_leaves_4_bit_weights_trainable(make_model, tmp_path):
+    make_model(hidden_size=64).save_pretrained(tmp_path)
+    options = {"quantization_config": engines.quantized("bnb_4bit", torch.float32), "device_map": {"": "cpu"}}
+    student = load_model(str(tmp_path), role="student", **options)
+    student = get_peft_model(student, LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian"))
+    ids = torch.arange(24)[None]
+
+    def gradients():
+        student.train().zero_grad()
+        student(input_ids=ids, labels=ids).loss.backward()
+        return {n: w.grad.clone() for n, w in student.named_parameters() if w.requires_grad}
+
+    before = gradients()
+    with torch.no_grad():
+        student.eval()(input_ids=ids)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, before[name], rtol=0, atol=0)

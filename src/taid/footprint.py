@@ -186,9 +186,13 @@ class Footprint:
         trace = self._trace(low if is_zero or is_fsdp else None)
         part = layout.share("zero2", "zero3", "fsdp2")
         gradients = part * trained * (4 if is_fsdp else held_in.itemsize)
-        # DDP's gradients lie in its buckets, which stay.
-        accumulates = self.accumulates or layout.engine == "ddp"
-        most = trace.peak(share=gradients / max(trace.gradients, 1), accumulates=accumulates)
+        # DDP's gradients lie in its buckets, which stay, and ZeRO-3's in a buffer of their own.
+        accumulates = self.accumulates or layout.engine in ("ddp", "zero3")
+        kept, bucket = gradients, held_in.itemsize * _BUCKET
+        if self.batch.device == "cpu":  # where memory is taken when it is written to
+            bucket = min(bucket, held_in.itemsize * trained)
+            kept, bucket = (gradients + bucket, 0) if layout.engine == "zero2" else (gradients, bucket)
+        most = trace.peak(share=kept / max(trace.gradients, 1), accumulates=accumulates)
         number, each = STATES.get(self.optimizer, (math.nan, None))
         state = trained * number * (each or (4 if is_zero else self.dtype.itemsize))
         parts = {
@@ -196,7 +200,7 @@ class Footprint:
             "gradients": gradients,
             "optimizer": part * (state + 4 * trained * is_zero),  # DeepSpeed's, with its weights in 32 bits
             "activations": max(most - gradients, 0.0),
-            "engine": self._engine(layout, held_in),
+            "engine": self._engine(layout, bucket),
         }
         return parts | ({} if self.teacher is None else {"teacher": self._teacher(self.teacher, layout)})
 
@@ -224,10 +228,9 @@ class Footprint:
         # The head stays gathered; one layer is computed while the next one comes.
         return self.teacher_dtype.itemsize * (part + teacher.head + 2 * teacher.layer)
 
-    def _engine(self, layout: Layout, held_in: torch.dtype) -> float:
+    def _engine(self, layout: Layout, bucket: float) -> float:
         """What an engine gathers, and where gradients wait to be reduced."""
         student, computed_in = self.student, (self.batch.autocast or self.dtype).itemsize
-        bucket = held_in.itemsize * (_BUCKET if self.batch.device == "cuda" else min(_BUCKET, student.trained))
         if layout.engine == "zero2":
             return bucket
         if layout.engine == "zero3":

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taid.fused import distillation_loss
+from taid.kernels import products
 from taid.kernels.head_products import chunk_rows
 
 _FEW = (2, 4)  # layers
@@ -349,7 +350,8 @@ class _Fused(torch.autograd.Function):
         rows = chunk_rows(N, V, tile.itemsize, batch.device)
         widths = [weight.shape[1]] + ([] if loss.teacher is None else [loss.teacher[0]])
         tiles = [empty(rows, V, dtype=tile) for _ in widths]
-        operands = [empty(rows, width, dtype=operand) for width in (*widths, weight.shape[1])]  # and what goes back
+        beside = weight.shape[1], products.slab_ids(V, operand) if batch.device == "cpu" else 0
+        operands = [empty(rows, width, dtype=operand) for width in (*widths, *beside)]  # and what goes back
         del tiles, operands, copies
         if sums is not None and (sums.shape, sums.dtype) != (weight.shape, weight.dtype):
             ctx.gradients[1] = torch.empty_like(weight)

@@ -265,6 +265,11 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
             f"{role} {name_or_path!r} holds weights that its config has no place for, {len(unexpected)} in all, first "
             f"{unexpected[0]}: the model would be cut. {remedy}"
         )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes (0.50.2) would pack 4-bit weights for good at the first evaluation on such a CPU, in a form
+            # that passes no gradients on, and fail where they are small.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -67,6 +67,11 @@ def add_outer(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor, beta: in
                 total_VD[ids] = product_VD
 
 
+def slab_ids(V: int, dtype: torch.dtype) -> int:
+    """Ids of a product that :func:`project` holds beside `out`."""
+    return min(V, _SLAB) if dtype == torch.float32 and _is_another_avx512() else 0
+
+
 def _slabs(V: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, V)) for start in range(0, V, size))
 
