@@ -61,7 +61,7 @@ def worker(arguments: list[str], out: Path) -> None:
     from transformers.trainer import DEFAULT_CALLBACKS
 
     import taid.trainer  # noqa: F401
-    from taid.cli import main
+    from taid.__main__ import run
 
     before = peak("VmRSS")
 
@@ -74,7 +74,7 @@ def worker(arguments: list[str], out: Path) -> None:
             (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(peak() - before))
 
     DEFAULT_CALLBACKS.append(Watch)
-    sys.exit(main(["train", *arguments]))
+    sys.exit(run(["train", *arguments]))
 
 
 def write_pair(folder: Path) -> None:

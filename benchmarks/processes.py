@@ -59,7 +59,8 @@ def watched(out: Path, arguments: list[str]) -> int:
     from torch import distributed
     from transformers import TrainerCallback, trainer
 
-    from taid import cli, sums
+    from taid import sums
+    from taid.__main__ import run
 
     draw, kinds, total = random.Random(0), list[str](), sums.MicroBatches.total
     steps: list[dict[str, Any]] = []
@@ -90,7 +91,7 @@ def watched(out: Path, arguments: list[str]) -> int:
 
     sums.MicroBatches.total = turned  # type: ignore[method-assign]
     trainer.DEFAULT_CALLBACKS.append(Turns)
-    return cli.main(arguments)
+    return run(arguments)
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

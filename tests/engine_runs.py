@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from taid import cli
+from taid import cli, engines
 
 if __name__ == "__main__":
     for number, arguments in enumerate(json.loads(Path(sys.argv[1]).read_text())):
@@ -19,3 +19,4 @@ if __name__ == "__main__":
             sys.exit(1)
         if status:
             sys.exit(f"run {number} ended with status {status}: {arguments}")
+    engines.leave(0)

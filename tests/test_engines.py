@@ -338,6 +338,18 @@ def test_a_checkpoint_that_fails_leaves_the_one_before_and_is_cleared_away(tmp_p
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").read_text() == '{"whole": 1}'
 
 
+def test_one_of_several_processes_ends_with_its_status_and_is_not_taken_apart():
+    program = (
+        "import atexit, sys; from taid import __main__, cli\n"
+        "class Held:\n    def __del__(self): print('taken apart')\n"
+        "held = Held(); atexit.register(print, 'at exit'); cli.main = lambda _: 3; print('done')\n"
+        "sys.exit(__main__.run([]))"
+    )
+    for more, after in (({"LOCAL_RANK": "0"}, ""), ({}, "taken apart\n")):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment() | more)
+        assert (done.returncode, done.stdout) == (3, "done\nat exit\n" + after), done.stderr
+
+
 def test_fsdp_rounds_neither_the_loss_nor_what_gradients_are_summed_in():
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)  # as accelerate sets it
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)

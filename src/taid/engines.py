@@ -7,6 +7,7 @@ sharded, transformers cuts it among the processes while it reads it, by FSDP2, u
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import importlib.util
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def launch(arguments: Sequence[str]) -> int:
     """Start the processes of ``taid COMMAND --accelerate_config NAME|PATH ...``, and wait for them.
 
     Returns:
-        The exit status of the process that failed first, 0 if none did; 128 and the signal's number if it was killed.
+        0, or 128 and the number of the signal that killed a process, or the exit status of the first that failed.
 
     Raises:
         ValueError: there is no such file, or it cannot be used here.
@@ -62,7 +63,9 @@ def launch(arguments: Sequence[str]) -> int:
         )
         accelerate_launch.launch_command(parsed)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # A process that another one was lost to may end as soon as that one.
+        killed = ((r, f) for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM)
+        rank, failure = next(killed, error.get_first_failure())
         return _status(rank, failure.exitcode)
     except SignalException as error:
         return 128 + int(error.sigval)
@@ -173,6 +176,17 @@ def lost(error: Exception) -> str | None:
     """What to say where a process has waited in vain for another one; None for any other error."""
     is_of_peers = "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
     return f"another process of the run is gone or hangs ({error})" if is_of_peers else None
+
+
+def leave(status: int) -> NoReturn:
+    """End one of several processes, with all that is due at its end but without taking the interpreter apart.
+
+    Gloo's threads may still hold a tensor of the last reduction then, and abort the process (pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def shards_weights(args: TAIDConfig) -> bool:
