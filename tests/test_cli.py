@@ -327,6 +327,16 @@ def test_a_missing_package_or_unknown_argument_is_one_line_too(options, train, t
     assert snapshot(tmp_path / "run") == before
 
 
+def test_a_best_checkpoint_by_a_measure_that_is_not_there_ends_before_the_first_step(options, train, tmp_path):
+    rows = {"eval_dataset_name": options["dataset_name"], "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    best = {"save_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_kll"}
+    status, error = train(options | rows | best)
+    assert status == 2
+    assert_one_line(error, "metric_for_best_model: 'eval_kll' is not measured; there is eval_cross_entropy, eval_kl, ")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert train(options | rows | best | {"metric_for_best_model": "kl"}, "--overwrite_output_dir") == (0, "")
+
+
 def test_an_error_of_the_training_itself_is_not_hidden(options, train, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a kernel failed")

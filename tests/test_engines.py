@@ -47,6 +47,7 @@ CASES = {
         "teacher_cache": "cache", "dataset_name": "five.jsonl", "num_train_epochs": 2, "max_steps": -1,
     },
     "tied heads, a teacher in the memory of the CPU": {"model_name_or_path": "tied", "teacher_placement": "cpu"},
+    "a teacher whose products are computed together": {"teacher_placement": "tensor_parallel"},
 }  # fmt: skip
 
 
@@ -164,15 +165,16 @@ def test_processes_of_an_engine_give_what_one_process_gives(engine, folder, alon
     assert (versions["engine"], versions["processes"]) == (engine, PROCESSES)
 
 
-def test_processes_that_hold_one_teacher_capture_what_one_process_does(folder, alone):
-    options = ["--teacher_placement=sharded", "--per_device_train_batch_size=1", "--per_device_eval_batch_size=1"]
+@pytest.mark.parametrize("placement", ["sharded", "tensor_parallel"])
+def test_processes_that_hold_one_teacher_capture_what_one_process_does(placement, folder, alone):
+    options = [f"--teacher_placement={placement}", "--per_device_train_batch_size=1", "--per_device_eval_batch_size=1"]
     recipe = ["cache", "--config", str(folder / "recipe.yaml"), "--output_dir", str(folder / "unused"), *options]
-    five = [f"--dataset_name={folder / 'five.jsonl'}", "--teacher_cache", str(folder / "together")]
+    five = [f"--dataset_name={folder / 'five.jsonl'}", "--teacher_cache", str(folder / placement)]
     # The second has three rows of eight to ask for: the processes come to them at different times.
-    runs = [[*recipe, *five], [*recipe, "--teacher_cache", str(folder / "together")]]
-    int8 = ["--teacher_cache_format=hidden_int8", "--teacher_cache", str(folder / "together_int8")]
+    runs = [[*recipe, *five], [*recipe, "--teacher_cache", str(folder / placement)]]
+    int8 = ["--teacher_cache_format=hidden_int8", "--teacher_cache", str(folder / f"{placement}_int8")]
     run([*runs, [*recipe, *int8]], folder, "ddp")
-    one, together, rounded = (Cache(folder / name) for name in ("cache", "together", "together_int8"))
+    one, together, rounded = (Cache(folder / name) for name in ("cache", placement, f"{placement}_int8"))
     assert set(one) == set(together) == set(rounded)
     for key in one:
         expected, found = one.read(key)["hidden"], together.read(key)["hidden"]

@@ -36,7 +36,7 @@ Objective = Literal[
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
 CacheFormat = Literal["hidden", "hidden_int8", "top_k", "sampled"]
-Placement = Literal["auto", "sharded", "replicated", "cpu"]
+Placement = Literal["auto", "sharded", "tensor_parallel", "replicated", "cpu"]
 Quantization = Literal["bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -153,9 +153,9 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     teacher_placement: Placement = field(
         default="auto",
         metadata={
-            "help": "Where a loaded teacher is: 'sharded' among the processes of a machine, 'replicated' on each, "
-            "'cpu' in the CPU's memory, from where its layers come as they are needed; 'auto' shards it under FSDP and "
-            "ZeRO-3."
+            "help": "Where a loaded teacher is: 'sharded' among the processes of a machine, whose layers are gathered; "
+            "'tensor_parallel', where they compute each layer together; 'replicated' on each; 'cpu' in the CPU's "
+            "memory, from where its layers come as they are needed; 'auto' shards it under FSDP and ZeRO-3."
         },
     )
     teacher_quantization: Quantization | None = field(
@@ -300,7 +300,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
 
     def _check_combinations(self) -> None:
-        if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "cpu"):
+        if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "tensor_parallel", "cpu"):
             raise ValueError(
                 f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do "
                 "not go together: quantized weights are held whole by each process"

@@ -275,13 +275,14 @@ def reading(args: TAIDConfig, where: str) -> dict[str, Any]:
 
     a_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(args.world_size)))
     a_machine = a_machine if args.world_size % a_machine == 0 else args.world_size
-    return {
-        "distributed_config": DistributedConfig(
-            fsdp_size=a_machine,
-            dp_replicate_size=args.world_size // a_machine,
-            fsdp_cpu_offload=where == "cpu" and args.device.type != "cpu",
-        )
-    }
+    is_by_tensor = where == "tensor_parallel"
+    config = DistributedConfig(
+        tp_size=a_machine if is_by_tensor else None,
+        fsdp_size=None if is_by_tensor else a_machine,
+        dp_replicate_size=args.world_size // a_machine,
+        fsdp_cpu_offload=where == "cpu" and args.device.type != "cpu",
+    )
+    return {"distributed_config": config}
 
 
 def quantized(name: str, compute: torch.dtype) -> Any:
@@ -328,12 +329,15 @@ def put(model: Any, args: TAIDConfig) -> None:
 
 def _require_cut(model: Any) -> None:
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
     parts: list[Any] = [module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
-    cut = sum(weight.numel() for part in parts for weight in part.parameters())
+    if (model.tp_size or 1) > 1:
+        parts = [model]
+    cut = {weight for part in parts for weight in part.parameters() if isinstance(weight, DTensor)}
     whole = sum(weight.numel() for weight in model.parameters())
-    if cut < whole / 2:
+    if sum(weight.numel() for weight in cut) < whole / 2:
         raise ValueError(
-            f"transformers has no plan by which a {type(model).__name__} is sharded layer by layer, so that each "
-            "process would gather the whole teacher: set teacher_placement: replicated, or use a teacher_cache"
+            f"transformers has no plan by which a {type(model).__name__} is cut layer by layer, so that each "
+            "process would hold or gather the whole teacher: set teacher_placement: replicated, or use a teacher_cache"
         )

@@ -192,7 +192,8 @@ class Footprint:
         if self.batch.device == "cpu":  # where memory is taken when it is written to
             bucket = min(bucket, held_in.itemsize * trained)
             kept, bucket = (gradients + bucket, 0) if layout.engine == "zero2" else (gradients, bucket)
-        most = trace.peak(share=kept / max(trace.gradients, 1), accumulates=accumulates)
+        peaks = trace.peaks(share=kept / max(trace.gradients, 1), accumulates=accumulates)
+        most, engine = max(zip(peaks, self._engine(layout, bucket), strict=True), key=sum)
         number, each = STATES.get(self.optimizer, (math.nan, None))
         state = trained * number * (each or (4 if is_zero else self.dtype.itemsize))
         parts = {
@@ -200,7 +201,7 @@ class Footprint:
             "gradients": gradients,
             "optimizer": part * (state + 4 * trained * is_zero),  # DeepSpeed's, with its weights in 32 bits
             "activations": max(most - gradients, 0.0),
-            "engine": self._engine(layout, bucket),
+            "engine": engine,
         }
         return parts | ({} if self.teacher is None else {"teacher": self._teacher(self.teacher, layout)})
 
@@ -224,21 +225,24 @@ class Footprint:
     def _teacher(self, teacher: Size, layout: Layout) -> float:
         if layout.placement == "replicated" or self.teacher_quantized is not None:
             return _stored(teacher, self.teacher_dtype, self.teacher_quantized)
-        part = teacher.weights / layout.processes if layout.placement == "sharded" else 0
-        # The head stays gathered; one layer is computed while the next one comes.
-        return self.teacher_dtype.itemsize * (part + teacher.head + 2 * teacher.layer)
+        part = teacher.weights / layout.processes if layout.placement in ("sharded", "tensor_parallel") else 0
+        # The head is gathered; one layer is computed while the next one comes.
+        layers = 2 * teacher.layer if layout.placement != "tensor_parallel" else 0
+        return self.teacher_dtype.itemsize * (part + teacher.head + layers)
 
-    def _engine(self, layout: Layout, bucket: float) -> float:
-        """What an engine gathers, and where gradients wait to be reduced."""
+    def _engine(self, layout: Layout, bucket: float) -> tuple[float, float]:
+        """What an engine gathers, and gradients that wait to be reduced: early and late in the backward pass."""
         student, computed_in = self.student, (self.batch.autocast or self.dtype).itemsize
         if layout.engine == "zero2":
-            return bucket
+            return bucket, bucket
         if layout.engine == "zero3":
-            return bucket + computed_in * min(student.weights, _LIVE)
+            gathered = bucket + computed_in * min(student.weights, _LIVE)
+            return gathered, gathered
         if layout.engine == "fsdp2":  # embedding and head go together, and their gradients wait for each other
-            root = student.weights - student.layers
-            return computed_in * (root + 2 * student.layer) + 4 * (root + student.layer)
-        return 0.0
+            last = student.weights - student.layers + student.layer
+            early = computed_in * (last + student.layer) + 4 * last  # with the layer that comes next
+            return early, early - computed_in * student.layer - layout.share("fsdp2") * 4 * last  # not yet in parts
+        return 0.0, 0.0
 
 
 def _stored(size: Size, dtype: torch.dtype, quantized: str | None) -> float:

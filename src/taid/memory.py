@@ -107,8 +107,8 @@ class Trace:
     of: dict[int, list[Moment]]
     gradients: float
 
-    def peak(self, *, share: float = 1.0, accumulates: bool = False) -> float:
-        """Bytes at the fullest moment, with the `share` of all gradients that a process keeps.
+    def peaks(self, *, share: float = 1.0, accumulates: bool = False) -> tuple[float, float]:
+        """Bytes at the fullest moment with few gradients, and with most, of which a process keeps a `share`.
 
         Args:
             share: of the gradients.
@@ -120,7 +120,9 @@ class Trace:
             half = moments[-1].number / 2
             for is_late, peaks in enumerate(halves):
                 peaks[layers] = max((m.held + own * m.done for m in moments if (m.number > half) == is_late), default=0)
-        return max(_extended(peaks, self.layers) for peaks in halves) + (share * self.gradients if accumulates else 0)
+        held = share * self.gradients if accumulates else 0
+        early, late = (_extended(peaks, self.layers) + held for peaks in halves)
+        return early, late
 
 
 def _extended(values: Mapping[int, float], at: int) -> float:

@@ -275,12 +275,12 @@ def _memory(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -
     if args.teacher_cache and teacher is not None:
         both = _dtype(recipe).itemsize * student.weights + footprint.teacher_dtype.itemsize * teacher.weights
         lines = [f"memory of taid cache: {_size(both)}, teacher's and student's weights", *lines]
-    lines += [f"  {'engine':8}{'teacher':13}" + "".join(f"{name:>12}" for name in (*_PARTS, "in all"))]
+    lines += [f"  {'engine':8}{'teacher':16}" + "".join(f"{name:>12}" for name in (*_PARTS, "in all"))]
     for layout, parts in found.items():
         total = sum(parts.values())
         cells = "".join(f"{_size(number):>12}" for number in (*(parts.get(name, 0) for name in _PARTS), total))
         verdict = "" if not recipe.gpus or math.isnan(total) else "  fits" if total <= room else "  too much"
-        lines += [f"  {layout.engine:8}{layout.placement:13}{cells}{verdict}"]
+        lines += [f"  {layout.engine:8}{layout.placement:16}{cells}{verdict}"]
     return [*lines, "", *_advice(recipe, footprint, found, room)]
 
 

@@ -17,7 +17,8 @@ from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import Tensor, distributed, nn
 
 from taid.cache import Cache
 from taid.fused import Head
@@ -88,19 +89,44 @@ class LocalTeacher(Teacher):
     kind = "exact"
 
     def __init__(
-        self, model: nn.Module, vocabulary: Vocabulary, autocast: Callable[[], AbstractContextManager[Any]], fused: bool
+        self, model: Any, vocabulary: Vocabulary, autocast: Callable[[], AbstractContextManager[Any]], fused: bool
     ) -> None:
         self.model, self.vocabulary, self.autocast = model, vocabulary, autocast
         self.is_cut = getattr(model, "is_distributed_loading_by_transformers", False)
+        mesh = model._device_mesh["tp"] if (getattr(model, "tp_size", None) or 1) > 1 else None
+        self._sharing = None if mesh is None else mesh.get_group()
         self.head = OutputHead(model, "teacher") if fused else None
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
         """Hidden states ``[B, T, E]``; its head is not computed."""
-        assert self.head is not None
-        hidden: list[Tensor] = []
-        with torch.no_grad(), self.autocast(), self.head.replaced_by(hidden.append):
-            self.model(**inputs)
-        return hidden[0]
+        head, hidden = self.head, list[Tensor]()
+        assert head is not None
+
+        def ask(inputs: dict[str, Any]) -> Tensor:
+            with head.replaced_by(hidden.append):
+                self.model(**inputs)
+            return hidden.pop()
+
+        return self._asked(ask, inputs)
+
+    @torch.no_grad()
+    def _asked(self, ask: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
+        """What `ask` says of `inputs`.
+
+        Processes that each hold a part of every matrix compute each product together, of the same tokens: the batch of
+        the first, then that of the second, and so on.
+        """
+        with self.autocast():
+            if self._sharing is None:
+                return ask(inputs)
+            batches: list[Any] = [None] * distributed.get_world_size(self._sharing)
+            distributed.all_gather_object(batches, send_to_device(inputs, "cpu"), self._sharing)
+            own, answer = distributed.get_rank(self._sharing), None
+            for rank, batch in enumerate(batches):
+                said = ask(send_to_device(batch, self.model.device))
+                answer = said if rank == own else answer
+        assert answer is not None
+        return answer
 
     def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden:
         """See :class:`Teacher`."""
@@ -111,11 +137,10 @@ class LocalTeacher(Teacher):
     def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
         """Nothing to fetch."""
 
-    @torch.no_grad()
     def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """See :class:`Teacher`."""
-        with self.autocast():
-            return self.vocabulary.select(self.model(**inputs).logits[labels != -100])
+        logits = self._asked(lambda inputs: self.model(**inputs).logits, inputs)
+        return self.vocabulary.select(logits[labels != -100])
 
 
 class _RowTeacher(Teacher):
