@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from taid.fused import DistillationLoss, Head
 
@@ -46,6 +47,7 @@ class OutputHead:
         self._replacement: Callable[[Tensor], Tensor] | None = None
         self._result: DistillationLoss | None = None
         self._loss: Tensor | None = None
+        self._whole: tuple[Tensor, Tensor | None] | None = None
         own_forward, model_forward = self.module.forward, base.forward
 
         def head_forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +68,8 @@ class OutputHead:
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they act now, a LoRA adapter's part included."""
+        if self._whole is not None:
+            return self._whole
         module = self.module
         if isinstance(module, ModulesToSaveWrapper):
             saved, original = module.modules_to_save, module.original_module
@@ -77,6 +81,11 @@ class OutputHead:
                 f"the {self.role}'s output head is a {type(module).__name__}, not a plain linear layer. {_REMEDY}"
             )
         return module.weight, module.bias
+
+    def gather(self) -> None:
+        """Keep the whole of a frozen head that processes hold parts of, all of whom have to call this."""
+        weight, bias = self.weights()
+        self._whole = _whole(weight), None if bias is None else _whole(bias)
 
     def _merged(self, module: LoraLinear) -> tuple[Tensor, Tensor | None]:
         base, weight = module.get_base_layer(), module.get_base_layer().weight
@@ -171,3 +180,7 @@ class OutputHead:
             f"the {self.role} ({type(model).__name__}) does something to its logits that is neither a factor nor a "
             f"soft cap of its configuration. {_REMEDY}"
         )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -96,6 +96,8 @@ class LocalTeacher(Teacher):
         mesh = model._device_mesh["tp"] if (getattr(model, "tp_size", None) or 1) > 1 else None
         self._sharing = None if mesh is None else mesh.get_group()
         self.head = OutputHead(model, "teacher") if fused else None
+        if self.head is not None and mesh is not None:
+            self.head.gather()
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
         """Hidden states ``[B, T, E]``; its head is not computed."""

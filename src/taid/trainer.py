@@ -379,11 +379,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         return output
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super()._evaluate(*args, **kwargs)
+        found: dict[str, float] = super()._evaluate(*args, **kwargs)
         wanted = self.args.metric_for_best_model
-        if wanted and f"eval_{wanted.removeprefix('eval_')}" not in metrics:  # transformers says so in a traceback
-            raise ValueError(f"metric_for_best_model: {wanted!r} is not measured; there is {', '.join(sorted(metrics))}")
-        return metrics
+        if wanted and f"eval_{wanted.removeprefix('eval_')}" not in found:  # transformers says so in a traceback
+            raise ValueError(f"metric_for_best_model: {wanted!r} is not measured; there is {', '.join(sorted(found))}")
+        return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Pad the held-out rows with untrained ones to full batches on every rank, so that no row counts twice."""
