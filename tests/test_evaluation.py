@@ -29,6 +29,7 @@ from taid import TAIDConfig, TAIDTrainer, run_folder, tasks
 from taid.cli import main
 from taid.config import Quantization
 from taid.evaluation import bytes_of, held_out
+from taid.models import load_model
 from taid.tasks import PAPER, Tasks
 
 WORDS = "fox dog token loss falls rises small large teacher student Paris France one time".split()
@@ -227,9 +228,8 @@ def test_what_fewer_bits_change_of_a_teacher_is_what_they_change_by_hand(
     fewer = found["quantized"]
 
     whole, targets = log_probs(AutoModelForCausalLM.from_pretrained(teacher_folder), tokenizer, lines(data))
-    quantized = AutoModelForCausalLM.from_pretrained(
-        teacher_folder, quantization_config=BITS[bits], dtype=torch.float32, device_map={"": "cpu"}
-    )
+    as_ours = {"quantization_config": BITS[bits], "dtype": torch.float32, "device_map": {"": "cpu"}}
+    quantized = load_model(str(teacher_folder), role="teacher", **as_ours)  # bitsandbytes packs it on some processors
     ours, _ = log_probs(quantized, tokenizer, lines(data))
     losses = [-of[torch.arange(len(targets)), targets].mean().item() for of in (whole, ours)]
     assert found["tokens"] == len(targets)

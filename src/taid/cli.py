@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # OpenMP's threads spin while they wait, which costs a shared machine most of its speed (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # It warns of a kernel that it lacks, in every command where it is installed, and in 8 bits of a cast a product.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if arguments[:1] in (["train"], ["cache"]) and engines.asked(arguments):
             return engines.launch(arguments)
@@ -419,7 +421,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user can act on them
     logging.basicConfig(format="%(message)s")
     logging.getLogger("taid").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # in 8 bits it warns of a cast at each product
     run(options)
 
 

@@ -382,7 +382,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         found: dict[str, float] = super()._evaluate(*args, **kwargs)
         wanted = self.args.metric_for_best_model
         if wanted and f"eval_{wanted.removeprefix('eval_')}" not in found:  # transformers says so in a traceback
-            raise ValueError(f"metric_for_best_model: {wanted!r} is not measured; there is {', '.join(sorted(found))}")
+            measured = ", ".join(name for name in sorted(found) if name.startswith("eval_"))
+            raise ValueError(f"metric_for_best_model: {wanted!r} is not measured; there is {measured}")
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
