@@ -165,6 +165,15 @@ def test_processes_of_an_engine_give_what_one_process_gives(engine, folder, alon
     assert (versions["engine"], versions["processes"]) == (engine, PROCESSES)
 
 
+def test_a_student_whose_products_are_computed_together_gives_what_one_process_gives(folder, alone):
+    together = '--model_init_kwargs={"distributed_config": {"tp_size": 2}}'
+    cases = ["packed rows", "a cache, and a last batch that is empty on a rank",
+             "tied heads, a teacher in the memory of the CPU", "a teacher whose products are computed together"]  # fmt: skip
+    run([arguments_of(folder, case, folder / "tp" / case, together) for case in cases], folder, "ddp")
+    for case in cases:
+        require_equal(alone / str(list(CASES).index(case)), folder / "tp" / case)
+
+
 @pytest.mark.parametrize("placement", ["sharded", "tensor_parallel"])
 def test_processes_that_hold_one_teacher_capture_what_one_process_does(placement, folder, alone):
     options = [f"--teacher_placement={placement}", "--per_device_train_batch_size=1", "--per_device_eval_batch_size=1"]

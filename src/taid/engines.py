@@ -129,7 +129,7 @@ def prepare(args: TAIDConfig) -> None:
         return
     from accelerate.state import DistributedType, PartialState
 
-    if _is_set("ACCELERATE_USE_FSDP"):
+    if _is_set("ACCELERATE_USE_FSDP") or "distributed_config" in (args.model_init_kwargs or {}):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # which accelerate makes FSDP of
     elif _is_set("ACCELERATE_USE_DEEPSPEED"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -502,8 +502,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         super().save_model(output_dir, _internal_call)  # which writes nothing of a model that is cut up
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:  # gathered by an engine, where tied weights no longer share their memory
-            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        model = self.accelerator.unwrap_model(self.model)
+        if self.get_tp_size() > 1:
+            state_dict = model.state_dict()
+        if state_dict is not None:  # gathered from processes, where tied weights no longer share their memory
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
             state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
         with run_folder.written(output_dir or self.args.output_dir):
             super()._save(output_dir, state_dict)
