@@ -167,8 +167,10 @@ def test_processes_of_an_engine_give_what_one_process_gives(engine, folder, alon
 
 def test_a_student_whose_products_are_computed_together_gives_what_one_process_gives(folder, alone):
     together = '--model_init_kwargs={"distributed_config": {"tp_size": 2}}'
-    cases = ["packed rows", "a cache, and a last batch that is empty on a rank",
-             "tied heads, a teacher in the memory of the CPU", "a teacher whose products are computed together"]  # fmt: skip
+    cases = [
+        "packed rows", "a cache, and a last batch that is empty on a rank",
+        "tied heads, a teacher in the memory of the CPU", "a teacher whose products are computed together",
+    ]  # fmt: skip
     run([arguments_of(folder, case, folder / "tp" / case, together) for case in cases], folder, "ddp")
     for case in cases:
         require_equal(alone / str(list(CASES).index(case)), folder / "tp" / case)
