@@ -27,7 +27,7 @@ MODELS = {
     "student": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
     "teacher": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 14, "num_attention_heads": 16},
 }
-PARTS = ("weights", "gradients", "optimizer", "activations", "engine", "teacher")
+PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "teacher")
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 # What is measured, by the options that it has beside the base recipe.
 CASES: dict[str, dict[str, object]] = {

@@ -293,6 +293,10 @@ def test_a_run_that_loses_a_process_stops_everywhere_and_says_so(folder):
         ),
         (["--accelerate_config"], "--accelerate_config needs a value"),
         (["--accelerate_config", "ddp"], "without a GPU say how many processes --accelerate_config starts"),
+        (
+            ["--num_processes", "2"],
+            "'--num_processes': processes are started on the command line, by --accelerate_config",
+        ),
         (["--accelerate_config=ddp", "--num_processes", "two"], "--num_processes must be a positive number, got 'two'"),
     ],
 )
@@ -302,10 +306,51 @@ def test_a_start_that_cannot_be_made_is_named(arguments, message, capsys, monkey
     assert message in capsys.readouterr().err
 
 
+def test_zero_without_deepspeed_is_named(capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
+    assert cli.main(["train", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
+    assert capsys.readouterr().err == "taid: error: zero3 needs DeepSpeed: pip install 'taid[zero]'\n"
+
+
+def test_a_recipe_does_not_start_processes(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("accelerate_config: fsdp2\n")
+    assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert "unknown key 'accelerate_config': processes are started on the command line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("files", "written"), [(["pytorch_model_fsdp_0/x"], "fsdp2"), (["latest"], "zero2 or zero3"),
+                                                ([], "one process or ddp")])  # fmt: skip
+@pytest.mark.parametrize("engine", ["none", "ddp", "fsdp2", "zero2", "zero3"])
+def test_a_checkpoint_of_another_engine_is_named(files, written, engine, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    plugins = {"fsdp2": {"fsdp_plugin": SimpleNamespace(fsdp_version=2)}} | {
+        f"zero{stage}": {"deepspeed_plugin": SimpleNamespace(zero_stage=stage)} for stage in (2, 3)
+    }
+    state = SimpleNamespace(**plugins.get(engine, {}))
+    accelerator = SimpleNamespace(state=state, num_processes=1 if engine == "none" else 2)
+    if engine.removesuffix("2").removesuffix("3") in written or (engine in ("none", "ddp") and not files):
+        engines.check_checkpoint(tmp_path, accelerator)
+        return
+    with pytest.raises(ValueError, match=f"was written by {written}, and this run's engine is {engine}: resume it"):
+        engines.check_checkpoint(tmp_path, accelerator)
+
+
+def test_heads_that_cannot_be_dealt_out_are_named(make_model):
+    model = make_model()
+    model._tp_size = 3
+    with pytest.raises(
+        ValueError, match=r"a machine's 3 processes as many heads, but the teacher's num_attention_heads"
+    ):
+        engines._require_cut(model)
+
+
 def test_a_process_that_was_started_starts_no_others(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(["train", "--accelerate_config", "ddp"]) == 2
-    assert "--accelerate_config starts the processes itself" in capsys.readouterr().err
+    assert "--accelerate_config starts processes of `taid train` and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", range(1, 10))

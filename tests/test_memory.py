@@ -167,8 +167,8 @@ def test_engines_cut_what_they_say(footprint):
         return footprint.held(Layout(engine, placement, n))
 
     alone = footprint.held(Layout("none", "replicated", 1))
-    assert {k: alone[k] for k in ("weights", "gradients", "optimizer", "engine", "teacher")} == {
-        "weights": 4 * s, "gradients": 4 * s, "optimizer": 8 * s, "engine": 0, "teacher": 2 * t.weights,
+    assert {k: alone[k] for k in ("weights", "gradients", "optimizer", "buffers", "teacher")} == {
+        "weights": 4 * s, "gradients": 4 * s, "optimizer": 8 * s, "buffers": 0, "teacher": 2 * t.weights,
     }  # fmt: skip
     ddp = of("ddp")
     assert {**ddp, "activations": 0} == {**alone, "activations": 0}

@@ -164,7 +164,7 @@ def test_memory_is_that_of_the_weights_and_what_is_trained_of_them(options, tmp_
     assert lines_of(said)["student"].endswith(f", {weights['student']:,} weights")
     assert (parts["weights"], parts["gradients"]) == (mb(4 * weights["student"]),) * 2
     assert (parts["optimizer"], parts["teacher"]) == (mb(8 * weights["student"]), mb(4 * weights["teacher"]))
-    assert sum(float(n) for name, n in parts.items() if name not in ("all", "engine")) == pytest.approx(
+    assert sum(float(n) for name, n in parts.items() if name not in ("all", "buffers")) == pytest.approx(
         float(parts["all"]), abs=0.3
     )
     for optimizer, each in (("sgd", 0), ("lion_8bit", 1), ("adamw_bnb_8bit", 2)):

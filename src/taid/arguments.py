@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 from trl import ModelConfig, SFTConfig
 
+from taid import engines
 from taid.config import DataArguments, TAIDConfig, in_yaml, nearest
 
 # What `taid train --help` shows of transformers' 120 training arguments; `--help_all` shows the rest.
@@ -50,7 +51,7 @@ def parse(argv: Sequence[str], command: str = "train") -> tuple[ModelConfig, Dat
         raise ValueError(f"{config.config}: {name[1]}: {name[2]}") from None
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        raise ValueError(f"unknown option {unknown[0]!r}{nearest(name, _names(parser))}")
+        raise ValueError(f"unknown option {unknown[0]!r}{_of_launcher(name) or nearest(name, _names(parser))}")
     options = vars(namespace)
 
     def build(cls: Any) -> Any:
@@ -169,7 +170,7 @@ def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]
     arguments: list[str] = []
     for name, value in values.items():
         if name not in names:
-            raise ValueError(f"{path}: unknown key {name!r}{nearest(str(name), names)}")
+            raise ValueError(f"{path}: unknown key {name!r}{_of_launcher(name) or nearest(str(name), names)}")
         takes_list = nargs[name] == "+" or any(get_origin(hint) is list for hint in get_args(hints.get(name)))
         if isinstance(value, list) and not takes_list:
             raise ValueError(f"{path}: {name} takes one value, got the list {value}")
@@ -186,3 +187,10 @@ def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions} - {"help", "help_all", "config"}
+
+
+def _of_launcher(name: Any) -> str:
+    """What to say of an option that starts processes, where it is not one."""
+    if name not in ("accelerate_config", *engines.LAUNCHER):
+        return ""
+    return ": processes are started on the command line, by --accelerate_config ddp|fsdp2|zero2|zero3|FILE"

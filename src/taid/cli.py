@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return engines.launch(arguments)
         if any(argument.partition("=")[0] == "--accelerate_config" for argument in arguments):
             raise ValueError(
-                "--accelerate_config starts the processes itself, of `taid train` and `taid cache`: leave it, torchrun "
-                "or accelerate launch away"
+                "--accelerate_config starts processes of `taid train` and `taid cache`, and no others: not those of "
+                "another command (`taid plan` shows all engines), nor below torchrun or accelerate launch"
             )
         # Their options come from TRL and transformers, which take seconds to import.
         if arguments[:1] in (["train"], ["cache"], ["plan"]):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 READY = ("ddp", "fsdp2", "zero2", "zero3")
 # Options of `accelerate launch` that a run may be given beside the file.
-_LAUNCHER = "num_processes num_machines machine_rank main_process_ip main_process_port".split()
+LAUNCHER = "num_processes num_machines machine_rank main_process_ip main_process_port".split()
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
@@ -53,6 +53,8 @@ def launch(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     values, command = split(arguments)
+    if values["accelerate_config"] in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"{values['accelerate_config']} needs DeepSpeed: pip install 'taid[zero]'")
     path = _file(values.pop("accelerate_config"))
     if "num_processes" not in values and not torch.accelerator.is_available():
         raise ValueError("without a GPU say how many processes --accelerate_config starts: --num_processes 2")
@@ -93,7 +95,7 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     rest, waiting = [], list(arguments)
     while waiting:
         name, has_value, value = waiting.pop(0).partition("=")
-        if name.removeprefix("--") not in ("accelerate_config", *_LAUNCHER):
+        if name.removeprefix("--") not in ("accelerate_config", *LAUNCHER):
             rest.append(name + has_value + value)
             continue
         if not has_value:
@@ -239,6 +241,23 @@ def fit_checkpoint(checkpoint: Path, accelerator: Any) -> bool:
     return True
 
 
+def check_checkpoint(checkpoint: Path, accelerator: Any) -> None:
+    """See that a checkpoint is this engine's.
+
+    Raises:
+        ValueError: it is another engine's; says whose.
+    """
+    engine = of(accelerator)
+    whose = "zero" if (checkpoint / "latest").is_file() else ""
+    whose = "fsdp2" if (checkpoint / "pytorch_model_fsdp_0").is_dir() else whose
+    if not (engine.startswith(whose) if whose else not engine.startswith(("fsdp", "zero"))):
+        written = {"": "one process or ddp", "zero": "zero2 or zero3"}.get(whose, whose)
+        raise ValueError(
+            f"{checkpoint} was written by {written}, and this run's engine is {engine}: resume it with the "
+            "--accelerate_config it was begun with (versions.json says which)"
+        )
+
+
 def part_steps(optimizer: Any) -> None:
     """Give each part of the weights its own counter of Adam's steps.
 
@@ -332,12 +351,19 @@ def _require_cut(model: Any) -> None:
     from torch.distributed.tensor import DTensor
 
     parts: list[Any] = [module for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
-    if (model.tp_size or 1) > 1:
-        parts = [model]
+    if (size := model.tp_size or 1) > 1:
+        parts, text = [model], model.config.get_text_config()
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if (getattr(text, name, None) or 0) % size:
+                raise ValueError(
+                    f"teacher_placement: tensor_parallel gives each of a machine's {size} processes as many heads, but "
+                    f"the teacher's {name} are {getattr(text, name)}: set teacher_placement: sharded"
+                )
     cut = {weight for part in parts for weight in part.parameters() if isinstance(weight, DTensor)}
     whole = sum(weight.numel() for weight in model.parameters())
     if sum(weight.numel() for weight in cut) < whole / 2:
+        kind = type(model).__name__.removeprefix("FSDP")
         raise ValueError(
-            f"transformers has no plan by which a {type(model).__name__} is cut layer by layer, so that each "
-            "process would hold or gather the whole teacher: set teacher_placement: replicated, or use a teacher_cache"
+            f"transformers has no plan by which a {kind} is cut layer by layer, so that each process would hold or "
+            "gather the whole teacher: set teacher_placement: replicated, or use a teacher_cache"
         )

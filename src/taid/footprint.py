@@ -24,6 +24,7 @@ STATES: dict[str, tuple[int, int | None]] = {
     "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_bnb_8bit": (2, 1), "paged_adamw_32bit": (2, 4),
     "paged_adamw_8bit": (2, 1), "adamw_8bit": (2, 1), "lion_32bit": (1, 4), "lion_8bit": (1, 1), "sgd": (0, None),
 }  # fmt: skip
+_A_MACHINE = 8  # processes, which hold one sharded teacher together
 # What DeepSpeed holds unless it is told otherwise: so many gradients that wait to be reduced, and gathered weights.
 _BUCKET, _LIVE = 5 * 10**8, 10**9
 # Bytes of a weight of a product, with the factors of its blocks; embeddings, norms and output head stay as they are.
@@ -193,7 +194,7 @@ class Footprint:
             bucket = min(bucket, held_in.itemsize * trained)
             kept, bucket = (gradients + bucket, 0) if layout.engine == "zero2" else (gradients, bucket)
         peaks = trace.peaks(share=kept / max(trace.gradients, 1), accumulates=accumulates)
-        most, engine = max(zip(peaks, self._engine(layout, bucket), strict=True), key=sum)
+        most, buffers = max(zip(peaks, self._engine(layout, bucket), strict=True), key=sum)
         number, each = STATES.get(self.optimizer, (math.nan, None))
         state = trained * number * (each or (4 if is_zero else self.dtype.itemsize))
         parts = {
@@ -201,7 +202,7 @@ class Footprint:
             "gradients": gradients,
             "optimizer": part * (state + 4 * trained * is_zero),  # DeepSpeed's, with its weights in 32 bits
             "activations": max(most - gradients, 0.0),
-            "engine": engine,
+            "buffers": buffers,
         }
         return parts | ({} if self.teacher is None else {"teacher": self._teacher(self.teacher, layout)})
 
@@ -225,7 +226,11 @@ class Footprint:
     def _teacher(self, teacher: Size, layout: Layout) -> float:
         if layout.placement == "replicated" or self.teacher_quantized is not None:
             return _stored(teacher, self.teacher_dtype, self.teacher_quantized)
-        part = teacher.weights / layout.processes if layout.placement in ("sharded", "tensor_parallel") else 0
+        part = (
+            teacher.weights / min(layout.processes, _A_MACHINE)
+            if layout.placement in ("sharded", "tensor_parallel")
+            else 0
+        )
         # The head is gathered; one layer is computed while the next one comes.
         layers = 2 * teacher.layer if layout.placement != "tensor_parallel" else 0
         return self.teacher_dtype.itemsize * (part + teacher.head + layers)

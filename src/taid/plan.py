@@ -37,7 +37,7 @@ _GPU = ("H100", 989e12, "bf16 dense")  # NVIDIA's data sheet of the SXM card, wi
 _CPU = ("CPU", 0.77e12, "float32, 8 cores with AVX2 at 3 GHz")  # 8 cores x 3e9 x 2 units x 8 numbers x 2
 _WATTS = 700  # of the same
 _USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, NCCL's and what lies between tensors
-_PARTS = ("weights", "gradients", "optimizer", "activations", "engine", "teacher")
+_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "teacher")
 
 
 @dataclass(frozen=True)
@@ -351,8 +351,10 @@ def _advice(recipe: Recipe, footprint: Footprint, found: dict[Layout, dict[str, 
             engine = [] if layout.engine == "none" else [f"--accelerate_config {layout.engine}"]
             where = [] if layout.placement == "elsewhere" else [f"--teacher_placement {layout.placement}"]
             return [*lines, f"the first that fits into {card}: {' '.join(engine + where) or 'one process'}"]
-    lines += [f"none fits into {card}. The smallest of them would hold, with"]
     together, now = footprint, _least(footprint, found)
+    smallest = min(found, key=lambda layout: sum(found[layout].values()))
+    name = f"{smallest.engine} with the teacher {smallest.placement}"
+    lines += [f"none fits into {card}. The smallest of them ({name}) would hold, with"]
     for words, change in _REMEDIES.items():
         if (least := _least(change(footprint), found)) < now:
             together = change(together)

@@ -448,8 +448,10 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._total_train_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        resumes = self.is_deepspeed_enabled and resume_from_checkpoint is not None
-        is_converted = resumes and engines.fit_checkpoint(Path(str(resume_from_checkpoint)), self.accelerator)
+        is_converted = False
+        if resume_from_checkpoint is not None:
+            engines.check_checkpoint(Path(resume_from_checkpoint), self.accelerator)
+            is_converted = engines.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if is_converted:
             engines.part_steps(self.model_wrapped.optimizer.optimizer)
