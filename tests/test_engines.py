@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import BatchSampler
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from taid import cli, engines, rows, run_folder
 from taid.cache import Cache
@@ -47,6 +48,10 @@ CASES = {
         "teacher_cache": "cache", "dataset_name": "five.jsonl", "num_train_epochs": 2, "max_steps": -1,
     },
     "tied heads, a teacher in the memory of the CPU": {"model_name_or_path": "tied", "teacher_placement": "cpu"},
+    "the best checkpoint, which is the last but one": {
+        "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_kl", "greater_is_better": True,
+    },
     "a teacher whose products are computed together": {"teacher_placement": "tensor_parallel"},
 }  # fmt: skip
 
@@ -304,6 +309,42 @@ def test_a_start_that_cannot_be_made_is_named(arguments, message, capsys, monkey
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert cli.main(["train", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["foo: [", "[1, 2]", "", "distributed_type: NOPE\n"])
+def test_a_file_that_is_none_of_accelerates_is_named(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    assert cli.main(["train", f"--accelerate_config={path}", "--num_processes=2"]) == 2
+    assert capsys.readouterr().err.startswith(f"taid: error: --accelerate_config {path}: ")
+
+
+def test_a_teacher_whose_products_cannot_be_cut_is_named(folder, tmp_path, make_model, tokenizer):
+    heads, gpt2 = tmp_path / "heads", tmp_path / "gpt2"
+    make_model(310, num_key_value_heads=1).save_pretrained(heads)
+    GPT2LMHeadModel(GPT2Config(vocab_size=310, n_embd=32, n_head=2, n_layer=2)).save_pretrained(gpt2)
+    for path, message in ((heads, "the teacher's num_key_value_heads are 1"), (gpt2, "no plan by which the matrices")):
+        tokenizer.save_pretrained(path)
+        more = [f"--teacher_model_name_or_path={path}", "--teacher_placement=tensor_parallel"]
+        process = command(folder, tmp_path / "run", *more, engine="ddp")
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2, err
+        assert message in err
+        assert "set teacher_placement: sharded" in err
+
+
+def test_a_student_is_not_sharded_as_it_is_read(folder, capsys):
+    more = '--model_init_kwargs={"distributed_config": {"fsdp_size": 2}}'
+    assert cli.main(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", "unused", more]) == 2
+    assert "may give tp_size and tp_plan, not fsdp_size: a student is sharded by" in capsys.readouterr().err
+
+
+def test_a_student_by_tensor_parallelism_is_for_ddp():
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=None)
+    parallelism = SimpleNamespace(cp_enabled=False, sp_enabled=False, tp_enabled=True)
+    with pytest.raises(ValueError, match="needs --accelerate_config ddp, not fsdp2"):
+        engines.check(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=parallelism))
 
 
 def test_zero_without_deepspeed_is_named(capsys, monkeypatch):

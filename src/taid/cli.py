@@ -219,7 +219,7 @@ def _planned(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
     parser.add_argument("--gpu_memory", nargs="?", default="80")
     parser.add_argument("--config", type=Path, nargs="?")
     known, rest = parser.parse_known_args(argv)
-    if known.gpus is not None and not known.gpus.isdigit():
+    if known.gpus is not None and not known.gpus.isdecimal():
         raise ValueError(f"--gpus must be a number, 0 for a CPU, got {known.gpus!r}")
     if not re.fullmatch(r"\d*\.?\d+", known.gpu_memory or "") or not float(known.gpu_memory):
         raise ValueError(f"--gpu_memory is that of a GPU in GB, like 80, got {known.gpu_memory!r}")

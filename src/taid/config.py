@@ -250,6 +250,12 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             # transformers takes whatever does not end with "loss" for something to be maximised, a KL too.
             self.greater_is_better: bool | None = self.metric_for_best_model.endswith("accuracy")
         super().__post_init__()
+        spread = (self.model_init_kwargs or {}).get("distributed_config") or {}
+        if isinstance(spread, dict) and (other := spread.keys() - {"tp_size", "tp_plan"}):
+            raise ValueError(
+                f"model_init_kwargs: distributed_config may give tp_size and tp_plan, not {', '.join(sorted(other))}: "
+                "a student is sharded by --accelerate_config fsdp2 or zero3"
+            )
         engines.prepare(self)
         if self.train_tokens is not None:
             self.max_steps: int = self._steps_for(self.train_tokens)

@@ -49,6 +49,7 @@ def launch(arguments: Sequence[str]) -> int:
     """
     import accelerate.commands.launch as accelerate_launch
     import torch
+    import yaml
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -71,7 +72,8 @@ def launch(arguments: Sequence[str]) -> int:
         return _status(rank, failure.exitcode)
     except SignalException as error:
         return 128 + int(error.sigval)
-    except (ImportError, KeyError, TypeError) as error:  # what accelerate raises for a file that is not as it should be
+    # What accelerate raises for a file that is not as it should be.
+    except (ImportError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--accelerate_config {path}: {error}") from error
     return 0
 
@@ -104,7 +106,7 @@ def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             value = waiting.pop(0)
         values[name.removeprefix("--")] = value
     for name in {"num_processes", "num_machines"} & values.keys():
-        if not values[name].isdigit() or int(values[name]) < 1:
+        if not values[name].isdecimal() or int(values[name]) < 1:
             raise ValueError(f"--{name} must be a positive number, got {values[name]!r}")
     return values, rest
 
@@ -158,6 +160,8 @@ def check(accelerator: Any) -> None:
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError("context and sequence parallelism are not supported: the loss would miss tokens")
+    if parallelism is not None and parallelism.tp_enabled and of(accelerator) != "ddp":
+        raise ValueError(f"a student by tensor parallelism needs --accelerate_config ddp, not {of(accelerator)}")
     if accelerator.ddp_handler is not None:
         accelerator.ddp_handler.gradient_as_bucket_view = True  # or DDP holds all gradients twice
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)

@@ -155,7 +155,15 @@ def _load_teacher(name: str, args: TAIDConfig, origin: dict[str, Any]) -> Any:
     where = engines.placement(args, can_be_cut=can_be_cut)
     if where != "replicated" and not can_be_cut:
         raise ValueError(f"teacher {name!r} is an adapter, which is not cut up: merge it first (taid export)")
-    return load_model(name, role="teacher", **(origin | engines.reading(args, where) | teacher_init_kwargs(args)))
+    try:
+        return load_model(name, role="teacher", **(origin | engines.reading(args, where) | teacher_init_kwargs(args)))
+    except ValueError as error:
+        if "has no `tp_plan`" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no plan by which the matrices of teacher {name!r} are cut: set teacher_placement: "
+            "sharded or replicated"
+        ) from error
 
 
 def require_read_back(config: Any, tokenizer: Any) -> None:

@@ -480,14 +480,16 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         }
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         is_writer, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        best = self.state.best_model_checkpoint
         with run_folder.unfinished(folder, name, is_writer=is_writer, wait=wait) as made:
             self._checkpoints_in = str(made.parent)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._checkpoints_in = None
-            if self.state.best_model_checkpoint == str(made):
-                self.state.best_model_checkpoint = str(folder / name)
+            # transformers looks whether the folder is there, which under FSDP a faster process may have made by then.
+            is_best = self.state.best_global_step == self.state.global_step
+            self.state.best_model_checkpoint = str(folder / name) if is_best else best
             if is_writer:
                 self.state.save_to_json(str(made / "trainer_state.json"))
         if is_writer:
