@@ -6,7 +6,17 @@ import shutil
 
 import pytest
 import yaml
-from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen3MoeConfig
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3MoeConfig,
+)  # fmt: skip
 
 from taid.cli import main
 from taid.footprint import size
@@ -297,6 +307,22 @@ def test_each_engine_is_planned_and_the_first_that_fits_is_named(options, tmp_pa
     cached = options | {"objective": "sft", "teacher_cache": str(tmp_path / "cache")}
     status, said = run("plan", cached, tmp_path, capsys, "--gpus", "2")
     assert {place for _, place in memory_of(said)} == {"elsewhere"}
+
+
+def test_a_teacher_that_cannot_be_cut_is_whole_everywhere(options, tmp_path, capsys, make_model, tokenizer):
+    gpt2, adapter = tmp_path / "gpt2", tmp_path / "adapter"
+    GPT2LMHeadModel(GPT2Config(vocab_size=310, n_embd=32, n_head=2, n_layer=2)).save_pretrained(gpt2)
+    base = make_model(310)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config.name_or_path = str(tmp_path / "base")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    for folder, alone in ((gpt2, {"replicated", "cpu"}), (adapter, {"replicated"})):
+        tokenizer.save_pretrained(folder)
+        given = options | {"teacher_model_name_or_path": str(folder)}
+        for gpus, places in (("2", {"replicated"}), ("1", alone)):
+            status, said = run("plan", given, tmp_path, capsys, "--gpus", gpus)
+            assert status == 0, said.err
+            assert {place for _, place in memory_of(said)} == places
 
 
 def test_where_nothing_fits_it_says_what_would_help(options, tmp_path, capsys):

@@ -45,6 +45,7 @@ class Size:
         head: how many its output head has.
         layer: how many its largest layer has.
         layers: how many all layers have.
+        can_be_cut: whether transformers cuts it up by layers, as processes hold a teacher together.
     """
 
     config: Any
@@ -56,6 +57,7 @@ class Size:
     head: int
     layer: int
     layers: int
+    can_be_cut: bool
 
     def attention(self, length: float) -> float:
         """FLOPs a token of the products of queries with keys and of their weights with values, forward, causal."""
@@ -107,6 +109,7 @@ def size(config: Any, *, rows: int | None = None, peft_config: Any = None) -> Si
         head.weight.numel(),
         max(layers, default=weights),
         sum(layers),
+        any(name.endswith(".layers") for name, _ in model.named_modules()),
     )
 
 

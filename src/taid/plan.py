@@ -108,13 +108,17 @@ class Recipe:
         revision = self.model.model_revision if is_student else self.args.teacher_model_revision
         return str(name), {"trust_remote_code": self.args.trust_remote_code, "revision": revision}
 
+    def is_adapter(self, role: str) -> bool:
+        """Whether the student or the teacher is the folder of an adapter."""
+        folder = Path(self._origin(role)[0]).expanduser()
+        return folder.is_dir() and adapter_config(str(folder)) is not None
+
     @property
     def adapter(self) -> Any:
         """What is trained instead of the student's weights: a new adapter, or the one that the student is; or None."""
-        folder = Path(str(self.model.model_name_or_path)).expanduser()
-        if self.model.use_peft or not folder.is_dir() or adapter_config(str(folder)) is None:
+        if self.model.use_peft or not self.is_adapter("student"):
             return get_peft_config(self.model)
-        found = PeftConfig.from_pretrained(folder)
+        found = PeftConfig.from_pretrained(Path(str(self.model.model_name_or_path)).expanduser())
         found.inference_mode = False
         return found
 
@@ -262,8 +266,9 @@ def _memory(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -
     if footprint.teacher is not None:
         placements = PLACEMENTS if several else ("replicated", "cpu")
         placements = placements if args.teacher_placement == "auto" else (args.teacher_placement,)
-        if args.teacher_quantization is not None or not recipe.gpus:  # neither cut up nor moved away
-            placements = ("replicated",)
+        is_whole = args.teacher_quantization is not None or recipe.is_adapter("teacher")
+        if is_whole or not recipe.gpus or (several and not footprint.teacher.can_be_cut):
+            placements = ("replicated",)  # neither cut up nor moved away
     layouts = [Layout(engine, where, max(recipe.gpus, 1))
                for engine in (ENGINES if several else ("none",)) for where in placements]  # fmt: skip
     try:
