@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from taid import cli
@@ -316,6 +317,11 @@ def absent(package: str) -> pytest.MarkDecorator:
         pytest.param({"report_to": "wandb"}, "wandb", marks=absent("wandb")),
         pytest.param({"deepspeed": "absent.json"}, "deepspeed", marks=absent("deepspeed")),
         ({"teacher_model_init_kwargs": {"foo": 1}}, "foo"),
+        pytest.param(
+            {"activation_offloading": True},
+            "activation_offloading moves activations from a GPU to the CPU",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU"),
+        ),
         ({"teacher_model_init_kwargs": {"dtype": "bfloat17"}}, "bfloat17"),
     ],
 )

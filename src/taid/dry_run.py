@@ -55,7 +55,7 @@ class Miniature:
         logging.getLogger("taid").setLevel(logging.ERROR)  # what is said of the miniature is not true of the run
         model.attn_implementation = None
         args.teacher_server_url = args.resume_from_checkpoint = args.eval_tasks = None
-        args.push_to_hub = args.torch_compile = False
+        args.push_to_hub = args.torch_compile = args.activation_offloading = False
         if args.teacher_model_init_kwargs is not None:
             args.teacher_model_init_kwargs = {"dtype": teacher_init_kwargs(args)["dtype"]}
         return model, data, args

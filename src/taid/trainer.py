@@ -109,6 +109,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> None:
         args = args or TAIDConfig()
         set_seed(args.seed)  # transformers does so too, but after an adapter is drawn
+        if args.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError("activation_offloading moves activations from a GPU to the CPU, and there is no GPU here")
         if objective is not None and not callable(objective):
             raise TypeError(f"objective is a function of both logits, not {objective!r}: named ones go into args")
         if objective is not None:
