@@ -413,7 +413,8 @@ def test_a_run_that_stops_does_not_wait_for_answers_that_hang(serve):
     done = subprocess.run(
         [sys.executable, "-c", program, server.url], capture_output=True, text=True, timeout=100, check=False
     )
-    assert (done.returncode, done.stderr) == (1, "an error somewhere else\n")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "an error somewhere else"  # libraries may say something on import
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
