@@ -29,7 +29,7 @@ TIMING = ("tokens_per_second", "seconds", "epoch")
 PROCESSES = int(os.environ.get("TAID_TEST_PROCESSES", "2"))  # 2 or 4
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
 # What each case changes.
-PLACES = ("model_name_or_path", "teacher_cache", "dataset_name")
+PLACES = ("model_name_or_path", "teacher_model_name_or_path", "teacher_cache", "dataset_name")
 CASES = {
     "packed rows": {"packing": True, "max_length": 24},
     "LoRA, an optimizer with state": {
@@ -52,7 +52,9 @@ CASES = {
         "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True,
         "metric_for_best_model": "eval_kl", "greater_is_better": True,
     },
-    "a teacher whose products are computed together": {"teacher_placement": "tensor_parallel"},
+    "a teacher whose products are computed together": {
+        "teacher_model_name_or_path": "four_heads", "teacher_placement": "tensor_parallel",
+    },
 }  # fmt: skip
 
 
@@ -62,6 +64,8 @@ def folder(tmp_path_factory, make_model, tokenizer, student_folder, teacher_fold
     root = tmp_path_factory.mktemp("engines")
     make_model(300, tied=False).save_pretrained(root / "student")
     tokenizer.save_pretrained(root / "student")
+    make_model(310, hidden_size=48, seed=1, num_key_value_heads=4).save_pretrained(root / "four_heads")
+    tokenizer.save_pretrained(root / "four_heads")
     (root / "tied").symlink_to(student_folder)
     all_rows = [{"prompt": SENTENCE[: 5 + 2 * i], "completion": SENTENCE[5 + 2 * i : 20 + 7 * i]} for i in range(8)]
     for name, some in {"train": all_rows, "five": all_rows[:5]}.items():
