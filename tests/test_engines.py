@@ -364,7 +364,8 @@ def test_a_recipe_does_not_start_processes(tmp_path, capsys):
     assert "unknown key 'accelerate_config': processes are started on the command line" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("files", "written"), [(["pytorch_model_fsdp_0/x"], "fsdp2"), (["latest"], "zero2 or zero3"),
+@pytest.mark.parametrize(("files", "written"), [(["pytorch_model_fsdp_0/x"], "fsdp2"),
+                                                (["pytorch_model_fsdp.bin"], "fsdp2"), (["latest"], "zero2 or zero3"),
                                                 ([], "one process or ddp")])  # fmt: skip
 @pytest.mark.parametrize("engine", ["none", "ddp", "fsdp2", "zero2", "zero3"])
 def test_a_checkpoint_of_another_engine_is_named(files, written, engine, tmp_path):

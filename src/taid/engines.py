@@ -253,7 +253,7 @@ def check_checkpoint(checkpoint: Path, accelerator: Any) -> None:
     """
     engine = of(accelerator)
     whose = "zero" if (checkpoint / "latest").is_file() else ""
-    whose = "fsdp2" if (checkpoint / "pytorch_model_fsdp_0").is_dir() else whose
+    whose = "fsdp2" if any(checkpoint.glob("pytorch_model_fsdp*")) else whose  # a folder of shards, or whole
     if not (engine.startswith(whose) if whose else not engine.startswith(("fsdp", "zero"))):
         written = {"": "one process or ddp", "zero": "zero2 or zero3"}.get(whose, whose)
         raise ValueError(

@@ -353,18 +353,21 @@ def _advice(recipe: Recipe, footprint: Footprint, found: dict[Layout, dict[str, 
     card = f"{recipe.gpu_memory:g} GB, of which {_USABLE:.0%} can be used"
     for layout, parts in found.items():
         if sum(parts.values()) <= room:
-            engine = [] if layout.engine == "none" else [f"--accelerate_config {layout.engine}"]
-            where = [] if layout.placement == "elsewhere" else [f"--teacher_placement {layout.placement}"]
-            return [*lines, f"the first that fits into {card}: {' '.join(engine + where) or 'one process'}"]
+            return [*lines, f"the first that fits into {card}: {_switches(layout)}"]
     together, now = footprint, _least(footprint, found)
     smallest = min(found, key=lambda layout: sum(found[layout].values()))
-    name = f"{smallest.engine} with the teacher {smallest.placement}"
-    lines += [f"none fits into {card}. The smallest of them ({name}) would hold, with"]
+    lines += [f"none fits into {card}. The smallest of them ({_switches(smallest)}) would hold, with"]
     for words, change in _REMEDIES.items():
         if (least := _least(change(footprint), found)) < now:
             together = change(together)
             lines += [f"  {_size(least):>9}  {words}"]
     return [*lines, f"  {_size(_least(together, found)):>9}  all of this"]
+
+
+def _switches(layout: Layout) -> str:
+    engine = [] if layout.engine == "none" else [f"--accelerate_config {layout.engine}"]
+    where = [] if layout.placement == "elsewhere" else [f"--teacher_placement {layout.placement}"]
+    return " ".join(engine + where) or "one process"
 
 
 def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> list[str]:

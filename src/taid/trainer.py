@@ -509,7 +509,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if self.get_tp_size() > 1:
+        if state_dict is None and self.get_tp_size() > 1:
             state_dict = model.state_dict()
         if state_dict is not None:  # gathered from processes, where tied weights no longer share their memory
             tied = getattr(model, "all_tied_weights_keys", None) or {}
