@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from taid.fused import fused_distillation_loss
 from taid.kernels import products
 
 has_one_dnn = pytest.mark.skipif(
@@ -90,3 +91,20 @@ def test_on_intel_the_head_gradient_is_not_rounded_on_its_way():
     products.add_outer(total, gradient, hidden.contiguous(), 0)
 
     assert error(total, gradient.double().t() @ hidden.double()) <= 1e-6
+
+
+@has_one_dnn
+def test_one_dnn_meets_few_shapes_whatever_the_number_of_tokens(monkeypatch):
+    """It keeps what it made for each: 240 MB in a long run, when each batch had its own."""
+    met = set()
+    by_one_dnn = products._by_one_dnn
+    monkeypatch.setattr(products, "_by_one_dnn", lambda x, y: met.add((x.shape, y.shape)) or by_one_dnn(x, y))
+    monkeypatch.setattr(products, "_is_another_avx512", lambda: True)
+    student, teacher = torch.randn(70, 8, requires_grad=True), torch.randn(70, 12)
+
+    for N in range(1200):
+        hidden, labels = torch.randn(N, 8, requires_grad=True), torch.zeros(N, dtype=torch.long)
+        loss = fused_distillation_loss(hidden, student, torch.randn(N, 12), teacher, labels, "forward_kl").loss
+        loss.backward()
+
+    assert len(met) <= 4 * (512 // 16 + 1)

@@ -181,7 +181,7 @@ def _with_labels_of_teacher(trainer: TAIDTrainer) -> Callable[[list[Any]], dict[
         products = HeadProducts(head.weight, len(ids), None, False)  # as precise as those of the loss
         bias, tile = 0 if head.bias is None else head.bias[: len(ids)], products.tile(256)
         likeliest = [
-            (products.project(products.operand(part), tile[: len(part)]) + bias).argmax(-1).cpu()
+            (products.project(products.operand(part), tile)[: len(part)] + bias).argmax(-1).cpu()
             for part in torch.split(hidden[labels != -100], len(tile))
         ]
         to_predict = batch["labels"][:, 1:]

@@ -317,18 +317,22 @@ def _forward(
         chunk = slice(start, min(start + rows, N))
         M, places = chunk.stop - chunk.start, job.kept[chunk]
         hidden_MD = student.operand(hidden.index_select(0, places))
-        student_MV, teacher_MV = student.project(hidden_MD, tiles[0][:M]), None
+        padded_MV, teacher_MV = student.project(hidden_MD, tiles[0]), None
+        student_MV = padded_MV[:M]
         if teacher is not None and job.teacher_hidden is not None:
             hidden_ME = teacher.operand(job.teacher_hidden.index_select(0, places))
-            teacher_MV = teacher.project(hidden_ME, tiles[1][:M])
+            teacher_MV = teacher.project(hidden_ME, tiles[1])[:M]
         of_rows = job.labels[chunk], job.task, columns[chunk]
         gradient_dtype = student.operand_dtype if any(wanted[:3]) else None
         if job.sparse is None:
             gradient_MV = row_stage(student_MV, teacher_MV, *of_rows, gradient=gradient_dtype)
         else:
             gradient_MV = sparse_rows(student_MV, job.sparse[chunk], *of_rows, gradient=gradient_dtype)
+        if len(padded_MV) > M:  # on a CPU only, where the gradient lies in the tile
+            padded_MV[M:] = 0
+            gradient_MV = padded_MV
         if d_hidden is not None:
-            d_hidden.index_copy_(0, places, student.project_back(gradient_MV).to(d_hidden.dtype))
+            d_hidden.index_copy_(0, places, student.project_back(gradient_MV)[:M].to(d_hidden.dtype))
         if wants_weight:
             student.add_outer(gradient_MV, hidden_MD)
         if d_bias is not None:

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taid.kernels import products
 
@@ -43,6 +43,7 @@ class HeadProducts:
         native = not half or on_cuda or (weight.dtype == torch.bfloat16 and has_bfloat16)
         self.operand_dtype = weight.dtype if native else torch.float32
         self.tile_dtype = torch.float32 if half and on_cuda else self.operand_dtype
+        self.row_multiple = products.row_multiple(self.operand_dtype) if self.on_cpu else 1
         whole = [slice(0, size)]
         slabs = [slice(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
         self.slabs = whole if native else slabs
@@ -56,19 +57,23 @@ class HeadProducts:
         self.is_first = True
 
     def operand(self, hidden: Tensor) -> Tensor:
-        """Hidden states as the products want them."""
-        return hidden.to(self.operand_dtype)
+        """Hidden states as the products want them: in their dtype, and with rows of zeros up to a multiple."""
+        hidden = hidden.to(self.operand_dtype)
+        missing = -len(hidden) % self.row_multiple
+        return nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
 
     def tile(self, rows: int) -> Tensor:
-        """Memory for the logits of so many tokens."""
+        """Memory for the logits of so many tokens, and of the zeros behind them."""
         # Rows begin at multiples of 64 elements, so that loads stay aligned where V is odd.
         stride = -(-self.size // 64) * 64
+        rows += -rows % self.row_multiple
         tile = torch.empty(rows, stride, dtype=self.tile_dtype, device=self.weight.device)
         tile[:, self.size :] = 0  # oneDNN multiplies what follows a row of odd length by 0, which may not be NaN
         return tile[:, : self.size]
 
-    def project(self, hidden_MD: Tensor, out_MV: Tensor) -> Tensor:
-        """``hidden @ weight.T`` into a tile."""
+    def project(self, hidden_MD: Tensor, tile: Tensor) -> Tensor:
+        """``hidden @ weight.T`` into the first rows of a tile, which are returned."""
+        out_MV = tile[: len(hidden_MD)]
         mixed = {"out_dtype": out_MV.dtype} if out_MV.dtype != self.operand_dtype else {}
         for slab in self.slabs:
             weight = self.weight[slab].to(self.operand_dtype)
@@ -117,7 +122,7 @@ def chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
     if device == "cuda":  # the sums of weight gradients go through its memory once a chunk
         most, budget, unit = 2**14, 2**31, 1
     elif itemsize >= 4:
-        most, budget, unit = 512, 400 * 2**20, 1
+        most, budget, unit = 512, 400 * 2**20, 16  # as oneDNN is given them
     else:  # bfloat16: its instructions multiply blocks
         most, budget, unit = 704, 240 * 2**20, 64
     most = min(most, budget // (2 * V * itemsize))
