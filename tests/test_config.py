@@ -16,12 +16,12 @@ from taid.config import TAIDConfig, resolved
 
 # A new name here is a new promise to users: it needs a test, a recipe or example that uses it, and a changelog line.
 OWN_FIELDS = """
-objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal jsd_beta skew head_mass
-dkd_alpha dkd_beta dkd_temperature kd_ratio fused teacher_model_name_or_path teacher_model_revision
-teacher_model_init_kwargs teacher_placement teacher_quantization teacher_cache teacher_cache_format
-teacher_cache_samples teacher_server_url teacher_server_model teacher_server_timeout teacher_server_compare
-teacher_top_k tokenizer_from train_tokens skip_bad_images eval_tasks eval_tasks_num_fewshot
-eval_tasks_include_path overwrite_output_dir
+objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal taid_mixture jsd_beta skew
+head_mass dkd_alpha dkd_beta dkd_temperature abkd_alpha abkd_beta amid_mixture amid_share kd_ratio fused
+teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs teacher_placement teacher_quantization
+teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url teacher_server_model
+teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from train_tokens skip_bad_images eval_tasks
+eval_tasks_num_fewshot eval_tasks_include_path overwrite_output_dir
 """.split()
 
 
@@ -65,12 +65,17 @@ def test_the_defaults_are_the_papers():
         "taid_beta": 0.99,
         "taid_adaptive": True,
         "taid_signal": "kl",
+        "taid_mixture": 1.0,
         "jsd_beta": 0.1,
         "skew": 0.1,
         "head_mass": 0.5,
         "dkd_alpha": 1.0,
         "dkd_beta": 8.0,
         "dkd_temperature": 4.0,
+        "abkd_alpha": 0.2,
+        "abkd_beta": 0.7,
+        "amid_mixture": 0.5,
+        "amid_share": 0.5,
         "kd_ratio": 1.0,
         "fused": True,
         "teacher_model_name_or_path": None,

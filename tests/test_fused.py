@@ -17,6 +17,7 @@ from taid import fused, objectives
 from taid.fused import Head, distillation_loss, fused_distillation_loss
 from taid.kernels import head_products, native
 from test_kernels import CASES, INF, REFERENCES, Case, every_case, only, without
+from test_objectives import reference_target
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -803,7 +804,7 @@ def test_the_sums_are_those_of_the_trained_tokens_in_float64_without_a_gradient(
     if case.objective == "sft":
         expected["objective"] = 0.0
     if case.objective == "taid":
-        target = torch.softmax((1 - case.parameters["t"]) * log_q + case.parameters["t"] * log_p, -1)
+        target = reference_target(log_q, log_p, **case.parameters).exp()
         expected["target_cross_entropy"] = -(target * log_q).sum()
     for name, value in result.sums.items():
         assert value.dtype == torch.float64
@@ -938,7 +939,7 @@ def refused(message, objective="taid", changes=None, **parameters):
         ),
         refused("objective 'kl' does not exist (choices: sft, taid, forward_kl", "kl"),
         refused("taid needs its parameter 't'"),
-        refused("taid has no parameter 'beta' (it has: t)", t=0.5, beta=0.1),
+        refused("taid has no parameter 'beta' (it has: t, mixture)", t=0.5, beta=0.1),
         refused("kd_ratio must lie in [0, 1], got 1.5", t=0.5, kd_ratio=1.5),
         refused("t must lie in [0, 1], got -0.1", t=-0.1),
         refused("beta must lie strictly between 0 and 1, got 1.0", "jsd", beta=1.0),

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from taid.objectives import (
+    abkd,
     adaptive_kl,
+    amid,
     ctkd,
     dkd,
     forward_kl,
@@ -47,12 +49,37 @@ def reference_mixture(log_a, log_b, share_of_a):
     return torch.logaddexp(log_a + math.log(share_of_a), log_b + math.log(1 - share_of_a))
 
 
-def reference_target(log_q, log_p, t):
-    return torch.log_softmax((1 - t) * log_q.detach() + t * log_p, -1)
+def reference_alpha_mixture(log_q, log_p, mixture, share):
+    """AMiD, eq. of the alpha-mixture: f(u) = u^((1 - alpha) / 2), f^-1 of the mean of f(p) and f(q), normalised."""
+    a = (1 - mixture) / 2
+    if a == 0:
+        return torch.log_softmax(share * log_p + (1 - share) * log_q, -1)
+    mean = torch.logaddexp(math.log(share) + a * log_p, math.log(1 - share) + a * log_q) / a
+    is_nothing = log_q.isneginf() | log_p.isneginf() if a < 0 else log_q.isneginf() & log_p.isneginf()
+    return torch.log_softmax(mean.masked_fill(is_nothing, -INF), -1)
 
 
-def reference_taid(log_q, log_p, t):
-    return reference_kl(reference_target(log_q, log_p, t), log_q)
+def reference_target(log_q, log_p, t, mixture=1.0):
+    return reference_alpha_mixture(log_q.detach(), log_p, mixture, t)
+
+
+def reference_taid(log_q, log_p, t, mixture=1.0):
+    return reference_kl(reference_target(log_q, log_p, t, mixture), log_q)
+
+
+def reference_abkd(log_p, log_q, alpha, beta):
+    """ABKD, eq. 3, with its limits (Cichocki et al. 2011, eq. 10)."""
+    if alpha == 0 or beta == 0:
+        power, log_a, log_b = (beta, log_q, log_p) if alpha == 0 else (alpha, log_p, log_q)
+        ratio = torch.where(log_a == -INF, 0.0, power * (log_a - log_b))
+        return ((power * log_a).exp() * (ratio - 1) + (power * log_b).exp()).sum(-1) / power**2
+    both = alpha + beta
+    own = alpha / both * (both * log_p).exp() + beta / both * (both * log_q).exp()
+    return (own - (alpha * log_p + beta * log_q).exp()).sum(-1) / (alpha * beta)
+
+
+def reference_amid(log_q, log_p, mixture, share, alpha, beta):
+    return reference_abkd(log_p, reference_alpha_mixture(log_q, log_p, mixture, share), alpha, beta)
 
 
 def reference_jsd(log_q, log_p, beta):
@@ -111,6 +138,7 @@ class Case:
     objective: Callable
     reference: Callable
     upper: float = INF
+    amplifies: float = 1.0  # the rounding of a log-probability
 
 
 def entropy(share):
@@ -148,7 +176,37 @@ CASES = {
         lambda log_q, log_p: reference_dkd(log_q, log_p, log_q.argmax(-1), alpha=2.0, beta=0.5, temperature=1.5),
     ),
     **{f"ctkd({T})": Case(partial(ctkd, temperature=T), partial(reference_ctkd, temperature=T)) for T in (0.7, 15.6)},
+    **{
+        f"taid({t}, mixture={m})": Case(
+            partial(taid, t=t, mixture=m),
+            partial(reference_taid, t=t, mixture=m),
+        )
+        for t, m in ((0.4, -1.0), (0.4, 0.5), (0.9, -5.0))
+    },
+    **{
+        f"abkd({a}, {b})": Case(
+            partial(abkd, alpha=a, beta=b),
+            lambda log_q, log_p, a=a, b=b: reference_abkd(log_p, log_q, a, b),
+            amplifies=1 / a if a else 1.0,
+        )
+        for a, b in ((0.2, 0.7), (0.5, 0.5), (0.0, 0.8), (0.6, 0.0), (1.0, 1.0))
+    },
+    **{
+        f"amid({', '.join(map(str, given))})": Case(
+            partial(amid, **dict(zip(("mixture", "share", "alpha", "beta"), given, strict=True))),
+            lambda log_q, log_p, given=given: reference_amid(log_q, log_p, *given),
+            amplifies=1 / given[2] if given[2] else 1.0,
+        )
+        for given in ((0.5, 0.5, 0.2, 0.7), (1.0, 0.1, 1.0, 0.0), (-1.0, 0.1, 0.0, 1.0), (-5.0, 0.5, 0.2, 0.7))
+    },
 }
+
+# Beside forward and reverse KL, on which there are tests of their own.
+INFINITE_WHERE_THE_STUDENT_IS_ZERO = [name for name in CASES if "mixture=" in name] + [
+    "abkd(0.6, 0.0)",
+    "amid(1.0, 0.1, 1.0, 0.0)",
+]
+INFINITE_WHERE_THE_TEACHER_IS_ZERO = ["abkd(0.0, 0.8)", "amid(-1.0, 0.1, 0.0, 1.0)"]
 
 every_objective = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -720,11 +778,11 @@ def test_a_mask_on_both_sides_is_a_deletion(case, scale):
         case.objective, student_logits[:, kept], teacher_logits[:, kept]
     )
     assert_close(value, expected_value, rtol=1e-6, atol=0)
-    assert_close(gradient[:, kept], expected_gradient, rtol=1e-6, atol=1e-7)
+    assert_close(gradient[:, kept], expected_gradient, rtol=1e-6 * case.amplifies, atol=1e-7 * case.amplifies)
     assert (gradient[:, MASKED] == 0).all()
 
 
-@without("reverse_kl", "adaptive_kl(0.5)", "adaptive_kl(0.9)")
+@without("reverse_kl", "adaptive_kl(0.5)", "adaptive_kl(0.9)", *INFINITE_WHERE_THE_TEACHER_IS_ZERO)
 def test_a_mask_of_the_teacher_alone_is_probability_zero(case):
     student_logits, teacher_logits = FAR[0], masked(FAR[1])
 
@@ -735,7 +793,11 @@ def test_a_mask_of_the_teacher_alone_is_probability_zero(case):
     assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-@without("forward_kl", *(name for name in CASES if name.startswith(("adaptive_kl", "dkd", "ctkd"))))
+@without(
+    "forward_kl",
+    *(name for name in CASES if name.startswith(("adaptive_kl", "dkd", "ctkd"))),
+    *INFINITE_WHERE_THE_STUDENT_IS_ZERO,
+)
 def test_a_mask_of_the_student_alone_is_probability_zero(case):
     student_logits, teacher_logits = masked(FAR[0]), FAR[1]
 
@@ -744,6 +806,25 @@ def test_a_mask_of_the_student_alone_is_probability_zero(case):
     expected_value, expected_gradient = truth(case, student_logits, teacher_logits)
     assert relative_error(value, expected_value) <= 5e-6
     assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@only(*INFINITE_WHERE_THE_STUDENT_IS_ZERO)
+def test_what_is_infinite_where_the_student_masks_is_huge_and_leaves_the_masked_ids_alone(case):
+    value, gradient = value_and_gradient(case.objective, masked(FAR[0]), FAR[1])
+
+    assert (value > 1e20).all()
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (gradient[:, MASKED] == 0).all()
+
+
+@only(*INFINITE_WHERE_THE_TEACHER_IS_ZERO)
+def test_what_is_infinite_where_the_teacher_masks_is_huge_and_pushes_the_student_off_it(case):
+    value, gradient = value_and_gradient(case.objective, FAR[0], masked(FAR[1]))
+
+    assert (value > 1e20).all()
+    assert value.isfinite().all()
+    assert (gradient[:, MASKED] > 0).all()
 
 
 def test_forward_kl_to_a_student_that_masks_what_the_teacher_allows_is_huge_and_still_pulls_on_the_rest():
@@ -869,3 +950,112 @@ def test_a_parameter_out_of_range_is_refused_with_its_value(objective, named):
 def test_logits_of_different_shapes_are_refused_with_both_shapes(case):
     with pytest.raises(ValueError, match=re.escape("student logits (2, 5) and teacher logits (2, 6) differ in shape")):
         case.objective(torch.zeros(2, 5), torch.zeros(2, 6))
+
+
+def test_the_alpha_beta_divergence_is_forward_and_reverse_kl_at_its_corners():
+    logits = random_logits(8, 507)
+
+    for powers, other in (((1.0, 0.0), forward_kl), ((0.0, 1.0), reverse_kl)):
+        value, gradient = value_and_gradient(partial(abkd, alpha=powers[0], beta=powers[1]), *logits)
+        expected, expected_gradient = value_and_gradient(other, *logits)
+        assert_close(value, expected, rtol=1e-6, atol=0)
+        assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_the_alpha_beta_divergence_is_the_squared_euclidean_and_hellinger_distance_within():
+    student_logits, teacher_logits = random_logits(8, 507)
+    q, p = (logits.double().softmax(-1) for logits in (student_logits, teacher_logits))
+
+    euclidean = abkd(student_logits, teacher_logits, alpha=1.0, beta=1.0)
+    hellinger = abkd(student_logits, teacher_logits, alpha=0.5, beta=0.5)
+
+    assert_close(euclidean.double(), ((p - q) ** 2).sum(-1) / 2, rtol=1e-5, atol=0)
+    assert_close(hellinger.double(), 2 * ((p.sqrt() - q.sqrt()) ** 2).sum(-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("powers", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5)])
+def test_the_alpha_beta_divergence_is_continuous_where_a_power_is_zero(powers):
+    student_logits, teacher_logits = random_logits(8, 507)
+    alpha, beta = powers
+
+    at, near = (
+        abkd(student_logits, teacher_logits, alpha=alpha + (alpha == 0) * step, beta=beta + (beta == 0) * step)
+        for step in (0.0, 1e-3)
+    )
+
+    assert_close(near, at, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.1, 0.4, 0.9, 1.0])
+def test_amids_mixture_at_alpha_1_is_taids_target_and_trains_as_taid_at_that_t(t):
+    """Also in the limit: the mean of powers that go to 0 is that of logarithms."""
+    logits = random_logits(8, 507)
+    expected, expected_gradient = value_and_gradient(partial(taid, t=t), *logits)
+    target = interpolated_log_probs(*logits, t=t)
+
+    for mixture, bound in ((1.0, 0.0), (1.0 - 1e-4, 1e-3), (1.0 + 1e-4, 1e-3)):
+        value, gradient = value_and_gradient(partial(taid, t=t, mixture=mixture), *logits)
+        assert_close(value, expected, rtol=bound, atol=bound * 1e-2)
+        assert_close(gradient, expected_gradient, rtol=bound, atol=bound * 1e-2)
+        assert_close(interpolated_log_probs(*logits, t=t, mixture=mixture), target, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_amid_compares_the_teacher_with_taids_target_at_alpha_1(share):
+    logits = random_logits(8, 507)
+    target = interpolated_log_probs(*logits, t=share).double()
+    log_p = logits[1].double().log_softmax(-1)
+
+    value, gradient = value_and_gradient(partial(amid, mixture=1.0, share=share, alpha=1.0, beta=0.0), *logits)
+
+    assert_close(value.double(), reference_kl(log_p, target), rtol=1e-5, atol=0)
+    assert_close(gradient.double(), (1 - share) * (target.exp() - log_p.exp()), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("mixture", [-1.0, 0.0, 0.5, 3.0])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_target_at_the_ends_is_the_student_or_the_teacher_whatever_the_mixture(share, mixture):
+    logits = random_logits(8, 507)
+
+    value, gradient = value_and_gradient(partial(taid, t=share, mixture=mixture), *logits)
+
+    expected, expected_gradient = value_and_gradient(partial(taid, t=share), *logits)
+    assert_close(value, expected, rtol=1e-6, atol=1e-12)
+    assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_amids_mixture_at_alpha_minus_1_makes_it_the_skewed_kl(share):
+    logits = random_logits(8, 507)
+
+    value, gradient = value_and_gradient(partial(amid, mixture=-1.0, share=share, alpha=1.0, beta=0.0), *logits)
+
+    expected, expected_gradient = value_and_gradient(partial(skew_forward_kl, skew=share), *logits)
+    assert_close(value, expected, rtol=1e-5, atol=0)
+    assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_amid_without_a_share_of_the_teacher_is_abkd():
+    logits = random_logits(8, 507)
+
+    value, gradient = value_and_gradient(partial(amid, share=0.0, alpha=0.3, beta=0.4), *logits)
+
+    expected, expected_gradient = value_and_gradient(partial(abkd, alpha=0.3, beta=0.4), *logits)
+    assert torch.equal(value, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (partial(abkd, alpha=-0.1), "alpha and beta must be 0 or positive, and not both 0, got -0.1 and 0.7"),
+        (partial(abkd, alpha=0.0, beta=0.0), "not both 0, got 0.0 and 0.0"),
+        (partial(abkd, beta=INF), "not both 0, got 0.2 and inf"),
+        (partial(amid, share=1.0), r"share must lie in \[0, 1\), got 1.0: at 1 the mixture is the teacher"),
+        (partial(amid, mixture=math.nan), "mixture must be a finite number, got nan"),
+        (partial(taid, t=0.4, mixture=-INF), "mixture must be a finite number, got -inf"),
+    ],
+)
+def test_parameters_that_no_divergence_has_are_refused(objective, words):
+    with pytest.raises(ValueError, match=words):
+        objective(*random_logits(2, 5))

@@ -322,7 +322,7 @@ def test_the_temperature_goes_up_the_loss(tmp_path, student_folder, teacher_fold
 
 
 @pytest.mark.parametrize(
-    "objective", ["reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "dkd"]
+    "objective", "reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd abkd amid".split()
 )
 def test_every_objective_falls_under_training(objective, tmp_path, student_folder, teacher_folder):
     _, steps, _ = train(tmp_path, student_folder, teacher_folder, objective=objective, max_steps=8, learning_rate=1.0)

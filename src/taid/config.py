@@ -31,6 +31,8 @@ Objective = Literal[
     "adaptive_kl",
     "dkd",
     "ctkd",
+    "abkd",
+    "amid",
     "sft",
 ]
 Signal = Literal["kl", "cross_entropy"]
@@ -53,7 +55,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _NUMBERS = (
     "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio "
-    "teacher_server_timeout"
+    "abkd_alpha abkd_beta amid_mixture amid_share taid_mixture teacher_server_timeout"
 ).split()
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
@@ -65,9 +67,14 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("teacher_cache_samples", "lie in 1 .. 255", lambda value: 1 <= value <= 255),
     ("eval_tasks_num_fewshot", "be 0 or positive", lambda value: value >= 0),
     ("teacher_server_timeout dkd_temperature", "be a positive number", lambda value: 0.0 < value < math.inf),
-    ("learning_rate dkd_alpha dkd_beta", "be 0 or a positive number", lambda value: 0.0 <= value < math.inf),
+    (
+        "learning_rate dkd_alpha dkd_beta abkd_alpha abkd_beta",
+        "be 0 or a positive number",
+        lambda value: 0.0 <= value < math.inf,
+    ),
     ("jsd_beta head_mass", "lie strictly between 0 and 1", lambda value: 0.0 < value < 1.0),
-    ("skew", "lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
+    ("taid_mixture amid_mixture", "be a finite number", math.isfinite),
+    ("skew amid_share", "lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
     ("kd_ratio", "lie in [0, 1]", lambda value: 0.0 <= value <= 1.0),
 )
 
@@ -109,6 +116,13 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             "faithful re-runs."
         },
     )
+    taid_mixture: float = field(
+        default=1.0,
+        metadata={
+            "help": "TAID: the mean of student and teacher that the target is, as AMiD's alpha; 1, TAID's own, is of "
+            "logits, -1 of probabilities."
+        },
+    )
     jsd_beta: float = field(default=0.1, metadata={"help": "jsd: weight of the teacher in the mixture, in (0, 1)."})
     skew: float = field(
         default=0.1, metadata={"help": "skew_forward_kl and skew_reverse_kl: share of the other side, in [0, 1)."}
@@ -125,6 +139,18 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     )
     dkd_temperature: float = field(
         default=4.0, metadata={"help": "dkd: temperature of both models; all three are the authors' for CIFAR-100."}
+    )
+    abkd_alpha: float = field(
+        default=0.2, metadata={"help": "abkd and amid: power of the teacher; with abkd_beta, (1, 0) is forward KL."}
+    )
+    abkd_beta: float = field(
+        default=0.7, metadata={"help": "abkd and amid: power of the student, or of the mixture; (0, 1) is reverse KL."}
+    )
+    amid_mixture: float = field(
+        default=0.5, metadata={"help": "amid: the mean of student and teacher that it compares; the paper's alpha."}
+    )
+    amid_share: float = field(
+        default=0.5, metadata={"help": "amid: share of the teacher in it, in [0, 1); the paper's lambda."}
     )
     kd_ratio: float = field(
         default=1.0,
@@ -306,6 +332,8 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
 
     def _check_combinations(self) -> None:
+        if self.abkd_alpha == self.abkd_beta == 0:
+            raise ValueError("abkd_alpha and abkd_beta must not both be 0; (1, 0) is forward KL, (0, 1) reverse KL")
         if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "tensor_parallel", "cpu"):
             raise ValueError(
                 f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do "

@@ -11,12 +11,14 @@ from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, Te
 logger = logging.getLogger(__name__)
 
 _OPTIONS = {
-    "taid": "taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal".split(),
+    "taid": "taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal taid_mixture".split(),
     "jsd": ["jsd_beta"],
     "skew_forward_kl": ["skew"],
     "skew_reverse_kl": ["skew"],
     "adaptive_kl": ["head_mass"],
     "dkd": ["dkd_alpha", "dkd_beta", "dkd_temperature"],
+    "abkd": ["abkd_alpha", "abkd_beta"],
+    "amid": ["amid_mixture", "amid_share", "abkd_alpha", "abkd_beta"],
 }
 
 
@@ -67,13 +69,16 @@ class MovingParameters:
     def of_step(self, *, training: bool) -> dict[str, float]:
         """The objective's parameters in this optimizer step; in evaluation t stands at its end."""
         args = self.args
+        powers = {"alpha": args.abkd_alpha, "beta": args.abkd_beta}
         of_objective: dict[str, dict[str, float]] = {
-            "taid": {"t": self.t if training else args.taid_t_end},
+            "taid": {"t": self.t if training else args.taid_t_end, "mixture": args.taid_mixture},
             "jsd": {"beta": args.jsd_beta},
             "skew_forward_kl": {"skew": args.skew},
             "skew_reverse_kl": {"skew": args.skew},
             "adaptive_kl": {"head_mass": args.head_mass},
             "dkd": {"alpha": args.dkd_alpha, "beta": args.dkd_beta, "temperature": args.dkd_temperature},
+            "abkd": powers,
+            "amid": {"mixture": args.amid_mixture, "share": args.amid_share} | powers,
             "ctkd": {"temperature": self.temperature},
         }
         return of_objective.get(args.objective, {})

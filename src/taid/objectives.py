@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "abkd",
     "adaptive_kl",
+    "amid",
     "ctkd",
     "dkd",
     "forward_kl",
@@ -41,7 +43,7 @@ __all__ = [
 _LOG_ZERO = -1e30
 
 
-def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor) -> Tensor:
+def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor, mixture: float = 1.0) -> Tensor:
     r"""TAID: KL to a target interpolated, on logits, between the student itself and the teacher.
 
     .. math:: KL(p_t \,\|\, q), \qquad p_t = softmax((1 - t)\, z_q' + t\, z_p)
@@ -53,31 +55,41 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor) -
         student_logits: ``[..., V]``.
         teacher_logits: ``[..., V]``.
         t: where the target stands between student (0) and teacher (1); a number or a 0-dim tensor.
+        mixture: which mean of the two the target is: alpha of AMiD's alpha-mixture, of which t is then the share
+            (see :func:`amid`). 1 is TAID's, -1 the mean of the probabilities.
 
     Returns:
         The loss of each token, ``[...]``, float32, nats.
 
     Raises:
-        ValueError: ``t`` is a number outside [0, 1], or the shapes differ.
+        ValueError: ``t`` is a number outside [0, 1], ``mixture`` is not finite, or the shapes differ.
 
     Reference: Shing et al., "TAID", ICLR 2025, arXiv 2501.16937, eq. 3 and 4. The official code minimises the
     cross-entropy of ``p_t``, which has the same gradient and another value; it mixes in the logits' own dtype.
     """
-    log_p_t = interpolated_log_probs(student_logits, teacher_logits, t=t)
+    log_p_t = interpolated_log_probs(student_logits, teacher_logits, t=t, mixture=mixture)
     with torch.no_grad():
-        z_q, z_p = _centred(student_logits), _centred(teacher_logits)
-        difference = t * (z_q - z_p) + (_normaliser(_mixed(z_q, z_p, t)) - _normaliser(z_q))
+        if mixture == 1.0:
+            z_q, z_p = _centred(student_logits), _centred(teacher_logits)
+            difference = t * (z_q - z_p) + (_normaliser(_mixed(z_q, z_p, t)) - _normaliser(z_q))
+        else:
+            difference = _mixture_of_logits(student_logits, teacher_logits, mixture, t)[1]
     return _kl(log_p_t, _log_probs(student_logits), difference)
 
 
-def interpolated_log_probs(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor) -> Tensor:
+def interpolated_log_probs(
+    student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor, mixture: float = 1.0
+) -> Tensor:
     """Return ``log p_t``, the log-probabilities of TAID's target: ``[..., V]``, float32, without a gradient.
 
     See :func:`taid` for the arguments and the formula.
     """
     if not isinstance(t, Tensor) and not 0.0 <= t <= 1.0:
         raise ValueError(f"t must lie in [0, 1], got {t}")
+    _check_mixture(mixture)
     _require_same_shape(student_logits, teacher_logits)
+    if mixture != 1.0:
+        return _mixture_of_logits(student_logits.detach(), teacher_logits, mixture, t)[0]
     return _log_probs(_mixed(_centred(student_logits.detach()), _centred(teacher_logits.detach()), t))
 
 
@@ -187,6 +199,84 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: flo
         return reverse_kl(student_logits, teacher_logits)
     log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
     return _kl(log_q, torch.logaddexp(log_p + math.log1p(-skew), log_q + math.log(skew)))
+
+
+def abkd(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+    r"""ABKD: the alpha-beta divergence, between forward and reverse KL in two respects.
+
+    .. math:: -\frac{1}{\alpha\beta} \sum_v \left[ p^\alpha q^\beta - \frac{\alpha}{\alpha + \beta} p^{\alpha + \beta}
+              - \frac{\beta}{\alpha + \beta} q^{\alpha + \beta} \right]
+
+    and its limits where alpha or beta is 0. (1, 0) is :func:`forward_kl`, (0, 1) :func:`reverse_kl`, (1, 1) half the
+    sum of squared differences, (1/2, 1/2) twice the sum of ``(sqrt p - sqrt q)^2``. The gradient on ``log q`` is
+    ``q^beta (q^alpha - p^alpha) / alpha``: a larger `beta` weighs what the student is sure of, a smaller `alpha` evens
+    out large and small errors.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        alpha: the teacher's power, 0 or larger.
+        beta: the student's power, 0 or larger; not both 0.
+
+    Returns:
+        The loss of each token, ``[...]``, float32, nats for (1, 0) and (0, 1).
+
+    Raises:
+        ValueError: a power is negative or not finite, both are 0, or the shapes differ. The divergence is defined for
+            negative powers too, but where their sum is not positive it weighs most what is least likely.
+
+    Reference: Wang et al., "ABKD", ICML 2025, arXiv 2505.04560; 0.2 and 0.7 are those of its authors' instruction
+    tuning. The divergence is that of Cichocki, Cruces and Amari, Entropy 2011.
+    """
+    _check_powers(alpha, beta)
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    return ab_divergence(log_p, log_q, _log_ratio(teacher_logits, student_logits), alpha, beta)
+
+
+def amid(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mixture: float = 0.5,
+    share: float = 0.5,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+) -> Tensor:
+    r"""AMiD: a divergence of the teacher from a mixture of itself and the student, in which the student moves.
+
+    .. math:: D_{AB}^{(\alpha, \beta)}(p \,\|\, r), \qquad
+              r \propto f^{-1}(\lambda f(p) + (1 - \lambda) f(q)), \qquad f(u) = u^{(1 - m) / 2}
+
+    (log u for m = 1) with :math:`\lambda` the `share` and m the `mixture`, and the divergence of :func:`abkd`. The
+    gradient goes through r. At ``mixture = 1`` r is TAID's target at ``t = share`` (:func:`interpolated_log_probs`); at
+    -1 it is ``share p + (1 - share) q``, and (1, 0) makes this :func:`skew_forward_kl`. ``share = 0`` is :func:`abkd`.
+
+    Args:
+        student_logits: ``[..., V]``.
+        teacher_logits: ``[..., V]``.
+        mixture: which mean of p and q; alpha in the paper. The smaller, the nearer to the larger of the two.
+        share: of the teacher in it, in [0, 1); lambda in the paper.
+        alpha: of the divergence, as in :func:`abkd`.
+        beta: likewise.
+
+    Returns:
+        The loss of each token, ``[...]``, float32.
+
+    Raises:
+        ValueError: a parameter is out of range, or the shapes differ.
+
+    Reference: Shin et al., "AMiD", ICLR 2026, arXiv 2510.15982. The defaults are those of its authors' scripts, whose
+    code takes every mixture above 1 for 1.
+    """
+    _check_mixture(mixture)
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"share must lie in [0, 1), got {share}: at 1 the mixture is the teacher, whatever q is")
+    _check_powers(alpha, beta)
+    _require_same_shape(student_logits, teacher_logits)
+    if share == 0.0:
+        return abkd(student_logits, teacher_logits, alpha=alpha, beta=beta)
+    log_r, _, log_ratio = _mixture_of_logits(student_logits, teacher_logits, mixture, share)
+    return ab_divergence(_log_probs(teacher_logits.detach()), log_r, log_ratio.detach(), alpha, beta)
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, head_mass: float = 0.5) -> Tensor:
@@ -317,6 +407,16 @@ def _check_skew(skew: float) -> None:
         raise ValueError(f"skew must lie in [0, 1), got {skew}: at 1 the two arguments of the divergence are equal")
 
 
+def _check_mixture(mixture: float) -> None:
+    if not math.isfinite(mixture):
+        raise ValueError(f"mixture must be a finite number, got {mixture}")
+
+
+def _check_powers(alpha: float, beta: float) -> None:
+    if not (0.0 <= alpha < math.inf and 0.0 <= beta < math.inf and alpha + beta > 0.0):
+        raise ValueError(f"alpha and beta must be 0 or positive, and not both 0, got {alpha} and {beta}")
+
+
 def _check_temperature(temperature: float) -> None:
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, got {temperature}")
@@ -365,6 +465,66 @@ def _kl(log_a: Tensor, log_b: Tensor, exact_difference: Tensor | None = None) ->
         log_b.exp() - a - a * difference,
     )
     return terms.sum(-1)
+
+
+def ab_divergence(log_p: Tensor, log_r: Tensor, exact_difference: Tensor, alpha: float, beta: float) -> Tensor:
+    """:func:`abkd` of p and r, with :math:`d = log p - log r` known to more digits than their difference keeps.
+
+    Near each other: ``r^(alpha + beta) (h(alpha + beta) - h(alpha)) / beta`` with ``h(x) = (exp(x d) - 1) / x``, from
+    which d is taken off, as in "Rounding" above; terms are never negative.
+    """
+    both, difference, small = alpha + beta, log_p - log_r, 0.25 if log_p.dtype == torch.float32 else 0.005
+    difference = exact_difference + (difference - difference.detach())
+    d = difference.clamp(-1.0, 1.0)
+
+    def less_linear(power: float) -> Tensor:  # exp(y) - 1 - y, by its series where the difference would cancel
+        y = power * d
+        series = y * y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6))))
+        return torch.where(y.abs() < small, series, torch.expm1(y) - y)
+
+    if alpha == 0.0:
+        near = less_linear(beta) / beta**2
+        far = ((beta * log_r).exp() * (-beta * difference - 1) + (beta * log_p).exp()) / beta**2
+    elif beta == 0.0:
+        near = (alpha * d * torch.expm1(alpha * d) - less_linear(alpha)) / alpha**2
+        far = ((alpha * log_p).exp() * (alpha * difference - 1) + (alpha * log_r).exp()) / alpha**2
+    else:
+        near = (less_linear(both) / both - less_linear(alpha) / alpha) / beta
+        product = (alpha * log_p + beta * log_r).exp()
+        far = (alpha * (both * log_p).exp() + beta * (both * log_r).exp() - both * product) / (alpha * beta * both)
+    return torch.where(difference.abs() <= 1.0, (both * log_r).exp() * near, far).sum(-1)
+
+
+def alpha_mixture(
+    log_q: Tensor, log_p: Tensor, gap: Tensor, mixture: float, share: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``log r`` of :func:`amid`, and ``log q - log r`` and ``log p - log r`` to the last digit where they are close.
+
+    `gap` is ``log p - log q``. With ``a = (1 - mixture) / 2``, and the larger of ``p^a`` and ``q^a`` taken out, nothing
+    overflows.
+    """
+    a = (1 - mixture) / 2
+    if a == 0.0:
+        log_mean, from_q, from_p = share * log_p + (1 - share) * log_q, share * gap, (share - 1) * gap
+    else:
+        p_is_larger, x, share = a * gap > 0, (a * gap).abs(), torch.as_tensor(share, dtype=gap.dtype, device=gap.device)
+        larger, smaller = torch.where(p_is_larger, share, 1 - share), torch.where(p_is_larger, 1 - share, share)
+        near = torch.log1p(smaller * torch.expm1(-x.clamp(max=1.0)))
+        less = torch.where(x <= 1.0, near, torch.logaddexp(larger.log(), smaller.log() - x)) / a
+        from_q, from_p = torch.where(p_is_larger, gap + less, less), torch.where(p_is_larger, less, less - gap)
+        log_mean = torch.where(p_is_larger, log_p, log_q) + less
+    normaliser = log_mean.logsumexp(-1, keepdim=True)
+    return log_mean - normaliser, normaliser - from_q, normaliser - from_p
+
+
+def _mixture_of_logits(
+    student_logits: Tensor, teacher_logits: Tensor, mixture: float, share: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
+    gap = log_p - log_q
+    return alpha_mixture(
+        log_q, log_p, _log_ratio(teacher_logits, student_logits) + (gap - gap.detach()), mixture, share
+    )
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ _METHODS = {
     "adaptive_kl": "Adaptive KL",
     "dkd": "Decoupled knowledge distillation",
     "ctkd": "Curriculum temperature distillation",
+    "abkd": "Alpha-beta divergence",
+    "amid": "Alpha-mixture distillation",
     "sft": "Supervised fine-tuning",
 }
 IMPORTANT = (

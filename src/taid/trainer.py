@@ -522,7 +522,13 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
-        """Write README.md beside the student, from the run's files; before the first logged step there is no card."""
+        """Write README.md beside the student, from the run's files; before the first logged step there is no card.
+
+        TRL asks for one at each checkpoint. It is made at the last, because it reads all that was logged, which would
+        take time and memory that grow with the run.
+        """
+        if self._checkpoints_in is not None and self.state.global_step < self.state.max_steps:
+            return
         folder = Path(self.args.output_dir)
         logged = run_folder.read_metrics(folder) if (folder / run_folder.METRICS).is_file() else []
         if self.is_world_process_zero() and any("loss" in row for row in logged):

@@ -63,7 +63,7 @@ def native_rows(
     """:func:`taid.kernels.rows.rows` for float32 and bfloat16 tiles on a CPU, by rows.c where that could be built."""
     library = _library()
     tiles = [tile for tile in (student_MV, teacher_MV) if tile is not None]
-    if library is None or not _takes(tiles):
+    if library is None or not _takes(tiles) or not task.has_kernels:
         return rows(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
     assert columns_MK.is_contiguous()
     assert columns_MK.shape[1] == len(COLUMNS)
@@ -73,7 +73,8 @@ def native_rows(
     given, objective = task.parameters, task.objective
     if given.get("skew") == 0.0:
         objective = objective.removeprefix("skew_")
-    main = [float(value) for name, value in given.items() if name not in ("alpha", "beta") or objective == "jsd"]
+    other = () if objective == "jsd" else ("alpha", "beta", "mixture")
+    main = [float(value) for name, value in given.items() if name not in other]
     labels_M = labels_M.to(torch.int64).contiguous()
     c_task = _CTask(
         _OBJECTIVES.index(objective), task.kd_ratio, given.get("alpha", 0.0), given.get("beta", 0.0), *(main or [0.0]),

@@ -5,7 +5,7 @@ the student and ``z_p`` of the teacher, ``q`` and ``p`` their distributions and 
 of the softmax applied to ``x``, the gradients ``dL/dz_q`` are:
 
 ===================  ==========================================================================
-taid                 q - p_t
+taid                 q - p_t                            (whatever the mixture)
 forward_kl           q - p
 reverse_kl           J(d),                              d = log q - log p
 jsd                  (1 - beta) J(log q - log m),       m = beta p + (1 - beta) q
@@ -13,6 +13,9 @@ tvd                  J(sign(q - p)) / 2
 skew_forward_kl      J(-(1 - skew) p / m),              m = skew p + (1 - skew) q
 skew_reverse_kl      J(log q - log m - skew q / m),     m = (1 - skew) p + skew q
 adaptive_kl          w_head (q - p) + w_tail J(d),      weights held constant
+abkd                 G(q) - q sum G(q),                 G(r) = r^beta (r^alpha - p^alpha) / alpha
+amid                 H - q sum H,                       H = w (G(r) - r sum G(r)), w the student's part in r,
+                                                        (1 - share) q^a / (share p^a + (1 - share) q^a)
 dkd                  T (beta (q^ - p^) + alpha (p_y - q_y) q^) off the label, T alpha (q_y - p_y) on it
 ctkd                 T (q_T - p_T),                     dL/dT = T (2 KL - sum (q_T - p_T) d_T - sum (b - E_p b) f),
                                                         b = z_p / T, f the terms of KL(p_T || q_T)
@@ -102,6 +105,11 @@ class RowTask:
     student: Finish
     teacher: Finish
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether rows.c and triton_rows compute it too."""
+        return self.objective not in ("abkd", "amid") and self.parameters.get("mixture", 1.0) == 1.0
+
     @classmethod
     def of(
         cls, objective: str, kd_ratio: float, parameters: dict[str, Any], student: Finish, teacher: Finish
@@ -156,7 +164,7 @@ def rows(
     """
     M, V = student_MV.shape
     dtype = columns_MK.dtype
-    step = min(M, block_rows(V))
+    step = min(M, block_rows(V, on_cpu=student_MV.device.type == "cpu"))
     # Memory is asked for once: fresh pages for every intermediate result would take longer than the arithmetic.
     scratch = student_MV.new_empty(8, step, V, dtype=dtype)
     for start in range(0, M, step):
@@ -182,9 +190,9 @@ def rows(
     return student_MV
 
 
-def block_rows(V: int) -> int:
-    """How many rows of V ids at a time stay in a core's cache."""
-    return max(1, _BLOCK // V)
+def block_rows(V: int, *, on_cpu: bool = True) -> int:
+    """How many rows of V ids at a time stay in a core's cache, or keep another device busy."""
+    return max(1, (_BLOCK if on_cpu else 2**22) // V)
 
 
 def row_of(z_q: Tensor, q: Tensor, label: Tensor, columns: dict[str, Tensor]) -> Tensor:
@@ -230,6 +238,10 @@ class _Row:
         torch.div(d, 2, out=self.difference).tanh_().mul_(both)
         return self.difference.sum(-1) - _dot(p, d)
 
+    def log_probs(self) -> tuple[Tensor, Tensor]:
+        """``log q`` and ``log p``."""
+        return self.z_q - self.log_normaliser_q, self.z_p - self.log_normaliser_p
+
     def jacobian(self, x: Tensor) -> _Gradient:
         """``J(x) = q (x - sum q x)``; x relative to its value at the student's likeliest token."""
         likeliest = torch.eq(self.z_q, 0, out=self.spare)  # the logits are centred; argmax takes 30 times as long
@@ -238,7 +250,13 @@ class _Row:
         return g, -g.sum(-1, keepdim=True)
 
 
-def _taid(row: _Row, t: float | Tensor) -> _Gradient:
+def _taid(row: _Row, t: float | Tensor, mixture: float) -> _Gradient:
+    if mixture != 1.0:
+        log_q, log_p = row.log_probs()
+        log_r, from_r, _ = objectives.alpha_mixture(log_q, log_p, row.d.neg(), mixture, t)
+        row.columns["objective"].copy_(row.compare(log_r.exp_(), from_r))
+        row.columns["target_cross_entropy"].copy_(-_dot(log_r, log_q))
+        return row.difference, 0.0
     z_t = torch.mul(row.z_q, 1 - t, out=row.p).add_(torch.mul(row.z_p, t, out=row.spare))
     top = z_t.amax(-1, keepdim=True)
     log_normaliser_t = softmax(z_t, row.other) + top
@@ -313,6 +331,44 @@ def _adaptive_kl(row: _Row, head_mass: float) -> _Gradient:
     return row.difference.mul_(w_head).add_(g.mul_(1 - w_head)), scale_q * (1 - w_head)
 
 
+def _abkd(row: _Row, alpha: float, beta: float) -> _Gradient:
+    (log_q, log_p), gap = row.log_probs(), row.d.neg()
+    row.columns["objective"].copy_(objectives.ab_divergence(log_p, log_q, gap, alpha, beta))
+    return _through_softmax(_ab_slope(log_p, log_q, gap, alpha, beta), row.q)
+
+
+def _amid(row: _Row, mixture: float, share: float, alpha: float, beta: float) -> _Gradient:
+    if share == 0.0:
+        return _abkd(row, alpha, beta)
+    (log_q, log_p), gap = row.log_probs(), row.d.neg()
+    log_r, _, from_r = objectives.alpha_mixture(log_q, log_p, gap, mixture, share)
+    row.columns["objective"].copy_(objectives.ab_divergence(log_p, log_r, from_r, alpha, beta))
+    slope = _ab_slope(log_p, log_r, from_r, alpha, beta)
+    g, scale_r = _through_softmax(slope, log_r.exp_())
+    of_student = torch.sigmoid(gap.mul_((mixture - 1) / 2).sub_(math.log(share / (1 - share))))
+    return _through_softmax(g.add_(log_r.mul_(scale_r)).mul_(of_student), row.q)
+
+
+def _ab_slope(log_p: Tensor, log_r: Tensor, gap: Tensor, alpha: float, beta: float) -> Tensor:
+    """The gradient of the alpha-beta divergence on ``log r``; `gap` is ``log p - log r``."""
+    r = torch.exp((alpha + beta) * log_r)
+    if alpha == 0.0:
+        return r.mul_(gap).neg_()
+    far = r - torch.exp(alpha * log_p + beta * log_r)
+    return torch.where(gap <= 1.0, r.mul_(torch.expm1(gap.clamp(max=1.0).mul_(alpha))).neg_(), far).div_(alpha)
+
+
+def _through_softmax(slope: Tensor, q: Tensor) -> _Gradient:
+    """``slope - q sum slope``, of the slope less a multiple of q that makes it 0 at the likeliest token.
+
+    That changes nothing, and without it the two cancel where q is nearly 1 there.
+    """
+    likeliest = q == q.amax(-1, keepdim=True)
+    multiple = (slope / q).where(likeliest, 0.0).sum(-1, keepdim=True) / likeliest.sum(-1, keepdim=True)
+    g = slope.sub_(multiple * q)
+    return g, -g.sum(-1, keepdim=True)
+
+
 def _below_head(z_p: Tensor, p: Tensor, spare: Tensor, head_mass: float) -> Tensor:
     """A value just below the teacher's logits of the head: bisected, because sorting V logits costs far more."""
     low = z_p.new_full((len(z_p), 1), -104.0)  # exp() of it is 0 in float32
@@ -376,6 +432,8 @@ _OBJECTIVES: dict[str, Callable[..., _Gradient]] = {
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,
     "adaptive_kl": _adaptive_kl,
+    "abkd": _abkd,
+    "amid": _amid,
     "dkd": _dkd,
     "ctkd": _ctkd,
 }
