@@ -175,7 +175,7 @@ def draw_rounds(axes: Any, kappa: float = 3) -> None:
     axes.text(66, 6.8, "(t/T) r₀", **SMALL)
     axes.text(50, 0.3, "collapsed", ha="center", **SMALL)
     axes.plot([(strong - 1) / kappa], [0.25], "^", color=VERMILLION, markersize=6)
-    axes.text(46, 4.9, "▲ (r₀ - 1)/κ: plain lives so long", color=VERMILLION, fontsize=9.5)
+    axes.text(49, 4.9, "▲ plain: (r₀ - 1)/κ", color=VERMILLION, fontsize=9.5)
     axes.set(xlim=(0, ROUNDS), ylim=(0, 12.2))
     axes.set_xlabel(f"round t of T = {ROUNDS}, κ = {kappa:g}", **SMALL)
     axes.set_ylabel("r, norm of the labels", **SMALL)
