@@ -28,7 +28,7 @@ from transformers import (
 from taid import TAIDConfig, TAIDTrainer, run_folder, tasks
 from taid.cli import main
 from taid.config import Quantization
-from taid.evaluation import bytes_of, held_out
+from taid.held_out import bytes_of, held_out
 from taid.models import load_model
 from taid.tasks import PAPER, Tasks
 
