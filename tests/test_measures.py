@@ -10,6 +10,7 @@ import torch
 
 from taid import measures
 from taid.fused import Head
+from taid.kernels.head_products import HeadProducts
 from taid.measures import BINS, TokenSums, agreement, calibration_bins, calibration_error, head_mass, tail_mass
 
 ALONE = types.SimpleNamespace(reduce=lambda total, _: total)
@@ -211,6 +212,7 @@ def of_heads(found, labels, ids=97):
 @pytest.mark.parametrize("kind", HEADS)
 def test_chunks_of_any_size_give_the_plain_formula(kind, rows, monkeypatch):
     monkeypatch.setattr(measures, "_chunk_rows", lambda V, device: rows)
+    monkeypatch.setattr(measures, "block_rows", lambda V: 5)
     found, labels = pair(kind)
     sums = TokenSums()
     sums(*found, labels, 97)
@@ -245,20 +247,22 @@ def test_a_process_without_a_trained_token_has_the_same_names():
     assert sums.means(ALONE) == dict.fromkeys(of_heads(found, labels), 0.0)
 
 
-def test_beside_hidden_states_and_heads_only_tiles_are_held():
-    """4,096 tokens of 32,000 ids would be 500 MB of logits a model, and ten tiles of 32 MB are there."""
-    hidden, weight = torch.randn(1, 4096, 8), torch.randn(32_000, 8)
-    held = []
+def test_beside_hidden_states_and_heads_only_tiles_are_held(monkeypatch):
+    """4,096 tokens of 32,000 ids would be 500 MB of logits a model; a tile has 64, of which parts are summed."""
+    hidden, weight, tiles, parts = torch.randn(1, 4096, 8), torch.randn(32_000, 8), [], []
+    project = HeadProducts.project
 
-    def watch(student, teacher, labels, **_):
-        held.append(len(student))
+    def projected(self, hidden_MD, tile):
+        tiles.append(tile.untyped_storage().nbytes())
+        return project(self, hidden_MD, tile)
+
+    def summed(student, teacher, labels, **_):
+        parts.append(student.numel() * 4)
         return {}
 
-    sums, original = TokenSums(), measures.token_sums
-    measures.token_sums = watch
-    try:
-        sums(hidden, Head(weight), hidden, Head(weight), torch.zeros(1, 4096, dtype=torch.long), 32_000)
-    finally:
-        measures.token_sums = original
-    assert sum(held) == 4096
-    assert max(held) * 32_000 * 4 <= 2**25
+    monkeypatch.setattr(HeadProducts, "project", projected)
+    monkeypatch.setattr(measures, "token_sums", summed)
+    TokenSums()(hidden, Head(weight), hidden, Head(weight), torch.zeros(1, 4096, dtype=torch.long), 32_000)
+    assert sum(parts) == 4096 * 32_000 * 4
+    assert max(tiles) <= 65 * 2**20
+    assert max(parts) <= 4 * 2**20
