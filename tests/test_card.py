@@ -113,6 +113,17 @@ def test_an_evaluation_beside_the_run_is_in_it(run):
     assert "| arc | acc | 25 | 0.5000 |  |" in text
     assert "| student | 5 |" in text
     assert "On `held.jsonl`" in text
+    of_tokens = {"reverse_kl": 0.5, "agreement": 0.25, "head_mass": 0.9, "tail_mass": 1.5e-6, "entropy": 2.5,
+                 "calibration_error": 0.125}  # fmt: skip
+    found["held_out"]["student"] |= of_tokens
+    answers = {"rouge_l": 0.25, "exact_match": 0.1, "answer_tokens": 20.0, "finished": 1.0, "self_bleu": 0.5}
+    found["generations"] = {"student": answers}
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    newer = card(folder)
+    assert "| student | 0.5000 | 25.00% | 0.9000 | 1.5e-06 | 2.5000 | 0.1250 |" in newer
+    assert "| student | 0.2500 | 10.00% | 20.0 | 100.00% |" in newer
+    assert "| student |  |  |  |  | 0.5000 |  |  |" in newer
+    assert [line for line in text.splitlines() if line not in newer] == []
     (folder / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match=r"evaluation\.json cannot be read"):
         write_card(folder)

@@ -3,6 +3,7 @@
 import functools
 import importlib.machinery
 import importlib.util
+import io
 import json
 import math
 import random
@@ -16,6 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,9 +30,11 @@ from transformers import (
 from taid import TAIDConfig, TAIDTrainer, run_folder, tasks
 from taid.cli import main
 from taid.config import Quantization
-from taid.evaluation import bytes_of, held_out
+from taid.held_out import bytes_of, held_out
 from taid.models import load_model
+from taid.tables import held_out_tables
 from taid.tasks import PAPER, Tasks
+from test_measures import by_hand as distributions_by_hand
 
 WORDS = "fox dog token loss falls rises small large teacher student Paris France one time".split()
 
@@ -180,8 +184,46 @@ def test_the_table_has_a_row_for_each_model(
     assert found["teacher"]["accuracy"] == pytest.approx(accuracy)
     printed = capsys.readouterr().out
     for of in found.values():
-        assert f"{of['cross_entropy']:.4f}" in printed
-        assert f"{of['bits_per_byte']:.4f}" in printed
+        for measure in ("cross_entropy", "bits_per_byte", "reverse_kl", "head_mass", "entropy", "calibration_error"):
+            assert f"{of[measure]:.4f}" in printed
+        assert f"{of['agreement']:.2%}" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_measures_of_distributions_are_their_definitions_by_the_teachers_order(
+    tmp_path, student_folder, teacher_folder, tokenizer, rows
+):
+    data, output = rows(tmp_path / "rows.jsonl", number=20), tmp_path / "e.json"
+    options = ("--teacher", teacher_folder, "--data", data, "--output", output)
+    assert evaluate(student_folder, *options) == 0
+    found = json.loads(output.read_text())["held_out"]
+    of_student, targets = log_probs(AutoModelForCausalLM.from_pretrained(student_folder), tokenizer, lines(data))
+    of_teacher, _ = log_probs(AutoModelForCausalLM.from_pretrained(teacher_folder), tokenizer, lines(data))
+    assert len(targets) == found["student"]["tokens"]
+    for name, pair in {"student": (of_student, of_teacher), "teacher": (of_teacher, of_teacher)}.items():
+        expected = distributions_by_hand(*pair, targets)
+        expected["entropy"] = -(pair[0].exp() * pair[0]).sum(-1).mean().item()
+        assert {measure: found[name][measure] for measure in expected} == pytest.approx(expected, rel=2e-5, abs=1e-9)
+    assert found["student"]["head_mass"] < found["teacher"]["head_mass"]
+    assert found["student"]["tail_mass"] > found["teacher"]["tail_mass"]
+
+
+def test_without_a_teacher_what_needs_one_is_left_open(tmp_path, student_folder, rows, capsys):
+    data, output = rows(tmp_path / "rows.jsonl"), tmp_path / "e.json"
+    assert evaluate(student_folder, "--data", data, "--output", output) == 0
+    found = json.loads(output.read_text())["held_out"]["student"]
+    assert [found[name] for name in ("kl", "reverse_kl", "agreement", "head_mass", "tail_mass")] == [None] * 5
+    assert 0 < found["entropy"] < math.log(300)
+    assert 0 < found["calibration_error"] < 1
+    assert "Distributions on held-out tokens" in capsys.readouterr().out
+
+
+def test_a_file_of_an_earlier_version_is_shown_as_far_as_it_goes(tmp_path):
+    measures = {"cross_entropy": 2.0, "perplexity": 7.389, "bits_per_byte": None, "kl": 0.25, "accuracy": 0.5,
+                "others_images": None, "tokens": 5, "bytes": 4}  # fmt: skip
+    console = Console(width=120, file=io.StringIO())
+    console.print(*held_out_tables({"student": measures}))
+    assert "2.0000" in console.file.getvalue()
 
 
 # --- a teacher in fewer bits ------------------------------------------------------------------------------------------
@@ -303,7 +345,7 @@ def test_two_processes_share_the_rows_and_print_once(tmp_path, student_folder, t
     data, output = rows(tmp_path / "rows.jsonl", number=7), tmp_path / "two.json"
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "-m", "taid", "evaluate", str(student_folder), "--use_cpu"]
-    bits = ["--teacher_quantization", "bnb_4bit"]
+    bits = ["--teacher_quantization", "bnb_4bit", "--generate", "5", "--samples", "2", "--max_new_tokens", "6"]
     command += [
         "--teacher",
         str(teacher_folder),
@@ -317,13 +359,20 @@ def test_two_processes_share_the_rows_and_print_once(tmp_path, student_folder, t
     ]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Greedy answers to 5 prompts") == done.stdout.count("distinct-1") == 1
     assert done.stdout.count("Held out") == done.stdout.count("Teacher in bnb_4bit") == 1
     options = ("--teacher", teacher_folder, *bits, "--data", data, "--output", tmp_path / "e.json")
-    assert evaluate(student_folder, *options) == 0
-    two, one = (json.loads(path.read_text())["held_out"] for path in (output, tmp_path / "e.json"))
+    assert evaluate(student_folder, *options, "--batch_size", 2) == 0
+    files = [json.loads(path.read_text()) for path in (output, tmp_path / "e.json")]
+    two, one = (file["held_out"] for file in files)
     for name, measures in one.items():
-        for measure in ("cross_entropy", "bits_per_byte", "kl", "accuracy", "tokens", "bytes"):
+        for measure in measures.keys() - {"others_images", "quantized"}:
             assert two[name][measure] == pytest.approx(measures[measure], rel=1e-6)
+    of_two, of_one = (file["generations"]["student"] for file in files)
+    assert of_two.pop("file") == str(tmp_path / "two.generations.jsonl")
+    assert of_two == pytest.approx({name: of_one[name] for name in of_two}, rel=1e-6)
+    answers = [(tmp_path / f"{name}.generations.jsonl").read_text() for name in ("two", "e")]
+    assert answers[0] == answers[1]
     for measure in ("cross_entropy", "change", "kl", "agreement"):
         assert two["teacher"]["quantized"][measure] == pytest.approx(one["teacher"]["quantized"][measure], rel=1e-5)
 
@@ -346,6 +395,10 @@ MISTAKES = {
     ),
     "shots alone": (("--num_fewshot", 2, "--data", "x"), "--num_fewshot is for tasks"),
     "no rows a batch": (("--batch_size", 0, "--data", "x"), "--batch_size must be positive, got 0"),
+    "answers to nothing": (("--generate", 5, "--tasks", "x"), "--generate answers the prompts of held-out rows"),
+    "no answers": (("--generate", 0, "--data", "x"), "--generate must be positive, got 0"),
+    "answers of no token": (("--generate", 5, "--max_new_tokens", 0, "--data", "x"), "--max_new_tokens must be"),
+    "less than no samples": (("--generate", 5, "--samples", -1, "--data", "x"), "--samples must be 0, for greedy"),
     "half a judge": (("--judge_url", "http://host"), "--judge_model is not set"),
     "a judge without output": (
         ("--judge_url", "http://host", "--judge_model", "x", "--prompts", "x"), "--output is not set"
@@ -387,6 +440,12 @@ def test_what_was_measured_before_of_the_same_model_is_kept(
     assert "held_out" not in json.loads(output.read_text())
 
 
+def test_rows_without_a_prompt_are_named_before_a_model_is_loaded(tmp_path, rows, capsys):
+    data = rows(tmp_path / "rows.jsonl", "text")
+    assert evaluate("no/such/model", "--data", data, "--generate", 5) == 2
+    assert f"no row of {data} has a prompt" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_evaluation_is_not_overwritten(tmp_path, student_folder, rows, capsys):
     data, output = rows(tmp_path / "rows.jsonl"), tmp_path / "e.json"
     for content in ("mine", '{"mine": 1}', "[1, 2]", "3", "\udcff"):
@@ -397,6 +456,12 @@ def test_a_file_that_is_no_evaluation_is_not_overwritten(tmp_path, student_folde
     (tmp_path / "f.speed.md").write_text("mine")
     assert evaluate("no/such/model", "--speed", "--output", tmp_path / "f.json") == 2
     assert "f.speed.md would be overwritten: choose another name" in capsys.readouterr().err
+    for name in ("f.generations.jsonl", "f.before.generations.jsonl"):
+        (tmp_path / name).write_text("mine")
+        options = ("--data", data, "--before", "x", "--generate", 5, "--output", tmp_path / "f.json")
+        assert evaluate("no/such/model", *options) == 2
+        assert f"{name} would be overwritten: choose another name" in capsys.readouterr().err
+        (tmp_path / name).unlink()
     assert evaluate(student_folder, "--data", data, "--output", tmp_path) == 2
     assert "is a folder: name a file in it" in capsys.readouterr().err
     output.unlink()

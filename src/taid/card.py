@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from taid import speed
+from taid import speed, tables
 from taid.report import IMPORTANT, Run, opening, read_run
 from taid.run_folder import EVALUATION, write_atomically
 
@@ -179,14 +179,10 @@ def _evaluated(run_dir: Path) -> list[str]:
     found = _json(run_dir / EVALUATION)
     parts = []
     if measures := found.get("held_out"):
-        kinds = (
-            ("cross_entropy", "nats/token", "{:.4f}"), ("perplexity", "perplexity", "{:.4g}"),
-            ("bits_per_byte", "bits/byte", "{:.4f}"), ("kl", "KL to the teacher", "{:.4f}"),
-            ("accuracy", "token accuracy", "{:.2%}"),
-        )  # fmt: skip
-        rows = [(name, *(_formatted(form, of.get(key)) for key, _, form in kinds)) for name, of in measures.items()]
         parts.append(f"On `{_public(str(found.get('data')))}` (taid evaluate):")
-        parts.append(_table(("", *(words for _, words, _ in kinds)), rows))
+        parts += [_measures(tables.HELD_OUT, measures), _measures(tables.DISTRIBUTIONS, measures)]
+    if answers := found.get("generations"):
+        parts += [_measures(tables.ANSWERS, answers), _measures(tables.SAMPLES, answers)]
     if tasks := found.get("tasks"):
         rows = [
             (row["task"], row["metric"], _formatted("{}", row["n_shot"]), _formatted("{:.4f}", row["value"]),
@@ -194,6 +190,14 @@ def _evaluated(run_dir: Path) -> list[str]:
         ]  # fmt: skip
         parts.append(_table(("task (lm-eval)", "metric", "shots", "value", "± stderr"), rows))
     return parts + ([speed.markdown(found["speed"]).strip()] if "speed" in found else [])
+
+
+def _measures(columns: Sequence[tables.Column], found: dict[str, dict[str, Any]]) -> str:
+    """Measures by model; nothing where no model has one of them."""
+    if not tables.has_any(columns, found):
+        return ""
+    heads = ("", *(heading for _, heading, _ in columns))
+    return _table(heads, [(name, *tables.cells(columns, of)) for name, of in found.items()])
 
 
 def _formatted(form: str, value: Any) -> str:

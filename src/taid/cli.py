@@ -124,7 +124,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="held-out measures, benchmark tasks and a judge's grades")
     add = evaluate.add_argument
     add("model", metavar="MODEL", help="a folder with safetensors (also of an adapter) or a Hub name")
-    add("--teacher", metavar="MODEL", help="gives the KL to it, and its own row")
+    add("--teacher", metavar="MODEL", help="gives the KL to it, agreement with it, and its own row")
     add("--teacher_quantization", choices=("bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"),
         help="also load the teacher in these bits, as in training, and say what that changes of it")  # fmt: skip
     add("--before", metavar="MODEL", help="the student before training, for a row of its own")
@@ -132,6 +132,10 @@ def _add_evaluate(commands: Any) -> None:
     add("--dataset_config", metavar="NAME", help="configuration of a Hub data set")
     add("--split", default="test", help="split of a Hub data set or folder (default: %(default)s)")
     add("--dataset_text_field", default="text", metavar="NAME", help="the column of plain text (default: %(default)s)")
+    add("--generate", type=int, metavar="N", help="also answer the first N held-out rows with a prompt: ROUGE-L, exact "
+        "match, and the variety of samples")  # fmt: skip
+    add("--samples", type=int, default=4, metavar="K", help="answers drawn to each prompt of --generate at temperature "
+        "1; 0 for greedy answers alone (default: %(default)s)")  # fmt: skip
     add("--max_length", type=int, default=1024, metavar="N", help="rows are cut to N tokens (default: %(default)s)")
     add("--assistant_only_loss", action="store_true", help="in chats only the assistant's tokens count")
     add("--chat_template_path", metavar="FILE", help="a chat template for a tokenizer without one")
@@ -148,7 +152,8 @@ def _add_evaluate(commands: Any) -> None:
     add("--judge_model", metavar="NAME", help="the judge's name on the server")
     add("--judge_timeout", type=float, default=120.0, metavar="S", help="seconds without a byte (default: %(default)s)")
     add("--prompts", metavar="FILE", help=".jsonl with `prompt`, `messages` or `turns` a row")
-    add("--max_new_tokens", type=int, default=1024, metavar="N", help="of an answer (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=1024, metavar="N", help="of an answer, of the judge's prompts "
+        "and of --generate's (default: %(default)s)")  # fmt: skip
     add("--speed", action="store_true", help="size, memory and speed, also quantized; with --dtype auto all of them in "
         "bfloat16 on a GPU and in float32 on a CPU")  # fmt: skip
     add("--output", type=Path, metavar="FILE", help="write the numbers as JSON")

@@ -318,20 +318,20 @@ def _check_messages(messages: Any, place: str) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{place}: each message needs a `role` and a `content`, got {message!r:.80}")
-        if _text(message.get("content")) is None and not message.get("tool_calls"):
+        if text_of(message.get("content")) is None and not message.get("tool_calls"):
             raise ValueError(
                 f"{place}: the content of a {message['role']} message must be text or a list of parts like "
                 '{"type": "text", "text": "..."}'
             )
     last = messages[-1]
-    if last["role"] == "assistant" and not last.get("tool_calls") and not (_text(last["content"]) or "").strip():
+    if last["role"] == "assistant" and not last.get("tool_calls") and not (text_of(last["content"]) or "").strip():
         raise ValueError(
             f"{place}: the assistant's last message is empty, so there is nothing to learn: remove the row"
         )
 
 
-def _text(content: Any) -> str | None:
-    """What a message says, as text or as a list of parts; None where it is neither."""
+def text_of(content: Any) -> str | None:
+    """What the content of a message says, which is text or a list of parts; None where it is neither."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return "".join(str(part.get("text") or "") for part in content)
     return content if isinstance(content, str) else None

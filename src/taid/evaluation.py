@@ -1,8 +1,9 @@
 """``taid evaluate``: what a finished student is worth, on held-out rows, on benchmark tasks and to a judge.
 
-Held-out measures are :meth:`taid.TAIDTrainer.evaluate`'s, so that a trained token is what it is in training; tasks are
-lm-eval's, and their numbers the ones that its own command prints; the judge is :mod:`taid.judge`. What is wrong with
-the arguments, the rows, the names of tasks or the judge's server is said before a model is loaded.
+:func:`measure` has the held-out measures of a model in one dictionary: of what it makes of rows (:mod:`taid.held_out`)
+and of what it answers to their prompts (:mod:`taid.generation`). Tasks are lm-eval's, and their numbers the ones that
+its own command prints; the judge is :mod:`taid.judge`. What is wrong with the arguments, the rows, the names of tasks
+or the judge's server is said before a model is loaded.
 """
 
 from __future__ import annotations
@@ -12,210 +13,74 @@ import copy
 import gc
 import json
 import logging
-import math
 import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from taid import engines, run_folder, speed
+from taid.held_out import held_out, quantized
+from taid.tables import generation_tables, held_out_tables
 from taid.tasks import Tasks, task_table
 
 if TYPE_CHECKING:
     from taid.config import TAIDConfig
+    from taid.generation import Prompted
     from taid.judge import Judge
-    from taid.trainer import TAIDTrainer
 
 logger = logging.getLogger(__name__)
 
 _MARK = "taid_evaluation"
-_SPEED = ".speed.md"
+_SPEED, _GENERATIONS = ".speed.md", ".generations.jsonl"
 _OF_HELD_OUT = ("teacher", "before", "data")
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What a model makes of held-out rows; means are over their trained tokens.
-
-    Attributes:
-        cross_entropy: -log q(y), nats a token, over the ids that the student and the teacher share.
-        perplexity: exp(cross_entropy).
-        bits_per_byte: cross_entropy * tokens / (ln 2 * bytes); nothing of it depends on how the text was split into
-            tokens. None where the trained tokens are no text.
-        kl: KL(p || q) of the teacher p and the model q, nats a token, over the shared ids; None without a teacher.
-        accuracy: the share of tokens that are the model's likeliest.
-        others_images: the cross-entropy with the images of other rows of the batch, in the sizes of a row's own (a row
-            alone in its batch is shown its own in negative); None for rows without. Where it is no larger, the model
-            does not use what it sees.
-        tokens: how many were trained.
-        bytes: of the text that they decode to (:func:`bytes_of`).
-    """
-
-    cross_entropy: float
-    perplexity: float
-    bits_per_byte: float | None
-    kl: float | None
-    accuracy: float
-    others_images: float | None
-    tokens: int
-    bytes: int
-
-
-def bytes_of(input_ids: list[int], labels: list[int], tokenizer: Any) -> int:
-    """The bytes of the text that the trained tokens of a row decode to, in UTF-8.
-
-    Trained are the tokens whose label is not -100; the first of a row is not, because nothing predicts it. A run of
-    trained tokens is worth the bytes by which the row's text up to its end is longer than that up to its beginning, so
-    that a space at the seam is counted. Special tokens, an end of text say, decode to nothing: their loss counts and
-    they have no bytes. Where a run begins or ends within a character, decoding gives U+FFFD, of three bytes, for it.
-    """
-
-    def until(end: int) -> int:
-        text = tokenizer.decode(input_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return len(text.encode())
-
-    trained = [False, *(label != -100 for label in labels[1:]), False]
-    starts = [place for place in range(1, len(trained)) if trained[place] and not trained[place - 1]]
-    ends = [place for place in range(1, len(trained)) if trained[place - 1] and not trained[place]]
-    return sum(until(end) - until(start) for start, end in zip(starts, ends, strict=True))
-
-
-def held_out(
-    student: Any, tokenizer: Any, rows: Any, args: TAIDConfig, teacher: Any = None, teacher_tokenizer: Any = None
-) -> Measures:
-    """Evaluate a model on rows.
+def measure(
+    model: Any, tokenizer: Any, rows: Any, args: TAIDConfig, teacher: Any = None, teacher_tokenizer: Any = None, *,
+    prompts: Sequence[Prompted] = (), samples: int = 4, max_new_tokens: int = 1024, answers: Path | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Measure a loaded model on held-out rows. On several processes they share the rows, and all get the same numbers.
 
     Args:
-        student: the model.
-        tokenizer: its own; makes the rows' tokens and applies its chat template.
+        model: the model.
+        tokenizer: its own.
         rows: as :func:`taid.data.load_rows` gives them.
-        args: `objective` is "sft"; batch size, max_length and which tokens are trained.
-        teacher: what the KL is to; it may differ from the student in nothing but padding and special tokens.
+        args: `objective` is "sft", `fused` is true; batch size, max_length, seed and which tokens are trained.
+        teacher: what it is compared with; None for none.
         teacher_tokenizer: the teacher's.
-
-    Raises:
-        ValueError: the rows have no trained token, or student and teacher have different tokenizers.
-    """
-    from taid import vision
-    from taid.models import tokenizer_of
-
-    trainer = _trainer(student, tokenizer, rows, args, teacher, teacher_tokenizer)
-    found = trainer.evaluate(trainer.train_dataset)
-    size = sum(bytes_of(*row, tokenizer_of(tokenizer)) for row in _tokens(trainer))
-    others_images = None
-    if isinstance(trainer.data_collator, vision.Collator):
-        trainer.data_collator.exchange = True
-        others_images = trainer.evaluate(trainer.train_dataset)["eval_cross_entropy"]
-    cross_entropy, tokens = found["eval_cross_entropy"], found["eval_tokens"]
-    if not math.isfinite(cross_entropy) or not math.isfinite(found.get("eval_kl", 0.0)):
-        raise ValueError(
-            f"the loss of a model on these rows is {cross_entropy}, the KL to the teacher {found.get('eval_kl')}: "
-            "weights are not finite, or too large for this dtype (--dtype float32)"
-        )
-    return Measures(
-        cross_entropy=cross_entropy,
-        perplexity=math.exp(min(cross_entropy, 700.0)),
-        bits_per_byte=cross_entropy * tokens / (math.log(2) * size) if size else None,
-        kl=found.get("eval_kl"),
-        accuracy=found["eval_mean_token_accuracy"],
-        others_images=others_images,
-        tokens=tokens,
-        bytes=size,
-    )
-
-
-def quantized(
-    teacher: Any, tokenizer: Any, rows: Any, args: TAIDConfig, of_fewer_bits: Any, teacher_tokenizer: Any
-) -> dict[str, float]:
-    """Compare a teacher p with itself in fewer bits, p', which is asked as a teacher is in training.
+        prompts: of :func:`taid.generation.prompted`, to be answered too.
+        samples: how many answers are drawn to each of them beside the greedy one.
+        max_new_tokens: of an answer.
+        answers: a file that the answers are written to, as JSON lines.
 
     Returns:
-        Means over the trained tokens of rows, which are those of :func:`held_out`: ``cross_entropy``, -log p'(y) in
-        nats; ``change``, that less the cross-entropy of p; ``kl``, KL(p || p') in nats, which a student would have that
-        were p'; ``agreement``, the share where both have the same likeliest token.
+        ``held_out``, the numbers of :class:`taid.held_out.Measures` by name, and with `prompts` ``generations``, those
+        of :func:`taid.generation.generate`. None where there is nothing to measure.
 
     Raises:
-        ValueError: the rows have no trained token, or the loss in fewer bits is not finite.
+        ValueError: as of these two.
     """
-    args = copy.copy(args)
-    args.objective = "reverse_kl"  # that is KL(p || p'), with p in the student's place
-    trainer = _trainer(teacher, tokenizer, rows, args, of_fewer_bits, teacher_tokenizer)
-    found = trainer.evaluate(trainer.train_dataset)
-    cross_entropy, kl = found["eval_teacher_cross_entropy"], found["eval_loss"]
-    if not math.isfinite(cross_entropy) or not math.isfinite(kl):
-        raise ValueError(
-            f"the loss of the quantized teacher on these rows is {cross_entropy}, its KL {kl}: choose another "
-            "--teacher_quantization, or --dtype float32"
+    from taid.generation import generate, require_room
+
+    if prompts:
+        require_room(max_new_tokens, model, teacher)
+    found = {"held_out": asdict(held_out(model, tokenizer, rows, args, teacher, teacher_tokenizer))}
+    if prompts:
+        found["generations"], of_prompts = generate(
+            model, tokenizer, prompts, args, teacher, teacher_tokenizer, samples=samples, max_new_tokens=max_new_tokens
         )
-    trainer.data_collator = _with_labels_of_teacher(trainer)
-    agreement = trainer.evaluate(trainer.train_dataset)["eval_mean_token_accuracy"]
-    change = cross_entropy - found["eval_cross_entropy"]
-    return {"cross_entropy": cross_entropy, "change": change, "kl": kl, "agreement": agreement}
-
-
-def _with_labels_of_teacher(trainer: TAIDTrainer) -> Callable[[list[Any]], dict[str, Any]]:
-    """A collator of the same batches, whose labels are the teacher's likeliest tokens: accuracy is then agreement."""
-    import torch
-
-    from taid.kernels.head_products import HeadProducts
-    from taid.sequences import shifted
-    from taid.teacher import LocalTeacher
-    from taid.vision import for_teacher
-
-    collate, teacher, ids = trainer.data_collator, trainer.teacher, trainer.vocabulary.index
-    assert isinstance(teacher, LocalTeacher)
-
-    def collated(of_rows: list[Any]) -> dict[str, Any]:
-        batch: dict[str, Any] = collate(of_rows)
-        inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
-        labels = shifted(inputs.pop("labels"))
-        hidden, head = teacher(for_teacher(inputs | {"use_cache": False}), labels)
-        products = HeadProducts(head.weight, len(ids), None, False)  # as precise as those of the loss
-        bias, tile = 0 if head.bias is None else head.bias[: len(ids)], products.tile(256)
-        likeliest = [
-            (products.project(products.operand(part), tile)[: len(part)] + bias).argmax(-1).cpu()
-            for part in torch.split(hidden[labels != -100], len(tile))
-        ]
-        to_predict = batch["labels"][:, 1:]
-        to_predict[to_predict != -100] = ids[torch.cat(likeliest)]
-        return batch
-
-    return collated
-
-
-def _trainer(
-    student: Any, tokenizer: Any, rows: Any, args: TAIDConfig, teacher: Any, teacher_tokenizer: Any
-) -> TAIDTrainer:
-    from transformers import PrinterCallback, ProgressCallback
-
-    from taid.trainer import TAIDTrainer
-
-    trainer = TAIDTrainer(
-        student, teacher, args, train_dataset=rows, processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer,
-    )  # fmt: skip
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
-
-
-def _tokens(trainer: TAIDTrainer) -> Iterator[tuple[list[int], list[int]]]:
-    """The ids and labels of each row; of rows with images as they are made for a batch."""
-    rows = trainer.train_dataset
-    if "input_ids" in rows.column_names:
-        yield from ((row["input_ids"], row["labels"]) for row in rows.select_columns(["input_ids", "labels"]))
-        return
-    for row in rows:
-        batch = trainer.data_collator([row])
-        yield batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        if answers is not None and args.process_index == 0:
+            lines = (json.dumps(row) + "\n" for row in of_prompts)  # ASCII: half a surrogate has no place in UTF-8
+            run_folder.write_atomically(answers, "".join(lines))
+            found["generations"]["file"] = str(answers)
+    return found
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -240,6 +105,7 @@ def run(options: Namespace) -> dict[str, Any]:
 
 def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     from taid import data
+    from taid.generation import prompted
     from taid.images import has_images
     from taid.judge import grade_table
     from taid.models import tokenizer_of
@@ -252,6 +118,7 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     rows = options.data and data.load_rows(
         options.data, config=options.dataset_config, split=options.split, text_field=options.dataset_text_field
     )
+    prompts = prompted(rows, options.generate, options.data) if options.generate else []
     result: dict[str, Any] = {_MARK: 1, "taid_version": metadata.version("taid")}
     result |= {name: getattr(options, name) for name in ("model", *_OF_HELD_OUT)} | _earlier(options)
     console = _console()
@@ -265,11 +132,13 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         return result
     model, processing_class = _load(options, options.model, "student", see=has_images(rows))
     if rows:
-        result["held_out"] = _compare(options, model, processing_class, rows, args)
+        result |= _compare(options, model, processing_class, rows, args, prompts)
     if not is_main:
         return result
     if rows:
-        console.print(held_out_table(result["held_out"]))
+        console.print(*held_out_tables(result["held_out"]))
+        if prompts:
+            console.print(*generation_tables(result["generations"]))
         _write(options.output, result)
     model.to(args.device).eval()
     tokenizer = tokenizer_of(processing_class)
@@ -321,10 +190,14 @@ def _check(options: Namespace) -> None:
         import torch
 
         engines.quantized(options.teacher_quantization, torch.float32)  # names a package that is not installed
+    if options.generate is not None and options.data is None:
+        raise ValueError("--generate answers the prompts of held-out rows: give rows as --data")
+    if options.samples < 0:
+        raise ValueError(f"--samples must be 0, for greedy answers alone, or positive, got {options.samples}")
     for name in ("num_fewshot", "limit", "include_path"):
         if getattr(options, name) is not None and options.tasks is None:
             raise ValueError(f"--{name} is for tasks: name some with --tasks")
-    for name in ("batch_size", "max_length", "limit"):
+    for name in ("batch_size", "max_length", "limit", "generate", "max_new_tokens"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise ValueError(f"--{name} must be positive, got {value}")
     asked = {name: getattr(options, name) for name in ("judge_url", "judge_model", "prompts")}
@@ -336,9 +209,12 @@ def _check(options: Namespace) -> None:
                 )
     if options.output is not None:
         check_output(options.output)
-        table = options.output.with_suffix(_SPEED)
-        if options.speed and table.exists() and not options.output.exists():
-            raise ValueError(f"--output: {table} would be overwritten: choose another name")
+        written = [options.output.with_suffix(_SPEED)] if options.speed else []
+        names = ["student", *(["student before"] if options.before else [])] if options.generate else []
+        written += [path for name in names if (path := _answers_of(name, options.output))]
+        for path in written:
+            if path.exists() and not options.output.exists():
+                raise ValueError(f"--output: {path} would be overwritten: choose another name")
 
 
 def check_output(path: Path) -> None:
@@ -373,7 +249,7 @@ def _earlier(options: Namespace) -> dict[str, Any]:
     if found["model"] != options.model:
         return {}
     kept = {"tasks": not options.tasks, "judge": not options.judge_url, "speed": not options.speed}
-    kept |= dict.fromkeys(("held_out", *_OF_HELD_OUT), not options.data and "held_out" in found)
+    kept |= dict.fromkeys(("held_out", "generations", *_OF_HELD_OUT), not options.data and "held_out" in found)
     return {name: found[name] for name in kept if kept[name] and name in found}
 
 
@@ -413,8 +289,10 @@ def _load(options: Namespace, name: str, role: str, *, see: bool, **init_kwargs:
     return load_model(name, role=role, dtype=options.dtype, **init_kwargs), processing_class
 
 
-def _compare(options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TAIDConfig) -> dict[str, Any]:
-    """The measures of the student before, the student and the teacher, each that is given."""
+def _compare(
+    options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TAIDConfig, prompts: Sequence[Prompted]
+) -> dict[str, Any]:
+    """The measures of the student before, the student and the teacher, each that is given; the teacher answers not."""
     from taid.images import has_images
 
     see = has_images(rows)
@@ -436,39 +314,23 @@ def _compare(options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TA
     pairs = {"student": (model, tokenizer)}
     if options.before is not None:
         pairs = {"student before": _load(options, options.before, "student", see=see)} | pairs
-    found = {name: asdict(held_out(*pair, rows, args, *teacher)) for name, pair in pairs.items()}
+    asked = {"prompts": prompts, "samples": options.samples, "max_new_tokens": options.max_new_tokens}
+    of_models = {
+        name: measure(*pair, rows, args, *teacher, **asked, answers=_answers_of(name, options.output))
+        for name, pair in pairs.items()
+    }
+    found = {kind: {name: of[kind] for name, of in of_models.items()} for kind in of_models["student"]}
     if options.teacher is not None:
         # Beside the student, so that the ids are the shared ones, and on the student's rows.
-        of_teacher = held_out(teacher[0], of_rows, rows, args, model, tokenizer if see else teacher[1])
-        found["teacher"] = asdict(of_teacher) | {"kl": 0.0}
+        beside = (model, tokenizer if see else teacher[1])
+        of_teacher = asdict(held_out(teacher[0], of_rows, rows, args, *beside, own_order=True))
+        found["held_out"]["teacher"] = of_teacher | {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0}
     if of_quantized is not None:
-        found["teacher"]["quantized"] = {"name": options.teacher_quantization} | of_quantized
+        found["held_out"]["teacher"]["quantized"] = {"name": options.teacher_quantization} | of_quantized
     return found
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def held_out_table(found: dict[str, dict[str, Any]]) -> Table:
-    """Measures by model."""
-    table = Table(title="Held out", title_justify="left")
-    table.add_column("")
-    sees = any(of["others_images"] is not None for of in found.values())
-    headings = ["nats/token", "perplexity", "bits/byte", "KL to teacher", "accuracy", "tokens", "bytes"]
-    for heading in headings + (["nats/token, others' images"] if sees else []):
-        table.add_column(heading, justify="right")
-    for name, of in found.items():
-        bits, kl = of["bits_per_byte"], of["kl"]
-        table.add_row(
-            name, f"{of['cross_entropy']:.4f}", f"{of['perplexity']:.4g}", "" if bits is None else f"{bits:.4f}",
-            "" if kl is None else f"{kl:.4f}", f"{of['accuracy']:.2%}", f"{of['tokens']:,}", f"{of['bytes']:,}",
-            *([f"{of['others_images']:.4f}"] if sees else []),
-        )  # fmt: skip
-    if fewer := found.get("teacher", {}).get("quantized"):
-        loss, change = fewer["cross_entropy"], fewer["change"]
-        table.caption_justify = "left"
-        table.caption = (
-            f"Teacher in {fewer['name']}: {loss - change:.4f} -> {loss:.4f} nats/token ({change:+.4f}),\n"
-            f"KL {fewer['kl']:.4f} from the teacher as it is, the same likeliest token {fewer['agreement']:.2%}"
-        )
-    return table
+def _answers_of(name: str, output: Path | None) -> Path | None:
+    """Where the answers of the student, or of the student before, are written: beside the numbers."""
+    before = ".before" if name == "student before" else ""
+    return None if output is None else output.with_suffix(before + _GENERATIONS)

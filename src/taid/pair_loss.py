@@ -26,6 +26,10 @@ class PairLoss:
         args: objective, kd_ratio and whether it is fused.
         objective: a function of both logits instead of the one that is named; never fused.
 
+    Attributes:
+        watch: where the loss is fused, called with what it is computed of: both hidden states and heads, the places of
+            the labels among the shared ids, and the number of these.
+
     Raises:
         ValueError: the student's output head cannot be fused; says why and the remedy.
     """
@@ -35,6 +39,7 @@ class PairLoss:
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.teacher, self.vocabulary, self.args, self.objective = teacher, vocabulary, args, objective
+        self.watch: Callable[..., None] | None = None
         if args.fused:
             self.student_head = OutputHead(student, "student")
 
@@ -68,11 +73,13 @@ class PairLoss:
         results: list[DistillationLoss] = []
 
         def loss_of(student_hidden: Tensor) -> DistillationLoss:
+            student, size = (student_hidden, self.student_head.head(ids)), len(self.vocabulary.ids)
             result: DistillationLoss = fused_distillation_loss(
-                student_hidden, self.student_head.head(ids), *of_teacher, labels, self.args.objective,
-                kd_ratio=self.args.distillation_share, vocabulary_size=len(self.vocabulary.ids),
-                num_trained=num_trained, **parameters,
+                *student, *of_teacher, labels, self.args.objective,
+                kd_ratio=self.args.distillation_share, vocabulary_size=size, num_trained=num_trained, **parameters,
             )  # fmt: skip
+            if self.watch is not None:
+                self.watch(*student, *of_teacher, labels, size)
             results.append(result)
             return result
 

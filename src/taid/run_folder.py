@@ -28,7 +28,8 @@ CONFIG, VERSIONS, METRICS, EVALUATION = "config.yaml", "versions.json", "metrics
 UNFINISHED = "checkpoint.partial"  # where a checkpoint is written before it is whole
 # What taid, transformers and peft write beside the checkpoints; a file of the user's own is never deleted.
 _OWN_FILES = (
-    "config.yaml versions.json metrics.jsonl evaluation.json evaluation.speed.md report.html t.png loss.png README.md "
+    "config.yaml versions.json metrics.jsonl evaluation.json evaluation.speed.md "
+    "evaluation.generations.jsonl evaluation.before.generations.jsonl report.html t.png loss.png README.md "
     "*.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* "
     "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja *processor_config.json "
     "*.partial"

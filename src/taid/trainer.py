@@ -169,7 +169,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             )
         self._check_rows(pair)
         self.teacher = self._teacher(pair.teacher, elsewhere)
-        self._loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
+        self.pair_loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
         self.moving = MovingParameters(args)
         self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
         self._place: dict[str, Any] | None = None  # in the stream, behind the rows of this step
@@ -218,7 +218,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         num_trained = inputs.pop("num_trained", None)
         inputs["use_cache"] = False
         with_teacher = self.teacher is not None and (self.args.distillation_share > 0 or not model.training)
-        outputs, (loss, sums) = self._loss(
+        outputs, (loss, sums) = self.pair_loss(
             model, inputs, labels, parameters=self.moving.of_step(training=model.training), with_teacher=with_teacher,
             num_trained=num_trained, **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )  # fmt: skip
@@ -414,7 +414,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                     role = "teacher"
                     self.teacher(vision.for_teacher(inputs), labels) if self.args.fused else None
                 role = "student"
-                _, (_, sums) = self._loss(
+                _, (_, sums) = self.pair_loss(
                     model, inputs, labels, parameters=self.moving.of_step(training=False),
                     with_teacher=self.teacher is not None,
                 )  # fmt: skip
