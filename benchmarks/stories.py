@@ -55,11 +55,11 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 
 @torch.no_grad()
-def generate(teacher: Path, folder: Path) -> None:
+def generate(teacher: Path, folder: Path, trained: int = STORIES, held_out: int = HELD_OUT) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
     torch.manual_seed(0)
     stories: list[str] = []
-    while len(stories) < STORIES + HELD_OUT:
+    while len(stories) < trained + held_out:
         start = torch.full((256, 1), tokenizer.bos_token_id)
         rows = model.generate(
             start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=240,
@@ -67,8 +67,8 @@ def generate(teacher: Path, folder: Path) -> None:
         )  # fmt: skip
         stories += [text for row in rows if (text := tokenizer.decode(row, skip_special_tokens=True)).strip()]
         print(f"{len(stories)} stories", file=sys.stderr)
-    write_rows(folder / "train.jsonl", [{"text": text} for text in stories[:STORIES]])
-    write_rows(folder / "held_out.jsonl", [{"text": text} for text in stories[STORIES : STORIES + HELD_OUT]])
+    write_rows(folder / "train.jsonl", [{"text": text} for text in stories[:trained]])
+    write_rows(folder / "held_out.jsonl", [{"text": text} for text in stories[trained : trained + held_out]])
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "another command (`taid plan` shows all engines), nor below torchrun or accelerate launch"
             )
         # Their options come from TRL and transformers, which take seconds to import.
-        if arguments[:1] in (["train"], ["cache"], ["plan"]):
-            {"train": train, "cache": cache, "plan": plan}[arguments[0]](arguments[1:])
+        if arguments[:1] in (["train"], ["cache"], ["plan"], ["compare"]):
+            {"train": train, "cache": cache, "plan": plan, "compare": compare}[arguments[0]](arguments[1:])
             return 0
         options = _parser().parse_args(arguments)
         if options.command is None:
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("train", help="distil a teacher into a student (taid train --help)")
     commands.add_parser("cache", help="keep what the teacher says of a run's rows on disk (taid cache --help)")
+    commands.add_parser("compare", help="methods x seeds in one table, tuned alike (taid compare --help)")
     commands.add_parser("plan", help="what a recipe takes in memory, time and disk (taid plan --help)")
     _add_evaluate(commands)
     report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
@@ -204,6 +205,20 @@ def _cache(model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig
         capture(trainer, folder, repair=repair)
         if args.process_index == 0:
             print(f"teacher cache: {folder}; train from it with --teacher_cache {folder}")
+
+
+def compare(argv: Sequence[str]) -> None:
+    """``taid compare``: methods x seeds of one recipe, from one start on the same batches, in one table."""
+    from rich.console import Console
+
+    from taid import comparison, standings
+
+    options, arguments = comparison.options_of(argv)
+    recipe = _configured(arguments, "compare")
+    plan = comparison.Plan.of(options, arguments, *recipe)
+    found = comparison.compare(plan, *recipe[1:])
+    Console(width=None if sys.stdout.isatty() else 160).print(standings.table(found))
+    print(f"page: {plan.folder / 'comparison.html'}")
 
 
 def plan(argv: Sequence[str]) -> None:

@@ -1,0 +1,379 @@
+"""``taid compare``: methods x seeds from one start on the same batches, each tuned alike, in one table.
+
+    the teacher's cache -> a grid of learning rates, judged on validation rows -> all seeds -> the test rows, once
+
+    DIR/comparison.yaml    what is compared; another comparison is refused
+    DIR/cache/             what the teacher says of the rows, where a cache can stand for it
+    DIR/runs/NAME/         each run, as `taid train` leaves it           DIR/logs/NAME.log
+    DIR/results/NAME.json  what came of a finished run
+    DIR/comparison.json, .csv, .md, .html
+
+A run is a process of its own, forked from one that has the libraries: nothing of a run is left to the next, and its
+memory is its own. What has a result is not done again; a run that was killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from taid import run_folder, standings
+from taid.arguments import parse
+from taid.config import DataArguments, Objective, TAIDConfig, nearest, resolved
+from taid.data import load_rows
+from taid.generation import prompted
+from taid.workers import Job, Workers
+
+# The order of a table whose methods nobody has named; `taid_linear` is the paper's ablation.
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"objective": name} for name in get_args(Objective)},
+    "taid_linear": {"objective": "taid", "taid_adaptive": False},
+}
+_SETTINGS, _CACHE = "comparison.yaml", "cache"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        folder: of the comparison.
+        arguments: those of ``taid train`` that all runs share.
+        recipe: what they come to.
+        methods: the options of each, by its name.
+        seeds: of every method.
+        learning_rates: of which each method gets the one that is best for it; empty for that of the recipe.
+        select: the held-out measure that a learning rate is chosen by.
+        baseline: the method that differences are to.
+        test: rows that are evaluated once, at the end; None to report on the validation rows.
+        generate: how many of their prompts are answered too.
+        processes: how many runs at a time.
+    """
+
+    folder: Path
+    arguments: list[str]
+    recipe: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    seeds: list[int]
+    learning_rates: list[float]
+    select: str
+    baseline: str
+    test: str | None
+    generate: int
+    processes: int
+
+    @classmethod
+    def of(
+        cls, options: argparse.Namespace, arguments: list[str], model: Any, data: DataArguments, args: TAIDConfig
+    ) -> Plan:
+        """Check what was asked for.
+
+        Args:
+            options: of :func:`options_of`, as `arguments`.
+            arguments: those of ``taid train`` that all runs share.
+            model: what they come to.
+            data: likewise.
+            args: likewise.
+
+        Raises:
+            ValueError: a value that makes no sense, or a method that the recipe does not go together with; names it.
+        """
+        methods = _methods(options.objectives.split(","), options.variants)
+        for name, of_method in methods.items():
+            try:
+                parse([*arguments, *arguments_of(of_method)], "compare")
+            except ValueError as error:
+                raise ValueError(f"method {name}: {error}") from error
+        rates = _numbers("--learning_rates", options.learning_rates, float)
+        if data.eval_dataset_name is None and (options.test is None or len(rates) > 1):
+            raise ValueError("nothing is held out: set eval_dataset_name in the recipe, or give rows as --test")
+        if len(rates) > 1 and options.test is None:
+            raise ValueError(
+                "--learning_rates are chosen by the validation rows (eval_dataset_name), so the table needs others: "
+                "give them as --test"
+            )
+        if options.test is not None and options.test == data.eval_dataset_name:
+            raise ValueError(f"--test: {options.test} are the validation rows too: give others")
+        baseline = options.baseline or ("forward_kl" if "forward_kl" in methods else next(iter(methods)))
+        if baseline not in methods:
+            raise ValueError(f"--baseline {baseline} is none of the methods: {', '.join(methods)}")
+        listed = "," in options.seeds
+        return cls(
+            folder=Path(str(args.output_dir)), arguments=arguments, methods=methods, learning_rates=rates,
+            recipe={k: v for k, v in resolved(model, data, args).items() if k not in ("output_dir", "seed")},
+            seeds=_numbers("--seeds", options.seeds, int) if listed else [*range(_count("--seeds", options.seeds, 1))],
+            select=options.select, baseline=baseline, test=options.test,
+            generate=_count("--generate", options.generate, 0), processes=_count("--processes", options.processes, 1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: str
+    seed: int
+    learning_rate: float | None
+    options: dict[str, Any] = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """Of its folder, log and result."""
+        rate = "" if self.learning_rate is None else f"-{self.learning_rate:g}"
+        return f"{self.method}{rate}-seed{self.seed}"
+
+
+def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Standings:
+    """Do what is missing of a comparison, and write its tables and page.
+
+    Raises:
+        ValueError: the folder holds another comparison or something else, or a run cannot be made; names it, and says
+            why. What was finished stays.
+    """
+    _look_at(plan, data, args)
+    with run_folder.claimed(plan.folder):
+        _claim(plan)
+        workers = Workers(plan.folder / "logs", plan.processes)
+        shared = _with_cache(plan, data, args, workers)
+        grid = _runs(plan, plan.seeds[:1], plan.learning_rates) if len(plan.learning_rates) > 1 else []
+        workers.do(_trainings(plan, grid, shared))
+        runs = [
+            Run(method, seed, _learning_rate(plan, method, grid), options)
+            for seed in plan.seeds
+            for method, options in plan.methods.items()
+        ]
+        workers.do(_trainings(plan, runs, shared))
+        workers.do(_tests(plan, runs, data, args))
+        found = standings.Standings.of(
+            [_result(plan, run) for run in runs], baseline=plan.baseline, rows=plan.test or str(data.eval_dataset_name),
+            select=plan.select if grid else None, grid=[_result(plan, run) for run in grid],
+        )  # fmt: skip
+        standings.write(found, plan.folder)
+    return found
+
+
+def options_of(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of ``taid compare`` itself, and the arguments that are the recipe's.
+
+    Raises:
+        ValueError: an option without a value, or with one that it does not have.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--objectives", default="sft,forward_kl,reverse_kl,taid,taid_linear")
+    parser.add_argument("--variants", type=Path)
+    parser.add_argument("--seeds", default="5")
+    parser.add_argument("--learning_rates", default="")
+    parser.add_argument("--select", choices=("cross_entropy", "kl"), default="cross_entropy")
+    parser.add_argument("--baseline")
+    parser.add_argument("--test")
+    parser.add_argument("--generate", default="0")
+    parser.add_argument("--processes", default="1")
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def _numbers(name: str, text: str, kind: Any) -> list[Any]:
+    try:
+        found = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{name} are numbers with commas between, got {text!r}") from None
+    if len(set(found)) < len(found) or any(not 0 <= number < math.inf for number in found):
+        raise ValueError(f"{name} are different numbers, none of them negative, got {text!r}")
+    return found
+
+
+def _count(name: str, text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more, got {text!r}")
+    return int(text)
+
+
+def _methods(names: Sequence[str], variants: Path | None) -> dict[str, dict[str, Any]]:
+    """The options of each method that is named."""
+    known = METHODS | ({} if variants is None else _read_variants(variants))
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            raise ValueError(f"--objectives: {name!r} does not exist{near} (choices: {', '.join(known)})")
+        if list(names).count(name) > 1:
+            raise ValueError(f"--objectives: {name} stands twice")
+    return {name: known[name] for name in names}
+
+
+def _read_variants(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--variants {path}: there is no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"--variants {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(options, dict) for options in content.values()):
+        raise ValueError(
+            f"--variants {path} must hold a mapping of names to options, as taid_low: {{taid_t_start: 0.2}}"
+        )
+    for name in content:
+        if not re.fullmatch(r"\w[\w.+]*", str(name)):
+            raise ValueError(f"--variants {path}: {name!r} names folders: use letters, digits, _, . and +")
+    return content
+
+
+def arguments_of(options: dict[str, Any]) -> list[str]:
+    """Options as arguments of ``taid train``."""
+    return [f"--{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in options.items()]
+
+
+def _look_at(plan: Plan, data: DataArguments, args: TAIDConfig) -> None:
+    """Find what is wrong with the rows that are measured before hours are spent on runs."""
+    rows = load_rows(
+        plan.test or str(data.eval_dataset_name), config=data.dataset_config, split=data.dataset_test_split,
+        text_field=args.dataset_text_field,
+    )  # fmt: skip
+    if plan.generate:
+        prompted(rows, plan.generate, plan.test or str(data.eval_dataset_name))
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _claim(plan: Plan) -> None:
+    """Write what is compared, or see that it is the same as before but for methods and seeds that were added."""
+    path = plan.folder / _SETTINGS
+    now = plan.recipe | {name: getattr(plan, name) for name in ("learning_rates", "select", "test", "generate")}
+    now |= {f"method {name}": options for name, options in plan.methods.items()}
+    before: dict[str, Any] = {}
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    elif any(plan.folder.iterdir()):
+        raise ValueError(f"output_dir {plan.folder} holds files that are no comparison: choose another folder")
+    for name in [name for name in before if name in now and before[name] != now[name]]:
+        raise ValueError(
+            f"output_dir {plan.folder} holds a comparison with {name}: {before[name]}, and this one has {now[name]}: "
+            "choose another folder"
+        )
+    for name in ("runs", "logs", "results"):
+        (plan.folder / name).mkdir(exist_ok=True)
+    run_folder.write_atomically(path, yaml.safe_dump(before | now, sort_keys=False))
+
+
+def _path(plan: Plan, run: Run) -> Path:
+    return plan.folder / "results" / f"{run.name}.json"
+
+
+def _result(plan: Plan, run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_path(plan, run).read_text(encoding="utf-8"))
+    return found
+
+
+def _runs(plan: Plan, seeds: list[int], rates: Sequence[float | None]) -> list[Run]:
+    return [Run(m, seed, rate, options) for seed in seeds for rate in rates for m, options in plan.methods.items()]
+
+
+def _learning_rate(plan: Plan, method: str, grid: list[Run]) -> float | None:
+    """That by which the method came lowest on the validation rows, where there is a choice."""
+    if not grid:
+        return plan.learning_rates[0] if plan.learning_rates else None
+    of_method = [run for run in grid if run.method == method]
+    return min(of_method, key=lambda run: _result(plan, run)["validation"][plan.select]).learning_rate
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def _with_cache(plan: Plan, data: DataArguments, args: TAIDConfig, workers: Workers) -> list[str]:
+    """The recipe's arguments, with a cache in the teacher's place where one can stand for it."""
+    is_local = args.teacher_server_url is None and args.teacher_cache is None
+    if not is_local or data.streaming or args.packing or args.teacher_model_name_or_path is None:
+        return plan.arguments
+    folder, mark = plan.folder / _CACHE, plan.folder / "results" / "cache.json"
+    arguments = [*plan.arguments, "--teacher_cache", str(folder)]
+    if not mark.exists():
+        workers.do([("cache", _cache, ([*arguments, "--objective", "taid"], mark))])
+    return arguments
+
+
+def _trainings(plan: Plan, runs: list[Run], shared: list[str]) -> list[Job]:
+    jobs: list[Job] = []
+    for run in runs:
+        folder, result = plan.folder / "runs" / run.name, _path(plan, run)
+        if result.exists():
+            continue
+        arguments = [*shared, *arguments_of(run.options), "--seed", str(run.seed), "--output_dir", str(folder)]
+        arguments += [] if run.learning_rate is None else ["--learning_rate", repr(run.learning_rate)]
+        is_begun = folder.exists() and run_folder.last_checkpoint(folder) is not None
+        arguments += ["--resume_from_checkpoint", "true"] if is_begun else ["--overwrite_output_dir", "true"]
+        facts = {"method": run.method, "seed": run.seed, "learning_rate": run.learning_rate, "run": run.name}
+        jobs.append((run.name, _train, (arguments, folder, result, facts)))
+    return jobs
+
+
+def _tests(plan: Plan, runs: list[Run], data: DataArguments, args: TAIDConfig) -> list[Job]:
+    """The only look at test rows, by ``taid evaluate``."""
+    options: dict[str, Any] = {
+        "teacher": args.teacher_model_name_or_path, "data": plan.test or data.eval_dataset_name,
+        "dataset_config": data.dataset_config, "split": data.dataset_test_split, "max_length": args.max_length,
+        "dataset_text_field": args.dataset_text_field, "chat_template_path": args.chat_template_path,
+        "batch_size": args.per_device_eval_batch_size, "generate": plan.generate or None,
+        "max_new_tokens": 256 if plan.generate else None,
+    }  # fmt: skip
+    flags = [f"--{name}" for name in ("use_cpu", "assistant_only_loss") if getattr(args, name)]
+    shared = [*arguments_of({name: value for name, value in options.items() if value is not None}), *flags]
+    return [
+        (f"{run.name}.test", _test, ([str(plan.folder / "runs" / run.name), *shared], _path(plan, run)))
+        for run in runs
+        if "held_out" not in _result(plan, run)
+    ]
+
+
+def _cache(arguments: list[str], mark: Path) -> None:
+    _taid("cache", arguments)
+    run_folder.write_atomically(mark, "{}\n")
+
+
+def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, Any]) -> None:
+    _taid("train", arguments)
+    rows = run_folder.read_metrics(folder)
+    evaluated: dict[str, Any] = next((row for row in reversed(rows) if "eval_cross_entropy" in row), {})
+    validation = {name.removeprefix("eval_"): v for name, v in evaluated.items() if name.startswith("eval_")}
+    seconds = next(row["seconds"] for row in reversed(rows) if "seconds" in row)
+    found = facts | {"validation": validation, "seconds": seconds, "memory_gb": _peak_memory() / 1e9}
+    run_folder.write_atomically(result, json.dumps(found, indent=2) + "\n")
+
+
+def _test(arguments: list[str], result: Path) -> None:
+    output = result.with_suffix(".test.json")
+    _taid("evaluate", [*arguments, "--output", str(output)])
+    measured = json.loads(output.read_text(encoding="utf-8"))
+    found = json.loads(result.read_text(encoding="utf-8")) | {"teacher": measured["held_out"].get("teacher")}
+    for kind in ("held_out", "generations"):
+        if kind in measured:
+            found[kind] = measured[kind]["student"]
+    run_folder.write_atomically(result, json.dumps(found, indent=2) + "\n")
+
+
+def _taid(command: str, arguments: list[str]) -> None:
+    from taid import cli
+
+    if status := cli.main([command, *arguments]):
+        sys.exit(status)
+
+
+def _peak_memory() -> float:
+    """Bytes: of a GPU's memory where there is one, or what this process held at the most."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024.0)

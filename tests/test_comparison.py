@@ -1,0 +1,325 @@
+"""`taid compare`: a whole one on tiny models, what it does again and what not, and its numbers by hand."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from taid import cli, standings
+from taid.standings import Interval, Standings
+
+OWN = ["--objectives", "forward_kl,taid,sft", "--seeds", "2", "--learning_rates", "1e-3,1e-2"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, student_folder, teacher_folder):
+    """A recipe of a few steps, with rows for all three purposes beside it."""
+    folder = tmp_path_factory.mktemp("comparison")
+    words = "the cat sat on a mat and saw the dog that ran to the sea".split()
+    for name, first in (("train", 0), ("validation", 40), ("test", 60)):
+        rows = [{"text": " ".join(words[(i + j * i) % len(words)] for j in range(9))} for i in range(first, first + 16)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model_name_or_path": str(student_folder), "teacher_model_name_or_path": str(teacher_folder),
+        "dataset_name": str(folder / "train.jsonl"), "eval_dataset_name": str(folder / "validation.jsonl"),
+        "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 3,
+        "max_length": 32, "save_strategy": "no", "bf16": False, "use_cpu": True, "report_to": "none",
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(options))
+    return folder / "recipe.yaml"
+
+
+def arguments(recipe, output, *more):
+    return ["--config", str(recipe), "--output_dir", str(output), "--test", str(recipe.parent / "test.jsonl"), *more]
+
+
+def compare(recipe, output, *more):
+    """In a process of its own: the one that runs are forked from would outlive the test."""
+    command = [sys.executable, "-m", "taid", "compare", *arguments(recipe, output, *more)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture(scope="module")
+def done(recipe):
+    output = recipe.parent / "done"
+    finished = compare(recipe, output, *OWN)
+    assert finished.returncode == 0, finished.stderr
+    return output, finished.stdout
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("comparison.*")}
+
+
+def measures(folder):
+    """The table but for time and memory."""
+    rows = list(csv.DictReader((folder / "comparison.csv").open()))
+    return [{name: value for name, value in row.items() if name not in ("seconds", "memory_gb")} for row in rows]
+
+
+@pytest.mark.cli
+def test_each_method_has_each_seed_and_the_learning_rate_that_was_best_for_it_on_validation_rows(done):
+    output, _ = done
+    found = json.loads((output / "comparison.json").read_text())
+
+    assert [(run["method"], run["seed"]) for run in found["runs"]] == [
+        (method, seed) for method in ("forward_kl", "taid", "sft") for seed in (0, 1)
+    ]
+    assert len(found["grid"]) == 6
+    assert {run["seed"] for run in found["grid"]} == {0}
+    for method, of in found["methods"].items():
+        rates = {r["learning_rate"]: r["validation"]["cross_entropy"] for r in found["grid"] if r["method"] == method}
+        assert len(rates) == 2
+        assert of["learning_rate"] == min(rates, key=rates.get)
+        assert all(run["learning_rate"] == of["learning_rate"] for run in found["runs"] if run["method"] == method)
+
+
+@pytest.mark.cli
+def test_the_test_rows_are_measured_of_the_chosen_runs_alone(done):
+    output, _ = done
+    found = json.loads((output / "comparison.json").read_text())
+
+    chosen = {run["run"] for run in found["runs"]}
+    for path in (output / "results").glob("*seed?.json"):
+        assert ("held_out" in json.loads(path.read_text())) == (path.stem in chosen), path
+    assert any(run["run"] not in chosen for run in found["grid"])
+
+
+@pytest.mark.cli
+def test_all_runs_begin_alike_and_a_seed_sees_the_same_batches_whatever_the_method(done):
+    output, _ = done
+    rows = {
+        path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (output / "runs").glob("*/metrics.jsonl")
+    }
+
+    starts = {rows_[0]["eval_cross_entropy"] for rows_ in rows.values()}
+    assert len(starts) == 1
+    for seed in (0, 1):
+        of_seed = [rows_ for name, rows_ in rows.items() if name.endswith(f"seed{seed}")]
+        assert len({tuple(row["tokens"] for row in rows_ if "tokens" in row) for rows_ in of_seed}) == 1
+    # Before its first step a student's loss on the labels is the batch's alone, but for rounding.
+    firsts = {name: next(row["cross_entropy"] for row in r if "cross_entropy" in row) for name, r in rows.items()}
+    of_seeds = [{round(first, 4) for name, first in firsts.items() if name[-1] == seed} for seed in "01"]
+    assert [len(of_seed) for of_seed in of_seeds] == [1, 1]
+    assert of_seeds[0] != of_seeds[1]
+
+
+@pytest.mark.cli
+def test_the_means_and_differences_are_those_of_the_runs(done):
+    output, shown = done
+    found = json.loads((output / "comparison.json").read_text())
+    by_run = {(run["method"], run["seed"]): run["held_out"]["kl"] for run in found["runs"]}
+
+    gaps = [by_run["taid", seed] - by_run["forward_kl", seed] for seed in (0, 1)]
+
+    interval = found["methods"]["taid"]["differences"]["kl"]
+    assert math.isclose(interval["mean"], sum(gaps) / 2, rel_tol=1e-12)
+    assert math.isclose(interval["half_width_95"], 12.7062047 * abs(gaps[0] - gaps[1]) / 2, rel_tol=1e-6)
+    assert found["methods"]["forward_kl"]["differences"] == {}
+    assert "forward_kl" in shown
+    assert f"page: {output / 'comparison.html'}" in shown
+
+
+@pytest.mark.cli
+def test_a_second_call_does_nothing_again_and_gives_the_same_files(recipe, done):
+    output, _ = done
+    before, runs = files(output), {p: p.stat().st_mtime_ns for p in (output / "runs").glob("*/metrics.jsonl")}
+
+    again = compare(recipe, output, *OWN)
+
+    assert again.returncode == 0, again.stderr
+    assert files(output) == before
+    assert {p: p.stat().st_mtime_ns for p in (output / "runs").glob("*/metrics.jsonl")} == runs
+    assert "[1/" not in again.stdout
+
+
+@pytest.mark.cli
+def test_killed_in_the_middle_it_goes_on_without_finished_runs_to_the_same_table(recipe, done, tmp_path):
+    output = tmp_path / "killed"
+    log = (tmp_path / "log").open("w")
+    command = [sys.executable, "-m", "taid", "compare", *arguments(recipe, output, *OWN, "--processes", "2")]
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and len(list((output / "results").glob("*seed?.json"))) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in (output / "results").glob("*seed?.json")}
+    kept = {path.stem: (output / "runs" / path.stem / "metrics.jsonl").stat().st_mtime_ns for path in finished}
+    assert 3 <= len(finished) < 9
+
+    again = compare(recipe, output, *OWN)
+
+    assert again.returncode == 0, again.stderr
+    assert {name: (output / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in kept} == kept
+    assert measures(output) == measures(done[0])
+
+
+@pytest.mark.cli
+def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, done):
+    output, _ = done
+
+    other = compare(recipe, output, *OWN, "--max_steps", "7")
+
+    assert other.returncode == 2
+    assert "holds a comparison with max_steps: 6, and this one has 7: choose another folder" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--objectives", "forward"], "--objectives: 'forward' does not exist; did you mean 'forward_kl'?"),
+        (["--objectives", "sft,sft"], "--objectives: sft stands twice"),
+        (["--seeds", "0"], "--seeds must be a whole number, 1 or more, got '0'"),
+        (["--seeds", "1,1"], "--seeds are different numbers"),
+        (["--learning_rates", "1e-3,a"], "--learning_rates are numbers with commas between, got '1e-3,a'"),
+        (["--processes", "-1"], "--processes must be a whole number, 1 or more, got '-1'"),
+        (["--baseline", "jsd"], "--baseline jsd is none of the methods: sft"),
+        (["--select", "loss"], "invalid choice: 'loss'"),
+        (["--variants", "nothing.yaml"], "--variants nothing.yaml: there is no such file"),
+        (["--test", "{validation}"], "are the validation rows too: give others"),
+        (["--test", "nothing.jsonl"], "data file nothing.jsonl does not exist"),
+        (["--generate", "4"], "prompt"),
+        (["--taid_t_strat", "1"], "unknown option '--taid_t_strat'"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_trained(recipe, tmp_path, capsys, more, words):
+    more = [part.format(validation=recipe.parent / "validation.jsonl") for part in more]
+    start = arguments(recipe, tmp_path / "out", "--objectives", "sft", "--seeds", "1")
+
+    status = cli.main(["compare", *start, *more])
+
+    assert status == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_learning_rates_ask_for_rows_that_did_not_choose_them(recipe, tmp_path, capsys):
+    arguments_ = ["compare", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), *OWN]
+
+    assert cli.main(arguments_) == 2
+    assert "so the table needs others: give them as --test" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+
+    assert cli.main(["compare", *arguments(recipe, tmp_path, "--objectives", "sft", "--seeds", "1")]) == 2
+    assert "holds files that are no comparison" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_variants_are_named_and_their_options_checked(recipe, tmp_path, capsys):
+    variants = tmp_path / "variants.yaml"
+    start = ["compare", *arguments(recipe, tmp_path / "out", "--variants", str(variants), "--objectives")]
+    for content, words in (
+        ("low: {objective: taid, taid_t_start: 2}", "method low: t_start must lie in [0, 1"),
+        ("low: {objective: taid, taid_t_strat: 0.2}", "method low: unknown option '--taid_t_strat=0.2'"),
+        ("low: 1", "must hold a mapping of names to options"),
+        ("a/b: {}", "'a/b' names folders: use letters, digits"),
+    ):
+        variants.write_text(content)
+        assert cli.main([*start, content.split(":")[0]]) == 2
+        assert words in capsys.readouterr().err
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_is_that_of_students_t():
+    values = [1.0, 2.0, 4.0, 4.5, 5.5]
+
+    interval = Interval.of(values)
+
+    low, high = stats.t.interval(0.95, 4, loc=3.4, scale=stats.sem(values))
+    assert math.isclose(interval.mean - interval.half, low, rel_tol=1e-12)
+    assert math.isclose(interval.mean + interval.half, high, rel_tol=1e-12)
+    assert Interval.of([3.0]) == Interval(3.0, None)
+
+
+def result(method, seed, cross_entropy, **more):
+    held_out = {"cross_entropy": cross_entropy, "kl": cross_entropy / 2, "tokens": 100, **more}
+    return {
+        "method": method, "seed": seed, "learning_rate": 1e-3, "run": f"{method}-seed{seed}", "seconds": 10.0 + seed,
+        "memory_gb": 1.5, "held_out": held_out, "teacher": {"cross_entropy": 0.5},
+    }  # fmt: skip
+
+
+def of(results, select=None):
+    return Standings.of(results, baseline="forward_kl", rows="test.jsonl", select=select, grid=[])
+
+
+def test_a_difference_is_taken_seed_by_seed_and_so_is_free_of_what_seeds_do_to_both():
+    seeds = [0.0, 10.0, 20.0]
+    found = of(
+        [result("forward_kl", s, 1 + at) for s, at in enumerate(seeds)]
+        + [result("taid", s, 0.9 + at + 0.01 * s) for s, at in enumerate(seeds)]
+    )
+
+    taid = found.methods[1]
+    assert math.isclose(taid.differences["cross_entropy"].mean, -0.09, rel_tol=1e-9)
+    assert math.isclose(taid.differences["cross_entropy"].half, 4.302652729911275 * 0.01 / math.sqrt(3), rel_tol=1e-9)
+    assert taid.measures["cross_entropy"].half > 20
+
+
+def test_the_opening_names_the_lowest_and_those_that_the_seeds_cannot_tell_from_it():
+    found = of(
+        [result("forward_kl", s, 1 + s) for s in range(3)]
+        + [result("taid", s, 1 + s + (0.1, -0.2, 0.02)[s]) for s in range(3)]
+        + [result("sft", s, 2 + s + 0.001 * s) for s in range(3)]
+    )
+
+    assert standings._opening(found) == (
+        "taid has the lowest held-out cross-entropy, 1.9733 ± 2.1180 nats a token; from forward_kl the seeds cannot "
+        "tell it apart."
+    )
+
+
+def test_a_table_has_what_every_run_has_and_says_what_one_seed_is_worth():
+    found = of([result("forward_kl", 0, 1.0, accuracy=0.5), result("taid", 0, 1.25)])
+
+    head, rows = found.cells()
+
+    of_measures = ["cross-entropy", "less forward_kl's", "KL(p ‖ q)", "less forward_kl's"]
+    assert head == ["method", "learning rate", *of_measures, "s a run", "GB"]
+    assert rows[1] == ["taid", "0.001", "1.2500", "+0.2500", "0.6250", "+0.1250", "10", "1.50"]
+    assert "One seed: nothing tells chance from a difference." in found.notes()
+
+
+def test_the_table_in_markdown_is_one_of_equal_rows():
+    text = standings.markdown(of([result(m, s, 1.0 + s) for m in ("forward_kl", "taid") for s in range(2)]))
+
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_methods_that_came_out_equal_to_the_last_digit_are_said_to_be_one():
+    found = of([result(m, s, 1.0 + s) for m in ("forward_kl", "taid", "taid_linear") for s in range(2)])
+
+    assert any("taid and taid_linear are the same" in note for note in found.notes())
+
+
+@pytest.mark.cli
+def test_the_page_shows_every_method_and_links_every_run(done):
+    output, _ = done
+    page = (output / "comparison.html").read_text()
+
+    links = re.findall(r'href="([^"]+)"', page)
+    assert len(links) == 6
+    assert all((output / link).is_file() for link in links)
+    assert page.count("data:image/png;base64,") == 3
+    assert Path(output / "comparison.md").read_text().splitlines()[0].startswith("| method | learning rate |")
