@@ -4,12 +4,13 @@
     python benchmarks/comparison.py instructions --teacher ... --student ... --rows DIR/dolly_6400.jsonl
     python benchmarks/comparison.py small
 
-`stories`: a trained teacher of 260 k weights writes stories, and teaches a weak student of 280 k. `instructions`: the same
-teacher is fine-tuned on instructions first, and teaches them; answers to 64 test prompts are measured too. `small`: the
-demo's pair on this Python's standard library, five methods and two seeds in a few minutes; needs no other data.
+`stories`: a trained teacher of 260 k weights writes stories, and teaches a weak student of 280 k. `instructions`:
+that teacher is fine-tuned on instructions first, and teaches them; answers to 64 test prompts are measured too.
+`small`: the demo's pair on this Python's standard library, five methods and two seeds in a few minutes, without other
+data.
 
-Each makes rows to train on, to choose a learning rate by and to test on, a recipe.yaml, and calls `taid compare`; called
-again, it goes on where it was. The table goes to benchmarks/results/comparison_NAME.md and .json.
+Each makes rows to train on, to choose a learning rate by and to test on, and a recipe.yaml, and calls `taid compare`,
+which goes on where it was when it is called again. The table goes to benchmarks/results/comparison_NAME.md and .json.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ RESULTS = Path(__file__).parent / "results"
 RECIPE = {
     "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "num_train_epochs": 1, "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine", "max_length": 256, "taid_alpha": "auto", "bf16": False, "logging_steps": 4,
-    "activation_checkpointing": False, "eval_strategy": "steps", "eval_steps": 16, "save_strategy": "no",
+    "activation_checkpointing": False, "eval_strategy": "steps", "eval_steps": 8, "save_strategy": "no",
     "report_to": "none", "use_cpu": True,
 }  # fmt: skip
 EVERY = (
     "sft,forward_kl,reverse_kl,jsd,tvd,skew_forward_kl,skew_reverse_kl,adaptive_kl,dkd,ctkd,abkd,amid,taid,taid_linear"
 )
 RATES = "3e-4,1e-3,3e-3"
-TRAINED, HELD_OUT = 1_024, 128  # rows of stories
-INSTRUCTED, MOST_CHARACTERS = 2_048, 400  # rows of instructions, and how long both sides of one may be
+TRAINED, HELD_OUT = 512, 128  # rows of stories
+INSTRUCTED, MOST_CHARACTERS = 1_024, 400  # rows of instructions, and how long both sides of one may be
 
 
 def taid(*arguments: object) -> None:

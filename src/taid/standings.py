@@ -161,12 +161,11 @@ class Standings:
                 f"Each method has that learning rate of {rates} which gave it the lowest {self.select} on validation "
                 "rows, with the first seed."
             )
-        for one, other in (("taid", "taid_linear"),):
-            pair = [of for of in self.methods if of.method in (one, other)]
-            if len(pair) == 2 and pair[0].measures["cross_entropy"] == pair[1].measures["cross_entropy"]:
-                notes.append(
-                    f"{one} and {other} are the same: in so few steps t never leaves the ramp (taid_alpha: auto)."
-                )
+        losses = {of.method: of.measures["cross_entropy"] for of in self.methods}
+        if "taid_linear" in losses and losses.get("taid") == losses["taid_linear"]:
+            notes.append(
+                "taid and taid_linear are the same: in so few steps t never leaves the ramp (taid_alpha: auto)."
+            )
         return notes
 
 

@@ -87,6 +87,7 @@ def _begin(parent: Any, log: Path, place: int, work: Callable[..., None], given:
     import torch
 
     if devices := torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % devices)  # read when CUDA is first used
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[place % devices]  # read when CUDA is first used
     logging.basicConfig(format="%(message)s")
     work(*given)
