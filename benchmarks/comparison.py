@@ -86,7 +86,7 @@ def small(out: Path, options: argparse.Namespace) -> tuple[dict[str, Any], list[
     assets = Path(str(resources.files("taid") / "assets"))
     recipe = models(assets / "student", assets / "teacher")
     recipe |= {"per_device_train_batch_size": 8, "eval_steps": 10, "logging_steps": 2}
-    methods = ["--objectives", "sft,forward_kl,reverse_kl,amid,taid", "--seeds", "2", "--learning_rates", "1e-3,4e-3"]
+    methods = ["--objectives", "sft,forward_kl,reverse_kl,amid,taid", "--seeds", "2", "--learning_rates", "3e-4,1e-3"]
     return recipe, methods
 
 

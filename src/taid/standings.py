@@ -156,11 +156,14 @@ class Standings:
         if self.teacher:
             notes.append(f"The teacher's cross-entropy there is {self.teacher['cross_entropy']:.4f}.")
         if self.select is not None:
-            rates = len({run["learning_rate"] for run in self.grid})
+            rates = sorted({run["learning_rate"] for run in self.grid})
             notes.append(
-                f"Each method has that learning rate of {rates} which gave it the lowest {self.select} on validation "
+                f"Each method has that learning rate of {len(rates)} which gave it the lowest {self.select} on validation "
                 "rows, with the first seed."
             )
+            for rate, words in ((rates[0], "smaller"), (rates[-1], "larger")):
+                if at_edge := [of.method for of in self.methods if of.learning_rate == rate]:
+                    notes.append(f"A {words} one than {rate:g} was not tried, which is that of {', '.join(at_edge)}.")
         losses = {of.method: of.measures["cross_entropy"] for of in self.methods}
         if "taid_linear" in losses and losses.get("taid") == losses["taid_linear"]:
             notes.append(
