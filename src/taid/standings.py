@@ -158,8 +158,8 @@ class Standings:
         if self.select is not None:
             rates = sorted({run["learning_rate"] for run in self.grid})
             notes.append(
-                f"Each method has that learning rate of {len(rates)} which gave it the lowest {self.select} on validation "
-                "rows, with the first seed."
+                f"Each method has that learning rate of {len(rates)} which gave it the lowest {self.select} on "
+                "validation rows, with the first seed."
             )
             for rate, words in ((rates[0], "smaller"), (rates[-1], "larger")):
                 if at_edge := [of.method for of in self.methods if of.learning_rate == rate]:
