@@ -180,6 +180,14 @@ def test_the_same_seed_draws_the_same_and_leaves_other_draws_alone(args, make_mo
     assert generate(model, tokenizer, prompts, args, samples=2, max_new_tokens=6).answers != first.answers
 
 
+def test_references_without_latin_letters_are_in_no_mean_and_said_so(args, make_model, tokenizer, caplog):
+    rows = [{"prompt": "One", "completion": text} for text in (" 東京です。", " 日本", " token")]
+    numbers, answers = generate(make_model(300), tokenizer, asked(rows), args, samples=0, max_new_tokens=4)
+    assert [row["rouge_l"] is None for row in answers] == [True, True, False]
+    assert numbers["rouge_l"] == answers[2]["rouge_l"]
+    assert "2 of 3 references have neither Latin letters nor digits" in caplog.text
+
+
 def test_a_collapsed_student_is_seen(args, make_model, tokenizer, make_rows):
     """One whose logits are so large that it has one thing to say."""
     prompts, found = asked(make_rows("prompt", 4)), {}
