@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from taid import TAIDConfig, generation
@@ -145,6 +146,16 @@ def test_greedy_answers_are_the_likeliest_tokens_whatever_batch_and_settings(arg
     assert [row["row"] for row in answers] == list(range(7))
     assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows]
     assert [numbers[name] for name in ("self_bleu", "distinct_1", "sample_tokens", "generation_loss")] == [None] * 4
+
+
+def test_an_adapter_answers_as_the_model_that_it_is_merged_into(args, make_model, tokenizer, make_rows):
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model = get_peft_model(make_model(300, seed=4), LoraConfig(task_type="CAUSAL_LM", **lora)).eval()
+    model.generation_config.update(repetition_penalty=1.8)
+    prompts, options = asked(make_rows("prompt", 4)), {"samples": 2, "max_new_tokens": 12}
+    found = generate(model, tokenizer, prompts, args, **options)
+    assert model.generation_config.repetition_penalty == 1.8
+    assert generate(model.merge_and_unload(), tokenizer, prompts, args, **options) == found
 
 
 def test_chats_are_answered_behind_the_assistants_turn(args, make_model, tokenizer):

@@ -327,8 +327,8 @@ def _loss_of_teacher(
 def rouge_l(reference: str, answer: str) -> float | None:
     """ROUGE-L: 2 P R / (P + R) with P and R the share of answer and reference that their longest common subsequence is.
 
-    Of words of the letters a-z and digits, in small letters and stemmed (Porter), as the literature on distillation
-    measures it; None where the reference has no such word.
+    Of words of the letters a-z and digits, in small letters and stemmed (Porter), as Super-NaturalInstructions'
+    evaluation has it; None where the reference has no such word.
 
     Reference: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; the package rouge-score.
     """
