@@ -425,8 +425,10 @@ def test_what_was_measured_before_of_the_same_model_is_kept(
     own_tasks_only, tmp_path, student_folder, teacher_folder, task_folder, rows
 ):
     data, output = rows(tmp_path / "rows.jsonl"), tmp_path / "e.json"
-    assert evaluate(student_folder, "--teacher", teacher_folder, "--data", data, "--output", output) == 0
+    options = ("--teacher", teacher_folder, "--data", data, "--generate", 2, "--max_new_tokens", 4, "--output", output)
+    assert evaluate(student_folder, *options) == 0
     first = json.loads(output.read_text())
+    assert first["generations"]["student"]["prompts"] == 2
     tasks = ("--tasks", "tiny_choice", "--include_path", task_folder, "--output", output)
     assert evaluate(student_folder, *tasks) == 0
     both = json.loads(output.read_text())

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from taid import TAIDConfig, generation
@@ -147,6 +148,16 @@ def test_greedy_answers_are_the_likeliest_tokens_whatever_batch_and_settings(arg
     assert [numbers[name] for name in ("self_bleu", "distinct_1", "sample_tokens", "generation_loss")] == [None] * 4
 
 
+def test_an_adapter_answers_as_the_model_that_it_is_merged_into(args, make_model, tokenizer, make_rows):
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model = get_peft_model(make_model(300, seed=4), LoraConfig(task_type="CAUSAL_LM", **lora)).eval()
+    model.generation_config.update(repetition_penalty=1.8)
+    prompts, options = asked(make_rows("prompt", 4)), {"samples": 2, "max_new_tokens": 12}
+    found = generate(model, tokenizer, prompts, args, **options)
+    assert model.generation_config.repetition_penalty == 1.8
+    assert generate(model.merge_and_unload(), tokenizer, prompts, args, **options) == found
+
+
 def test_chats_are_answered_behind_the_assistants_turn(args, make_model, tokenizer):
     model = make_model(300, seed=4)
     _, answers = generate(model, tokenizer, asked([{"messages": chat("One?", "1")}]), args, samples=0, max_new_tokens=5)
@@ -178,6 +189,14 @@ def test_the_same_seed_draws_the_same_and_leaves_other_draws_alone(args, make_mo
     assert generate(model, tokenizer, prompts, args, samples=2, max_new_tokens=6) == first
     args.seed += 1
     assert generate(model, tokenizer, prompts, args, samples=2, max_new_tokens=6).answers != first.answers
+
+
+def test_references_without_latin_letters_are_in_no_mean_and_said_so(args, make_model, tokenizer, caplog):
+    rows = [{"prompt": "One", "completion": text} for text in (" 東京です。", " 日本", " token")]
+    numbers, answers = generate(make_model(300), tokenizer, asked(rows), args, samples=0, max_new_tokens=4)
+    assert [row["rouge_l"] is None for row in answers] == [True, True, False]
+    assert numbers["rouge_l"] == answers[2]["rouge_l"]
+    assert "2 of 3 references have neither Latin letters nor digits" in caplog.text
 
 
 def test_a_collapsed_student_is_seen(args, make_model, tokenizer, make_rows):

@@ -160,33 +160,42 @@ def generate(
     greedy = [answer for (answer,) in answering(ids, 1, do_sample=False)]
     drawn = answering(ids, samples, do_sample=True, temperature=1.0, top_k=0) if samples else [[] for _ in ids]
 
-    def text(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-    answers = [
-        {
-            "row": asked.row, "prompt": tokenizer.decode(tokens), "reference": asked.reference, "answer": text(answer),
-            "rouge_l": rouge_l(asked.reference, text(answer)),
-            "exact_match": exact_match(asked.reference, text(answer)), "samples": [text(sample) for sample in several],
-        }
-        for (asked, tokens), answer, several in zip(shown, greedy, drawn, strict=True)
-    ]  # fmt: skip
-    scores = [row["rouge_l"] for row in answers if row["rouge_l"] is not None]
-    if len(scores) < len(answers):
-        logger.info(
-            f"{len(answers) - len(scores)} of {len(answers)} references have neither Latin letters nor digits, and "
-            "ROUGE-L counts nothing else: they are not in its mean"
-        )
     flat = [(tokens, sample) for tokens, several in zip(ids, drawn, strict=True) for sample in several]
+    answers = [
+        _answer(asked, tokenizer, tokens, answer, several)
+        for (asked, tokens), answer, several in zip(shown, greedy, drawn, strict=True)
+    ]
     numbers = {
         "prompts": len(shown), "samples": samples, "max_new_tokens": max_new_tokens, "seed": args.seed,
-        "rouge_l": _mean(scores), "exact_match": _mean([row["exact_match"] for row in answers]),
-        "answer_tokens": _mean(map(len, greedy)), "finished": _mean([answering.is_finished(a) for a in greedy]),
+        "rouge_l": _mean_rouge_l(answers, args), "exact_match": _mean(row["exact_match"] for row in answers),
+        "answer_tokens": _mean(map(len, greedy)), "finished": _mean(map(answering.is_finished, greedy)),
         **{f"distinct_{n}": distinct((sample for _, sample in flat), n) for n in ORDERS},
         "self_bleu": self_bleu(drawn), "sample_tokens": _mean(len(sample) for _, sample in flat),
         "generation_loss": _loss_of_teacher(flat, student, tokenizer, args, teacher, teacher_tokenizer),
     }  # fmt: skip
     return Generations(numbers, answers)
+
+
+def _answer(
+    asked: Prompted, tokenizer: Any, shown: list[int], greedy: list[int], drawn: list[list[int]]
+) -> dict[str, Any]:
+    """What is kept of a prompt, for a reader."""
+    answer, *samples = (str(tokenizer.decode(of, skip_special_tokens=True)) for of in (greedy, *drawn))
+    return {
+        "row": asked.row, "prompt": tokenizer.decode(shown), "reference": asked.reference, "answer": answer,
+        "rouge_l": rouge_l(asked.reference, answer), "exact_match": exact_match(asked.reference, answer),
+        "samples": samples,
+    }  # fmt: skip
+
+
+def _mean_rouge_l(answers: list[dict[str, Any]], args: TAIDConfig) -> float | None:
+    scores = [row["rouge_l"] for row in answers if row["rouge_l"] is not None]
+    if len(scores) < len(answers) and args.process_index == 0:
+        logger.warning(
+            f"{len(answers) - len(scores)} of {len(answers)} references have neither Latin letters nor digits, and "
+            "ROUGE-L counts nothing else: they are not in its mean"
+        )
+    return _mean(scores)
 
 
 def _short_enough(
@@ -203,7 +212,7 @@ def _short_enough(
             f"--generate: each of the {len(shown)} prompts is longer than {most} tokens: raise --max_length, or lower "
             "--max_new_tokens where a model has learned few positions"
         )
-    if len(kept) < len(shown):
+    if len(kept) < len(shown) and args.process_index == 0:
         logger.warning(f"{len(shown) - len(kept)} of {len(shown)} prompts are left out: longer than {most} tokens")
     return kept
 
@@ -318,8 +327,8 @@ def _loss_of_teacher(
 def rouge_l(reference: str, answer: str) -> float | None:
     """ROUGE-L: 2 P R / (P + R) with P and R the share of answer and reference that their longest common subsequence is.
 
-    Of words of the letters a-z and digits, in small letters and stemmed (Porter), as the literature on distillation
-    measures it; None where the reference has no such word.
+    Of words of the letters a-z and digits, in small letters and stemmed (Porter), as Super-NaturalInstructions'
+    evaluation has it; None where the reference has no such word.
 
     Reference: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; the package rouge-score.
     """
