@@ -321,8 +321,8 @@ class Sampling:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         own = np.random.default_rng((*seed, 1 + self.args.process_index))  # other tokens in each process
-        with writer as model, _seeded(model.device, int(own.integers(2**63))):
-            inputs = send_to_device({"input_ids": ids, "attention_mask": mask}, model.device)
+        with writer as model, _seeded(self.args.device, int(own.integers(2**63))):
+            inputs = send_to_device({"input_ids": ids, "attention_mask": mask}, self.args.device)
             written = model.generate(
                 **inputs, max_new_tokens=most, logits_processor=[self._shared], synced_gpus=self._is_together
             )
