@@ -413,7 +413,7 @@ def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
 @contextlib.contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Within this context PyTorch draws from this seed; afterwards as if nothing had been drawn."""
-    devices = [] if device.type == "cpu" else [device]
+    devices = [] if device.type in ("cpu", "mps") else [device]  # of Apple's there is no fork
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
         yield

@@ -2,7 +2,8 @@
 
 One optimizer step, from the batch to t:
 
-    get_batch_samples   counts the trained tokens of the step: every micro-batch, every rank
+    get_batch_samples   gives micro-batches sampled answers; counts the trained tokens of the step: every micro-batch,
+                        every rank
     compute_loss        hidden states of teacher and student -> heads and objective in one, summed over trained tokens,
                         divided by that count
     _get_grad_norm      the last place before the optimizer: sums the step over ranks, stops if it is not finite,
