@@ -56,7 +56,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _NUMBERS = (
     "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio "
-    "teacher_server_timeout sampling_share sampling_temperature"
+    "teacher_server_timeout sampling_share sampling_temperature sampling_max_new_tokens sampling_buffer_size"
 ).split()
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
