@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from prompt_server import PromptServer
 from taid import TAIDConfig, TAIDTrainer, objectives, report, run_folder
@@ -127,6 +128,14 @@ def test_a_sampled_batch_has_the_data_sets_prompts_and_trains_only_what_the_stud
 def test_an_answer_ends_where_max_length_does(make):
     made = prompts_and_answers(sampled(make(sampling_share=1.0, max_length=13)))
     assert [len(prompt) + len(answer) for prompt, answer in made] == [13] * 8
+
+
+def test_an_answer_ends_where_the_positions_that_a_model_has_learned_do(make, tmp_path, tokenizer):
+    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    made = prompts_and_answers(sampled(make(student=tmp_path / "gpt2", held_out=None, sampling_share=1.0)))
+    assert max(len(prompt) + len(answer) for prompt, answer in made) == 16
 
 
 def test_at_a_low_temperature_answers_are_those_of_transformers_whatever_the_models_own_configuration_says(
@@ -602,6 +611,18 @@ def test_a_killed_and_resumed_run_ends_like_one_left_alone_byte_for_byte(recipe,
     assert (killed / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
     assert metrics(killed) == metrics(alone)
     assert any(row.get("sampled") for row in metrics(alone))
+
+
+@pytest.mark.cli
+def test_two_processes_resume_with_the_buffer_that_they_share(recipe, tmp_path):
+    run = tmp_path / "run"
+    path = recipe(run, sampling="adaptive", max_steps=12)
+    finish(command("train", "--config", path, folder=tmp_path, engine="ddp"))
+    logged, weights = metrics(run), (run / "model.safetensors").read_bytes()
+    assert len(json.loads((run / "checkpoint-8" / FILE).read_text())["rows"]) == 8
+    shutil.rmtree(run / "checkpoint-12")
+    finish(command("train", "--config", path, "--resume_from_checkpoint", folder=tmp_path, engine="ddp"))
+    assert (metrics(run), (run / "model.safetensors").read_bytes()) == (logged, weights)
 
 
 @pytest.mark.cli
