@@ -18,7 +18,14 @@ import yaml
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from prompt_server import PromptServer
 from taid import TAIDConfig, TAIDTrainer, objectives, report, run_folder
@@ -359,6 +366,17 @@ def test_an_adapter_samples_with_its_own_weights(make):
         assert answer == expected[0, len(prompt) :].tolist()
 
 
+def test_a_mixture_of_experts_samples_without_its_load_balance_and_trains_with_it(make, tmp_path, tokenizer):
+    config = MixtralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, output_router_logits=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    logged, _ = train(make(student=tmp_path / "mixtral", sampling_share=1.0, max_steps=2))
+    assert [row["sampled"] for row in logged if "aux_loss" in row] == [1.0, 1.0]
+
+
 def test_activations_that_are_computed_again_change_nothing(make):
     options = {"sampling_share": 1.0, "max_steps": 2}
     (logged, _), (again, _) = train(make("a", **options)), train(make("b", activation_checkpointing=True, **options))
@@ -413,8 +431,8 @@ def test_a_resumed_run_ends_like_one_left_alone_byte_for_byte(make, monkeypatch,
         return after(self, rise[0], step)
 
     monkeypatch.setattr(Threshold, "after", after)
-    options |= {"save_strategy": "steps", "save_steps": 7, "max_steps": 14, "per_device_train_batch_size": 4,
-                "optim": "adamw_torch", "learning_rate": 1e-2}  # fmt: skip
+    options = options | {"save_strategy": "steps", "save_steps": 7, "max_steps": 14, "per_device_train_batch_size": 4,
+                         "optim": "adamw_torch", "learning_rate": 1e-2}  # fmt: skip
     logged, weights = train(make("run", **options))
     assert {0.0, 1.0} <= {row["sampled"] for row in logged if "loss" in row}
     rise[0] = 7.0

@@ -219,7 +219,8 @@ class Sampling:
         if self.args.process_index == 0 and not any(ends & set(row.ids[row.prompt :]) for row in first if row):
             logger.warning(
                 f"none of the first answers of the train data set has one of the tokens {names}, which end the "
-                "student's: those will be as long as sampling_max_new_tokens. Set eos_token to what ends an answer"
+                "student's: those will be as long as sampling_max_new_tokens. Set eos_token to what ends an answer, or a "
+                "larger max_length if that cuts the ends away"
             )
         return sorted(ends)
 
@@ -323,6 +324,8 @@ class Sampling:
         own = np.random.default_rng((*seed, 1 + self.args.process_index))  # other tokens in each process
         with writer as model, _seeded(self.args.device, int(own.integers(2**63))):
             inputs = send_to_device({"input_ids": ids, "attention_mask": mask}, self.args.device)
+            if getattr(model.config.get_text_config(), "output_router_logits", False):
+                inputs["output_router_logits"] = False  # the load balance is that of a batch, not of one token more
             written = model.generate(
                 **inputs, max_new_tokens=most, logits_processor=[self._shared], synced_gpus=self._is_together
             )
