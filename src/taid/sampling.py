@@ -219,8 +219,8 @@ class Sampling:
         if self.args.process_index == 0 and not any(ends & set(row.ids[row.prompt :]) for row in first if row):
             logger.warning(
                 f"none of the first answers of the train data set has one of the tokens {names}, which end the "
-                "student's: those will be as long as sampling_max_new_tokens. Set eos_token to what ends an answer, or a "
-                "larger max_length if that cuts the ends away"
+                "student's: those will be as long as sampling_max_new_tokens. Set eos_token to what ends an answer, or "
+                "a larger max_length if that cuts the ends away"
             )
         return sorted(ends)
 
