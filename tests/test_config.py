@@ -20,7 +20,8 @@ objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal
 head_mass dkd_alpha dkd_beta dkd_temperature abkd_alpha abkd_beta amid_mixture amid_share kd_ratio fused
 teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs teacher_placement teacher_quantization
 teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url teacher_server_model
-teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from train_tokens skip_bad_images eval_tasks
+teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from sampling sampling_share
+sampling_temperature sampling_max_new_tokens sampling_buffer_size seq_kd train_tokens skip_bad_images eval_tasks
 eval_tasks_num_fewshot eval_tasks_include_path overwrite_output_dir
 """.split()
 
@@ -92,6 +93,12 @@ def test_the_defaults_are_the_papers():
         "teacher_server_compare": False,
         "teacher_top_k": None,
         "tokenizer_from": "student",
+        "sampling": "none",
+        "sampling_share": 0.5,
+        "sampling_temperature": 1.0,
+        "sampling_max_new_tokens": 256,
+        "sampling_buffer_size": 1000,
+        "seq_kd": False,
         "train_tokens": None,
         "skip_bad_images": False,
         "eval_tasks": None,

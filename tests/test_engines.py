@@ -52,6 +52,10 @@ CASES = {
         "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True,
         "metric_for_best_model": "eval_kl", "greater_is_better": True,
     },
+    "answers that the student samples, of which the likeliest are": {
+        "sampling": "mixed", "sampling_share": 1.0, "sampling_temperature": 1e-6, "sampling_max_new_tokens": 8,
+        "use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "up_proj"],
+    },
     "a teacher whose products are computed together": {
         "teacher_model_name_or_path": "four_heads", "teacher_placement": "tensor_parallel",
     },

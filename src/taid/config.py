@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from trl import SFTConfig
 
-from taid import engines
+from taid import engines, sampling
 from taid.schedule import auto_alpha, check_range
 from taid.server import check_url
 
@@ -37,6 +37,7 @@ Objective = Literal[
 ]
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
+Sampling = Literal["none", "mixed", "adaptive"]
 CacheFormat = Literal["hidden", "hidden_int8", "top_k", "sampled"]
 Placement = Literal["auto", "sharded", "tensor_parallel", "replicated", "cpu"]
 Quantization = Literal["bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"]
@@ -45,6 +46,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": get_args(Objective),
     "taid_signal": get_args(Signal),
     "tokenizer_from": get_args(Side),
+    "sampling": get_args(Sampling),
+    "seq_kd": (True, False),
     "teacher_placement": get_args(Placement),
     "teacher_quantization": (None, *get_args(Quantization)),
     "teacher_cache_format": (None, *get_args(CacheFormat)),
@@ -55,18 +58,24 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _NUMBERS = (
     "taid_t_start taid_t_end taid_beta jsd_beta skew head_mass dkd_alpha dkd_beta dkd_temperature kd_ratio "
-    "abkd_alpha abkd_beta amid_mixture amid_share taid_mixture teacher_server_timeout"
+    "abkd_alpha abkd_beta amid_mixture amid_share taid_mixture teacher_server_timeout sampling_share "
+    "sampling_temperature sampling_max_new_tokens sampling_buffer_size"
 ).split()
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_tokens teacher_top_k",
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps train_tokens teacher_top_k "
+        "sampling_max_new_tokens sampling_buffer_size",
         "be positive",
         lambda value: value >= 1,
     ),
     ("max_length", "be positive, or null for rows of any length", lambda value: value >= 1),
     ("teacher_cache_samples", "lie in 1 .. 255", lambda value: 1 <= value <= 255),
     ("eval_tasks_num_fewshot", "be 0 or positive", lambda value: value >= 0),
-    ("teacher_server_timeout dkd_temperature", "be a positive number", lambda value: 0.0 < value < math.inf),
+    (
+        "teacher_server_timeout dkd_temperature sampling_temperature",
+        "be a positive number",
+        lambda value: 0.0 < value < math.inf,
+    ),
     (
         "learning_rate dkd_alpha dkd_beta abkd_alpha abkd_beta",
         "be 0 or a positive number",
@@ -75,7 +84,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("jsd_beta head_mass", "lie strictly between 0 and 1", lambda value: 0.0 < value < 1.0),
     ("taid_mixture amid_mixture", "be a finite number", math.isfinite),
     ("skew amid_share", "lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
-    ("kd_ratio", "lie in [0, 1]", lambda value: 0.0 <= value <= 1.0),
+    ("kd_ratio sampling_share", "lie in [0, 1]", lambda value: 0.0 <= value <= 1.0),
 )
 
 
@@ -234,6 +243,30 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             "both keep their vectors."
         },
     )
+    sampling: Sampling = field(
+        default="none",
+        metadata={
+            "help": "Train on answers that the student samples: 'mixed' in a share of the micro-batches, as GKD; "
+            "'adaptive' in more of them after each rise of held-out loss, ever more of them from a buffer, as DistiLLM."
+        },
+    )
+    sampling_share: float = field(
+        default=0.5, metadata={"help": "sampling: mixed: share of micro-batches with the student's answers."}
+    )
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature that answers are sampled at; 1 is the model as it is."}
+    )
+    sampling_max_new_tokens: int = field(
+        default=256, metadata={"help": "Most tokens of a sampled answer; max_length also ends it."}
+    )
+    sampling_buffer_size: int = field(
+        default=1_000,
+        metadata={"help": "sampling: adaptive: how many sampled rows are kept, by all processes together."},
+    )
+    seq_kd: bool = field(
+        default=False,
+        metadata={"help": "Micro-batches without the student's answers have ones that the teacher samples, as SeqKD."},
+    )
     train_tokens: int | None = field(
         default=None,
         metadata={
@@ -334,6 +367,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     def _check_combinations(self) -> None:
         if self.abkd_alpha == self.abkd_beta == 0:
             raise ValueError("abkd_alpha and abkd_beta must not both be 0; (1, 0) is forward KL, (0, 1) reverse KL")
+        sampling.check_options(self)
         if self.teacher_quantization is not None and self.teacher_placement in ("sharded", "tensor_parallel", "cpu"):
             raise ValueError(
                 f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do "

@@ -27,9 +27,10 @@ from taid.config import DataArguments, TAIDConfig
 from taid.data import load_rows
 from taid.models import sees, teacher_init_kwargs
 from taid.plan import Recipe
+from taid.sampling import is_on
 from taid.tasks import tasks_of
 
-_STEPS, _ROWS, _HELD_OUT, _CHARACTERS, _TOKENS = 3, 16, 2, 48, 256
+_STEPS, _ROWS, _HELD_OUT, _CHARACTERS, _TOKENS, _NEW_TOKENS = 3, 16, 2, 48, 256, 16
 _WIDTHS = {"student": 32, "teacher": 64}  # two, so that nothing can be right because both are the same
 _WORDS = "the small student learns what the large teacher says of each token and both read the same rows".split()
 
@@ -76,7 +77,7 @@ def miniature(recipe: Recipe) -> Iterator[Miniature]:
         root = Path(folder)
         made = {role: _model(recipe, role, root / role) for role in roles}
         # What a server says is the top k of a teacher; of a stream nothing can be captured.
-        has_server = args.teacher_server_url is not None and not recipe.data.streaming
+        has_server = args.teacher_server_url is not None and not recipe.data.streaming and not is_on(args)
         needs_cache = args.teacher_cache is not None or has_server
         most = _TOKENS if not sees(recipe.config("student")) else 16 * _TOKENS  # images take their own number
         small = {
@@ -88,6 +89,8 @@ def miniature(recipe: Recipe) -> Iterator[Miniature]:
             "gradient_accumulation_steps": min(args.gradient_accumulation_steps, 2),
             "report_to": "none",
             "dataloader_num_workers": 0,
+            "sampling_max_new_tokens": min(args.sampling_max_new_tokens, _NEW_TOKENS),
+            "sampling_buffer_size": min(args.sampling_buffer_size, _ROWS),
         }
         if "teacher" in roles:
             small["teacher_model_name_or_path"] = root / "teacher"
@@ -191,7 +194,7 @@ def _made_rows(recipe: Recipe, is_chat: bool) -> Iterator[dict[str, Any]]:
         chat = {"messages": [{"role": role, "content": text} for role in ("user", "assistant")]}
         if see:
             yield chat | {"images": [Image.new("RGB", (64, 64), (16 * start % 256, 8 * start % 256, 128))]}
-        elif args.completion_only_loss:
+        elif args.completion_only_loss or (is_on(args) and not args.assistant_only_loss):
             yield {"prompt": text, "completion": f" {text}"}
         elif is_chat:
             yield chat

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from taid import sampling
+
 if TYPE_CHECKING:
     from taid.trainer import TAIDTrainer
 
@@ -24,6 +26,9 @@ def of(trainer: TAIDTrainer) -> dict[str, Any]:
         # A place counts prepared rows, and is that of one process among so many.
         identity |= {name: configuration.get(name) for name in ("dataset_weights", "packing_strategy")}
         identity |= {"files of the stream": stream.identity(), "processes": args.world_size}
+    if trainer.sampling is not None:
+        names = [*sampling.OPTIONS, *(["eval_strategy", "eval_steps"] if args.sampling == "adaptive" else [])]
+        identity |= {name: configuration.get(name) for name in names}
     signal = trainer.teacher.kind if trainer.teacher is not None and args.distillation_share > 0 else None
     return identity | {
         "total_steps": trainer.state.max_steps,

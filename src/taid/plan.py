@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from taid.data import local_files
 from taid.footprint import ENGINES, PLACEMENTS, STATES, Footprint, Layout, Size, size
 from taid.memory import Batch, Loss
 from taid.models import adapter_config, load_config, load_processing_class, load_tokenizer, sees, teacher_init_kwargs
+from taid.sampling import is_on
 from taid.schedule import TAIDSchedule
 from taid.trainer import TAIDTrainer
 
@@ -186,7 +188,7 @@ def plan(recipe: Recipe, train_rows: Any = None, eval_rows: Any = None) -> str:
         ]
     rows = _bounded(recipe) if train_rows is None else _counted(recipe, train_rows, eval_rows)
     lines += ["", *_memory(recipe, student, teacher, rows.longest), "", *_run(recipe, student, teacher, rows)]
-    if teacher is not None and rows.distinct:
+    if teacher is not None and rows.distinct and not is_on(args):
         lines += ["", *_caches(recipe, teacher, rows)]
     return "\n".join(lines)
 
@@ -208,6 +210,7 @@ def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
     tokenizer = recipe.tokenizer(recipe.args.tokenizer_from)
     args = copy.copy(recipe.args)
     args.objective, args.tokenizer_from, args.push_to_hub = "sft", "student", False  # a trainer makes the repository
+    args.sampling, args.seq_kd = "none", False
     args.teacher_cache = args.teacher_server_url = args.teacher_model_name_or_path = None
     smallest = LlamaForCausalLM(
         LlamaConfig(vocab_size=max(tokenizer.get_vocab().values()) + 1, hidden_size=8, intermediate_size=8,
@@ -219,7 +222,10 @@ def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
         )
     distinct = {name: (len(keys), sum(keys.values())) for name, keys in capture.rows_of(trainer).items()}
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    return Rows(len(lengths), max(lengths), sum(lengths), distinct, counted=True)
+    longest = max(lengths)
+    if is_on(recipe.args):
+        longest = min(longest + int(args.sampling_max_new_tokens), args.max_length or sys.maxsize)
+    return Rows(len(lengths), longest, sum(lengths), distinct, counted=True)
 
 
 def _bounded(recipe: Recipe) -> Rows:
@@ -402,7 +408,8 @@ def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> lis
         lines += [_hours(recipe, "taid cache", forward * seen, seen, "about " if rows.counted else bound)]
     elif forward and args.teacher_server_url is not None:
         lines += [_hours(recipe, "the teacher's server, if it has as many", forward * tokens, tokens, bound)]
-    return [*lines, _hours(recipe, "taid train", a_token * tokens, tokens, bound)]
+    lines += [_hours(recipe, "taid train", a_token * tokens, tokens, bound)]
+    return [*lines, "(without the time in which answers are sampled, which is not planned)"] if is_on(args) else lines
 
 
 def _steps(args: TAIDConfig, a_step: int, length: int, processes: int, rows: Rows) -> int | None:

@@ -38,9 +38,9 @@ _METHODS = {
     "sft": "Supervised fine-tuning",
 }
 IMPORTANT = (
-    "objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio model_name_or_path "
-    "teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name eval_dataset_name "
-    "learning_rate max_steps num_train_epochs "
+    "objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio sampling "
+    "model_name_or_path teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name "
+    "eval_dataset_name learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps max_length seed output_dir"
 ).split()
 _HELD_OUT = (
@@ -389,6 +389,8 @@ _QUANTITIES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("tokens", "evaluated on", "{:,.0f}".format, "tokens"),
     ("t", "t", "{:.4f}".format, "0 student, 1 teacher"),
     ("momentum", "momentum of t", "{:.2e}".format, "relative fall of the loss per step"),
+    ("sampled", "answers of the student", "{:.0%}".format, "share of micro-batches"),
+    ("sampling_threshold", "threshold of sampling", "{:.1f}".format, "share of micro-batches"),
     ("learning_rate", "learning rate", "{:.3g}".format, ""),
     ("grad_norm", "gradient norm", "{:.3g}".format, ""),
     ("num_tokens", "trained on", "{:,.0f}".format, "tokens"),

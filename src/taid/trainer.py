@@ -2,7 +2,8 @@
 
 One optimizer step, from the batch to t:
 
-    get_batch_samples   counts the trained tokens of the step: every micro-batch, every rank
+    get_batch_samples   gives micro-batches sampled answers; counts the trained tokens of the step: every micro-batch,
+                        every rank
     compute_loss        hidden states of teacher and student -> heads and objective in one, summed over trained tokens,
                         divided by that count
     _get_grad_norm      the last place before the optimizer: sums the step over ranks, stops if it is not finite,
@@ -37,6 +38,7 @@ from taid.models import Pair, keep_embeddings, load_pair, load_renamed_weights, 
 from taid.moving import MovingParameters
 from taid.pair_loss import PairLoss
 from taid.report import write_report
+from taid.sampling import Sampling, is_on
 from taid.schedule import ScheduleState
 from taid.sequences import shifted
 from taid.server import Server
@@ -126,6 +128,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 "rows with images need a teacher that is loaded here and has the student's tokens: teacher_cache, "
                 "teacher_server_url and tokenizer_from: teacher are for text"
             )
+        if see and is_on(args):
+            raise ValueError("answers are not sampled for rows with images: set sampling: none and seq_kd: false")
         elsewhere: Cache | Server | None = None
         if args.teacher_cache is not None:
             elsewhere = Cache(Path(args.teacher_cache).expanduser())
@@ -169,6 +173,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             )
         self._check_rows(pair)
         self.teacher = self._teacher(pair.teacher, elsewhere)
+        learned = [most for model in (pair.student, pair.teacher) if (most := positions(model)) is not None]
+        self.sampling = Sampling(self, min(learned, default=None)) if is_on(args) else None
         self.pair_loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
         self.moving = MovingParameters(args)
         self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
@@ -298,9 +304,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self._epoch, self._ahead = epoch_iterator, []
         # One step more than is needed now, if what the teacher says of it is fetched while this one is computed.
         ahead = self.teacher is not None and self.teacher.fetches and self.args.distillation_share > 0
-        wanted = (2 if ahead else 1) * num_batches
+        wanted = (2 if ahead and self.sampling is None else 1) * num_batches
         coming, _ = super().get_batch_samples(epoch_iterator, wanted - len(self._ahead), device)
         self._ahead += coming
+        if self.sampling is not None:
+            self._ahead = self.sampling.replaced(self._ahead, self._window)
         if ahead and self.teacher is not None:
             self.teacher.prefetch(self._ahead)
         batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
@@ -356,6 +364,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 "num_tokens": self._total_train_tokens,
             }
             logs |= {name: window[name] for name in self.moving.logged()}
+            logs |= self.sampling.logged(window) if self.sampling is not None else {}
             if isinstance(self.moving.state, ScheduleState):
                 logs["momentum"] = self.moving.state.momentum
             now = time.perf_counter()
@@ -386,6 +395,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if wanted and f"eval_{wanted.removeprefix('eval_')}" not in found:  # transformers says so in a traceback
             measured = ", ".join(name for name in sorted(found) if name.startswith("eval_"))
             raise ValueError(f"metric_for_best_model: {wanted!r} is not measured; there is {measured}")
+        if self.sampling is not None:
+            self.sampling.evaluated(found)
         return found
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -454,6 +465,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if resume_from_checkpoint is not None:
             engines.check_checkpoint(Path(resume_from_checkpoint), self.accelerator)
             is_converted = engines.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
+        if self.sampling is not None:
+            self.sampling.start(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if is_converted:
             engines.part_steps(self.model_wrapped.optimizer.optimizer)
@@ -494,6 +507,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             self.state.best_model_checkpoint = str(folder / name) if is_best else best
             if is_writer:
                 self.state.save_to_json(str(made / "trainer_state.json"))
+                if self.sampling is not None:
+                    self.sampling.save(made)
         if is_writer:
             run_folder.thin_out(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
