@@ -333,7 +333,7 @@ def check_taid(words: list[str]) -> None:
     if "--help" in words:
         assert command == "--help" or options_of(command)
         return
-    if command not in ("train", "cache", "plan"):
+    if command not in arguments._COMMANDS:
         cli._parser().parse_args(words)
         return
     if "--config" in rest and not Path(rest[rest.index("--config") + 1]).exists():
@@ -358,12 +358,12 @@ def check_pytest(words: list[str]) -> None:
 
 def beside_the_configuration(command: str) -> list[tuple[str, str]]:
     """The options of a command that are no fields, as its usage shows them: `[--repair]`, `[--gpus N]`."""
-    return re.findall(r"\[(--[a-z_]+)( [A-Z]+)?\]", arguments._COMMANDS[command][0])
+    return re.findall(r"\[(--[a-z_]+)( [A-Z,]+)?\]", arguments._COMMANDS[command][0])
 
 
 def options_of(command: str) -> set[str]:
     """Every ``--option`` of a command of taid's."""
-    if command in ("train", "cache", "plan"):
+    if command in arguments._COMMANDS:
         parser: argparse.ArgumentParser = arguments._parser(command, show_all=True)
         return {*parser._option_string_actions, *(option for option, _ in beside_the_configuration(command))}
     return set(commands_of_taid()[command]._option_string_actions)

@@ -33,10 +33,13 @@ from taid.data import load_rows
 from taid.generation import prompted
 from taid.workers import Job, Workers
 
-# The order of a table whose methods nobody has named; `taid_linear` is the paper's ablation.
+# `taid_linear` is the paper's ablation; GKD and DistiLLM train on the student's own answers too.
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"objective": name} for name in get_args(Objective)},
     "taid_linear": {"objective": "taid", "taid_adaptive": False},
+    "gkd": {"objective": "jsd", "sampling": "mixed"},
+    "distillm": {"objective": "skew_reverse_kl", "sampling": "adaptive"},
+    "taid_sampled": {"objective": "taid", "sampling": "mixed"},
 }
 _SETTINGS, _CACHE = "comparison.yaml", "cache"
 
@@ -308,7 +311,9 @@ def _trainings(plan: Plan, runs: list[Run], shared: list[str]) -> list[Job]:
         folder, result = plan.folder / "runs" / run.name, _path(plan, run)
         if result.exists():
             continue
-        arguments = [*shared, *arguments_of(run.options), "--seed", str(run.seed), "--output_dir", str(folder)]
+        is_sampled = any((plan.recipe | run.options)[name] not in ("none", False) for name in ("sampling", "seq_kd"))
+        start = plan.arguments if is_sampled else shared  # no cache knows what a student will write
+        arguments = [*start, *arguments_of(run.options), "--seed", str(run.seed), "--output_dir", str(folder)]
         arguments += [] if run.learning_rate is None else ["--learning_rate", repr(run.learning_rate)]
         is_begun = folder.exists() and run_folder.last_checkpoint(folder) is not None
         arguments += ["--resume_from_checkpoint", "true"] if is_begun else ["--overwrite_output_dir", "true"]
