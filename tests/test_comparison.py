@@ -174,9 +174,21 @@ def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, 
     output, _ = done
 
     other = compare(recipe, output, *OWN, "--max_steps", "7")
+    rows = recipe.parent / "test.jsonl"
+    before = rows.read_text()
+    rows.write_text(before + before.splitlines()[0] + "\n")
+    changed = compare(recipe, output, *OWN)
+    rows.write_text(before)
+    more = compare(recipe, output, *OWN[:1], "forward_kl,taid,sft,tvd", *OWN[2:])
 
-    assert other.returncode == 2
+    assert other.returncode == changed.returncode == 2
     assert "holds a comparison with max_steps: 6, and this one has 7: choose another folder" in other.stderr
+    assert f"holds a comparison with content of {rows}: " in changed.stderr
+    assert more.returncode == 0, more.stderr
+    runs = [line for line in more.stdout.splitlines() if re.match(r"\[\d+/\d+\]", line)]
+    assert [re.sub(r"0\.\d+", "X", run) for run in runs] == [
+        "[1/2] tvd-X-seed0", "[2/2] tvd-X-seed0", "[1/1] tvd-X-seed1", "[1/2] tvd-X-seed0.test", "[2/2] tvd-X-seed1.test",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -192,13 +204,17 @@ def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, 
         (["--select", "loss"], "invalid choice: 'loss'"),
         (["--variants", "nothing.yaml"], "--variants nothing.yaml: there is no such file"),
         (["--test", "{validation}"], "are the validation rows too: give others"),
+        (["--test", "{train}"], "are the training rows too: give others"),
+        (["--seeds", ","], "--seeds are different numbers"),
+        (["--push_to_hub", "true"], "push_to_hub is not for a comparison"),
         (["--test", "nothing.jsonl"], "data file nothing.jsonl does not exist"),
         (["--generate", "4"], "prompt"),
         (["--taid_t_strat", "1"], "unknown option '--taid_t_strat'"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_is_trained(recipe, tmp_path, capsys, more, words):
-    more = [part.format(validation=recipe.parent / "validation.jsonl") for part in more]
+    files_of = {name: recipe.parent / f"{name}.jsonl" for name in ("train", "validation")}
+    more = [part.format(**files_of) for part in more]
     start = arguments(recipe, tmp_path / "out", "--objectives", "sft", "--seeds", "1")
 
     status = cli.main(["compare", *start, *more])
@@ -231,6 +247,8 @@ def test_variants_are_named_and_their_options_checked(recipe, tmp_path, capsys):
         ("low: {objective: taid, taid_t_strat: 0.2}", "method low: unknown option '--taid_t_strat=0.2'"),
         ("low: 1", "must hold a mapping of names to options"),
         ("a/b: {}", "'a/b' names folders: use letters, digits"),
+        ("TAID: {}", "TAID is a method already"),
+        ("other: {dataset_name: rows.jsonl}", "other sets dataset_name, which all runs of a comparison have in common"),
     ):
         variants.write_text(content)
         assert cli.main([*start, content.split(":")[0]]) == 2
@@ -338,14 +356,33 @@ def test_the_page_shows_every_method_and_links_every_run(done):
 @pytest.mark.cli
 def test_a_method_that_fails_stops_the_comparison_with_its_reason_and_leaves_what_was_finished(recipe, tmp_path):
     variants = tmp_path / "variants.yaml"
-    variants.write_text("wild: {objective: forward_kl, learning_rate: 1e30}\n")
-    more = ["--variants", str(variants), "--objectives", "sft,wild", "--seeds", "1"]
+    variants.write_text("odd: {objective: forward_kl, teacher_cache_format: hidden, chat_template_path: adaptive}\n")
+    more = ["--variants", str(variants), "--objectives", "sft,odd", "--seeds", "1"]
 
     failed = compare(recipe, tmp_path / "out", *more)
 
     assert failed.returncode == 2
-    assert re.search(r"wild-seed0 has failed: .*finite.* \(.*logs/wild-seed0.log\)", failed.stderr), failed.stderr
+    assert re.search(r"error: odd-seed0 has failed: .*adaptive.* \(.*logs/odd-seed0.log\)", failed.stderr), (
+        failed.stderr
+    )
     assert [path.name for path in (tmp_path / "out" / "results").glob("*seed0.json")] == ["sft-seed0.json"]
+
+
+@pytest.mark.cli
+def test_a_learning_rate_that_a_method_cannot_bear_is_not_chosen_and_a_run_that_diverges_is_named(recipe, tmp_path):
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("wild: {objective: forward_kl, max_grad_norm: 0, optim: sgd}\n")
+    more = ["--variants", str(variants), "--objectives", "sft,wild", "--seeds", "1"]
+
+    chosen = compare(recipe, tmp_path / "out", *more, "--learning_rates", "1e-3,1e30")
+    alone = compare(recipe, tmp_path / "alone", *more, "--learning_rates", "1e30")
+
+    assert chosen.returncode == 0, chosen.stderr
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["run"] for run in found["grid"] if "diverged" in run] == ["sft-1e+30-seed0", "wild-1e+30-seed0"]
+    assert {of["learning_rate"] for of in found["methods"].values()} == {1e-3}
+    assert alone.returncode == 2
+    assert "all runs have diverged: sft-1e+30-seed0, wild-1e+30-seed0" in alone.stderr
 
 
 @pytest.mark.cli

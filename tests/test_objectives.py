@@ -1048,8 +1048,9 @@ def test_amid_without_a_share_of_the_teacher_is_abkd():
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
-        (partial(abkd, alpha=-0.1), "alpha and beta must be 0 or positive, and not both 0, got -0.1 and 0.7"),
+        (partial(abkd, alpha=-0.1), "alpha and beta must be 0 or at least 0.001, and not both 0, got -0.1 and 0.7"),
         (partial(abkd, alpha=0.0, beta=0.0), "not both 0, got 0.0 and 0.0"),
+        (partial(abkd, beta=1e-6), "at least 0.001, and not both 0, got 0.2 and 1e-06"),
         (partial(abkd, beta=INF), "not both 0, got 0.2 and inf"),
         (partial(amid, share=1.0), r"share must lie in \[0, 1\), got 1.0: at 1 the mixture is the teacher"),
         (partial(amid, mixture=math.nan), "mixture must be a finite number, got nan"),

@@ -15,12 +15,13 @@ memory is its own. What has a result is not done again; a run that was killed go
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,8 +30,9 @@ import yaml
 from taid import run_folder, standings
 from taid.arguments import parse
 from taid.config import DataArguments, Objective, TAIDConfig, nearest, resolved
-from taid.data import load_rows
+from taid.data import load_rows, local_files
 from taid.generation import prompted
+from taid.images import has_images
 from taid.workers import Job, Workers
 
 # `taid_linear` is the paper's ablation; GKD and DistiLLM train on the student's own answers too.
@@ -41,7 +43,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "distillm": {"objective": "skew_reverse_kl", "sampling": "adaptive"},
     "taid_sampled": {"objective": "taid", "sampling": "mixed"},
 }
-_SETTINGS, _CACHE = "comparison.yaml", "cache"
+_SETTINGS, _RECIPE, _CACHE = "comparison.yaml", "recipe.yaml", "cache"
+# Of a recipe, what makes no other comparison of it.
+_NOT_COMPARED = "output_dir seed data_seed disable_tqdm overwrite_output_dir resume_from_checkpoint report_to".split()
+# What the runs of a comparison have in common, and a variant may not change.
+_SHARED = (
+    "output_dir seed data_seed model_name_or_path teacher_model_name_or_path teacher_cache teacher_server_url "
+    "dataset_name eval_dataset_name"
+).split()
 
 
 @dataclass(frozen=True)
@@ -104,15 +113,21 @@ class Plan:
                 "--learning_rates are chosen by the validation rows (eval_dataset_name), so the table needs others: "
                 "give them as --test"
             )
-        if options.test is not None and options.test == data.eval_dataset_name:
-            raise ValueError(f"--test: {options.test} are the validation rows too: give others")
+        for name, rows in (("validation", [data.eval_dataset_name]), ("training", data.names)):
+            if options.test is not None and _place(options.test) in [_place(name) for name in rows if name]:
+                raise ValueError(f"--test: {options.test} are the {name} rows too: give others")
+        if options.select == "kl" and not _has_teacher(args):
+            raise ValueError("--select kl needs a teacher: set teacher_model_name_or_path, or --select cross_entropy")
+        for name in ("push_to_hub", "trust_remote_code", "model_revision", "teacher_model_revision"):
+            if getattr(args, name, getattr(model, name, None)) not in (None, False, "main"):
+                raise ValueError(f"{name} is not for a comparison: leave it away, or name a folder")
         baseline = options.baseline or ("forward_kl" if "forward_kl" in methods else next(iter(methods)))
         if baseline not in methods:
             raise ValueError(f"--baseline {baseline} is none of the methods: {', '.join(methods)}")
         listed = "," in options.seeds
         return cls(
             folder=Path(str(args.output_dir)), arguments=arguments, methods=methods, learning_rates=rates,
-            recipe={k: v for k, v in resolved(model, data, args).items() if k not in ("output_dir", "seed")},
+            recipe={k: v for k, v in resolved(model, data, args).items() if k not in _NOT_COMPARED},
             seeds=_numbers("--seeds", options.seeds, int) if listed else [*range(_count("--seeds", options.seeds, 1))],
             select=options.select, baseline=baseline, test=options.test,
             generate=_count("--generate", options.generate, 0), processes=_count("--processes", options.processes, 1),
@@ -142,11 +157,11 @@ def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Stan
         ValueError: the folder holds another comparison or something else, or a run cannot be made; names it, and says
             why. What was finished stays.
     """
-    _look_at(plan, data, args)
+    rows = _look_at(plan, data, args)
     with run_folder.claimed(plan.folder):
-        _claim(plan)
+        plan = _claim(plan, data)
         workers = Workers(plan.folder / "logs", plan.processes)
-        shared = _with_cache(plan, data, args, workers)
+        shared = plan.arguments if has_images(rows) else _with_cache(plan, data, args, workers)
         grid = _runs(plan, plan.seeds[:1], plan.learning_rates) if len(plan.learning_rates) > 1 else []
         workers.do(_trainings(plan, grid, shared))
         runs = [
@@ -191,7 +206,7 @@ def _numbers(name: str, text: str, kind: Any) -> list[Any]:
         found = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"{name} are numbers with commas between, got {text!r}") from None
-    if len(set(found)) < len(found) or any(not 0 <= number < math.inf for number in found):
+    if (text and not found) or len(set(found)) < len(found) or any(not 0 <= number < math.inf for number in found):
         raise ValueError(f"{name} are different numbers, none of them negative, got {text!r}")
     return found
 
@@ -228,32 +243,51 @@ def _read_variants(path: Path) -> dict[str, dict[str, Any]]:
     for name in content:
         if not re.fullmatch(r"\w[\w.+]*", str(name)):
             raise ValueError(f"--variants {path}: {name!r} names folders: use letters, digits, _, . and +")
+        if name.casefold() in METHODS:
+            raise ValueError(f"--variants {path}: {name} is a method already: choose another name")
+        for option in [option for option in _SHARED if option in content[name]]:
+            raise ValueError(f"--variants {path}: {name} sets {option}, which all runs of a comparison have in common")
     return content
 
 
 def arguments_of(options: dict[str, Any]) -> list[str]:
     """Options as arguments of ``taid train``."""
-    return [f"--{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in options.items()]
+    return [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
 
 
-def _look_at(plan: Plan, data: DataArguments, args: TAIDConfig) -> None:
-    """Find what is wrong with the rows that are measured before hours are spent on runs."""
+def _place(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _has_teacher(args: TAIDConfig) -> bool:
+    return any((args.teacher_model_name_or_path, args.teacher_cache, args.teacher_server_url))
+
+
+def _look_at(plan: Plan, data: DataArguments, args: TAIDConfig) -> Any:
+    """Find what is wrong with the rows that are measured before hours are spent on runs; return them."""
     rows = load_rows(
         plan.test or str(data.eval_dataset_name), config=data.dataset_config, split=data.dataset_test_split,
         text_field=args.dataset_text_field,
     )  # fmt: skip
     if plan.generate:
         prompted(rows, plan.generate, plan.test or str(data.eval_dataset_name))
+    return rows
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _claim(plan: Plan) -> None:
-    """Write what is compared, or see that it is the same as before but for methods and seeds that were added."""
+def _claim(plan: Plan, data: DataArguments) -> Plan:
+    """Write what is compared, or see that it is the same as before but for methods, seeds and rates that were added.
+
+    Returns:
+        The same with the recipe as it is now, whatever becomes of its file while runs go on.
+    """
     path = plan.folder / _SETTINGS
-    now = plan.recipe | {name: getattr(plan, name) for name in ("learning_rates", "select", "test", "generate")}
-    now |= {f"method {name}": options for name, options in plan.methods.items()}
+    now = plan.recipe | {"test": plan.test} | {f"method {name}": options for name, options in plan.methods.items()}
+    for name in (*data.names, data.eval_dataset_name, plan.test):
+        if name is not None and not data.streaming:
+            now |= {f"content of {file}": _digest(file) for file in local_files(name)}
     before: dict[str, Any] = {}
     if path.exists():
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -267,6 +301,21 @@ def _claim(plan: Plan) -> None:
     for name in ("runs", "logs", "results"):
         (plan.folder / name).mkdir(exist_ok=True)
     run_folder.write_atomically(path, yaml.safe_dump(before | now, sort_keys=False))
+    arguments = [part for argument in plan.arguments for part in _split(argument)]
+    if "--config" in arguments:
+        place = arguments.index("--config") + 1
+        run_folder.write_atomically(plan.folder / _RECIPE, Path(arguments[place]).read_bytes())
+        arguments[place] = str(plan.folder / _RECIPE)
+    return replace(plan, arguments=arguments)
+
+
+def _split(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _path(plan: Plan, run: Run) -> Path:
@@ -286,8 +335,12 @@ def _learning_rate(plan: Plan, method: str, grid: list[Run]) -> float | None:
     """That by which the method came lowest on the validation rows, where there is a choice."""
     if not grid:
         return plan.learning_rates[0] if plan.learning_rates else None
-    of_method = [run for run in grid if run.method == method]
-    return min(of_method, key=lambda run: _result(plan, run)["validation"][plan.select]).learning_rate
+    found = {run: _result(plan, run) for run in grid if run.method == method}
+    losses = {run.learning_rate: of["validation"][plan.select] for run, of in found.items() if "diverged" not in of}
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise ValueError(f"{method} has diverged at every one of --learning_rates: add smaller ones")
+    return min(finite, key=finite.__getitem__)
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -296,13 +349,22 @@ def _learning_rate(plan: Plan, method: str, grid: list[Run]) -> float | None:
 def _with_cache(plan: Plan, data: DataArguments, args: TAIDConfig, workers: Workers) -> list[str]:
     """The recipe's arguments, with a cache in the teacher's place where one can stand for it."""
     is_local = args.teacher_server_url is None and args.teacher_cache is None
-    if not is_local or data.streaming or args.packing or args.teacher_model_name_or_path is None:
+    is_for_none = all(_is_sampled(plan, options) for options in plan.methods.values())
+    if not is_local or data.streaming or args.packing or not args.fused or is_for_none:
+        return plan.arguments
+    if args.teacher_model_name_or_path is None:
         return plan.arguments
     folder, mark = plan.folder / _CACHE, plan.folder / "results" / "cache.json"
     arguments = [*plan.arguments, "--teacher_cache", str(folder)]
     if not mark.exists():
-        workers.do([("cache", _cache, ([*arguments, "--objective", "taid"], mark))])
+        whole = ["--objective", "taid", "--sampling", "none", "--seq_kd", "false", "--teacher_cache_format", "hidden"]
+        workers.do([("cache", _cache, ([*arguments, *whole], mark))])
     return arguments
+
+
+def _is_sampled(plan: Plan, options: dict[str, Any]) -> bool:
+    """Whether answers are written in training, which no cache can know."""
+    return any((plan.recipe | options)[name] not in ("none", False) for name in ("sampling", "seq_kd"))
 
 
 def _trainings(plan: Plan, runs: list[Run], shared: list[str]) -> list[Job]:
@@ -311,22 +373,36 @@ def _trainings(plan: Plan, runs: list[Run], shared: list[str]) -> list[Job]:
         folder, result = plan.folder / "runs" / run.name, _path(plan, run)
         if result.exists():
             continue
-        is_sampled = any((plan.recipe | run.options)[name] not in ("none", False) for name in ("sampling", "seq_kd"))
-        start = plan.arguments if is_sampled else shared  # no cache knows what a student will write
-        arguments = [*start, *arguments_of(run.options), "--seed", str(run.seed), "--output_dir", str(folder)]
+        start = plan.arguments if _is_sampled(plan, run.options) else shared
+        arguments = [*start, *arguments_of(run.options), "--output_dir", str(folder)]
+        arguments += ["--seed", str(run.seed), "--data_seed", str(run.seed)]
         arguments += [] if run.learning_rate is None else ["--learning_rate", repr(run.learning_rate)]
-        is_begun = folder.exists() and run_folder.last_checkpoint(folder) is not None
-        arguments += ["--resume_from_checkpoint", "true"] if is_begun else ["--overwrite_output_dir", "true"]
+        can_go_on = _can_go_on(folder)
+        arguments += ["--resume_from_checkpoint", "true"] if can_go_on else ["--overwrite_output_dir", "true"]
         facts = {"method": run.method, "seed": run.seed, "learning_rate": run.learning_rate, "run": run.name}
         jobs.append((run.name, _train, (arguments, folder, result, facts)))
     return jobs
 
 
+def _can_go_on(folder: Path) -> bool:
+    """Whether a run that was killed left a checkpoint that it can go on from."""
+    checkpoint = run_folder.last_checkpoint(folder) if folder.exists() else None
+    if checkpoint is None:
+        return False
+    try:
+        run_folder.check_resumable(checkpoint)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def _tests(plan: Plan, runs: list[Run], data: DataArguments, args: TAIDConfig) -> list[Job]:
     """The only look at test rows, by ``taid evaluate``."""
+    is_elsewhere = args.teacher_server_url or args.teacher_cache  # and may not fit in here
     options: dict[str, Any] = {
-        "teacher": args.teacher_model_name_or_path, "data": plan.test or data.eval_dataset_name,
-        "dataset_config": data.dataset_config, "split": data.dataset_test_split, "max_length": args.max_length,
+        "teacher": None if is_elsewhere else args.teacher_model_name_or_path,
+        "data": plan.test or data.eval_dataset_name,
+        "dataset_config": data.dataset_config, "split": data.dataset_test_split, "max_length": args.max_length or 2**30,
         "dataset_text_field": args.dataset_text_field, "chat_template_path": args.chat_template_path,
         "batch_size": args.per_device_eval_batch_size, "generate": plan.generate or None,
         "max_new_tokens": 256 if plan.generate else None,
@@ -334,9 +410,9 @@ def _tests(plan: Plan, runs: list[Run], data: DataArguments, args: TAIDConfig) -
     flags = [f"--{name}" for name in ("use_cpu", "assistant_only_loss") if getattr(args, name)]
     shared = [*arguments_of({name: value for name, value in options.items() if value is not None}), *flags]
     return [
-        (f"{run.name}.test", _test, ([str(plan.folder / "runs" / run.name), *shared], _path(plan, run)))
+        (f"{run.name}.test", _test, ([str(plan.folder / "runs" / run.name), *shared], _path(plan, run), plan.generate))
         for run in runs
-        if "held_out" not in _result(plan, run)
+        if "diverged" not in (found := _result(plan, run)) and found.get("generate") != plan.generate
     ]
 
 
@@ -346,20 +422,39 @@ def _cache(arguments: list[str], mark: Path) -> None:
 
 
 def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, Any]) -> None:
-    _taid("train", arguments)
+    from taid import cli
+
+    try:
+        cli.train(arguments)
+    except FloatingPointError as error:  # a result of its own: the method cannot bear this learning rate
+        run_folder.write_atomically(result, json.dumps(facts | {"diverged": str(error)}, indent=2) + "\n")
+        return
     rows = run_folder.read_metrics(folder)
-    evaluated: dict[str, Any] = next((row for row in reversed(rows) if "eval_cross_entropy" in row), {})
+    evaluated = _of_saved(folder, [row for row in rows if "eval_cross_entropy" in row])
     validation = {name.removeprefix("eval_"): v for name, v in evaluated.items() if name.startswith("eval_")}
     seconds = next(row["seconds"] for row in reversed(rows) if "seconds" in row)
     found = facts | {"validation": validation, "seconds": seconds, "memory_gb": _peak_memory() / 1e9}
     run_folder.write_atomically(result, json.dumps(found, indent=2) + "\n")
 
 
-def _test(arguments: list[str], result: Path) -> None:
+def _of_saved(folder: Path, evaluated: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation of the student that was saved: the last one, or with load_best_model_at_end the best."""
+    settings = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
+    if not evaluated or not settings["load_best_model_at_end"]:
+        return evaluated[-1] if evaluated else {}
+    name = "eval_" + (settings["metric_for_best_model"] or "loss").removeprefix("eval_")
+    later = [row for row in evaluated if row["step"] > 0]
+    return (max if settings["greater_is_better"] else min)(later, key=lambda row: row[name])
+
+
+def _test(arguments: list[str], result: Path, generate: int) -> None:
     output = result.with_suffix(".test.json")
+    for path in (output, output.with_suffix(".generations.jsonl")):  # of one that was killed
+        path.unlink(missing_ok=True)
     _taid("evaluate", [*arguments, "--output", str(output)])
     measured = json.loads(output.read_text(encoding="utf-8"))
-    found = json.loads(result.read_text(encoding="utf-8")) | {"teacher": measured["held_out"].get("teacher")}
+    found = json.loads(result.read_text(encoding="utf-8")) | {"generate": generate}
+    found["teacher"] = measured["held_out"].get("teacher")
     for kind in ("held_out", "generations"):
         if kind in measured:
             found[kind] = measured[kind]["student"]
@@ -374,11 +469,13 @@ def _taid(command: str, arguments: list[str]) -> None:
 
 
 def _peak_memory() -> float:
-    """Bytes: of a GPU's memory where there is one, or what this process held at the most."""
-    import resource
-
+    """Bytes: of a GPU's memory where it was used, or what this process held at the most; NaN where nobody knows."""
     import torch
 
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
+        return float(held)
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024.0)

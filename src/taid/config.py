@@ -76,11 +76,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "be a positive number",
         lambda value: 0.0 < value < math.inf,
     ),
-    (
-        "learning_rate dkd_alpha dkd_beta abkd_alpha abkd_beta",
-        "be 0 or a positive number",
-        lambda value: 0.0 <= value < math.inf,
-    ),
+    ("learning_rate dkd_alpha dkd_beta", "be 0 or a positive number", lambda value: 0.0 <= value < math.inf),
+    ("abkd_alpha abkd_beta", "be 0 or at least 0.001", lambda value: value == 0.0 or 1e-3 <= value < math.inf),
     ("jsd_beta head_mass", "lie strictly between 0 and 1", lambda value: 0.0 < value < 1.0),
     ("taid_mixture amid_mixture", "be a finite number", math.isfinite),
     ("skew amid_share", "lie in [0, 1)", lambda value: 0.0 <= value < 1.0),

@@ -215,15 +215,15 @@ def abkd(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.2, 
     Args:
         student_logits: ``[..., V]``.
         teacher_logits: ``[..., V]``.
-        alpha: the teacher's power, 0 or larger.
-        beta: the student's power, 0 or larger; not both 0.
+        alpha: the teacher's power, 0 or at least 0.001.
+        beta: the student's power, likewise; not both 0.
 
     Returns:
         The loss of each token, ``[...]``, float32, nats for (1, 0) and (0, 1).
 
     Raises:
-        ValueError: a power is negative or not finite, both are 0, or the shapes differ. The divergence is defined for
-            negative powers too, but where their sum is not positive it weighs most what is least likely.
+        ValueError: a power is negative, tiny or not finite, both are 0, or the shapes differ. The divergence is defined
+            for negative powers too, but where their sum is not positive it weighs most what is least likely.
 
     Reference: Wang et al., "ABKD", ICML 2025, arXiv 2505.04560; 0.2 and 0.7 are those of its authors' instruction
     tuning. The divergence is that of Cichocki, Cruces and Amari, Entropy 2011.
@@ -413,8 +413,9 @@ def _check_mixture(mixture: float) -> None:
 
 
 def _check_powers(alpha: float, beta: float) -> None:
-    if not (0.0 <= alpha < math.inf and 0.0 <= beta < math.inf and alpha + beta > 0.0):
-        raise ValueError(f"alpha and beta must be 0 or positive, and not both 0, got {alpha} and {beta}")
+    if not all(power == 0.0 or 1e-3 <= power < math.inf for power in (alpha, beta)) or alpha == beta == 0.0:
+        # A smaller one would be divided by, and leave no digit.
+        raise ValueError(f"alpha and beta must be 0 or at least 0.001, and not both 0, got {alpha} and {beta}")
 
 
 def _check_temperature(temperature: float) -> None:

@@ -98,12 +98,17 @@ class Standings:
     select: str | None
     grid: list[dict[str, Any]]
     teacher: dict[str, Any] | None
+    diverged: list[str]
 
     @classmethod
     def of(
         cls, results: list[dict[str, Any]], *, baseline: str, rows: str, select: str | None, grid: list[dict[str, Any]]
     ) -> Standings:
         """Standings of finished runs, each with `method`, `seed`, `learning_rate`, `seconds`, `held_out`."""
+        diverged = [result["run"] for result in results if "diverged" in result]
+        results = [result for result in results if "diverged" not in result]
+        if not results:
+            raise ValueError(f"all runs have diverged: {', '.join(diverged)}")
         by_method: dict[str, list[dict[str, Any]]] = {}
         for result in results:
             by_method.setdefault(result["method"], []).append(result)
@@ -120,7 +125,7 @@ class Standings:
                 if method != baseline and paired and name in MEASURES and all(name in o for _, o in paired)
             }
             methods.append(Standing(method, runs[0]["learning_rate"], means, differences, runs))
-        return cls(methods, baseline, rows, select, grid, results[0].get("teacher"))
+        return cls(methods, baseline, rows, select, grid, results[0].get("teacher"), diverged)
 
     @property
     def columns(self) -> list[str]:
@@ -147,10 +152,13 @@ class Standings:
 
     def notes(self) -> list[str]:
         """What a reader has to know beside the table."""
-        seeds = len(self.methods[0].runs)
+        seeds = max(len(of.runs) for of in self.methods)
         notes = [f"Measured on {self.rows}, {self.methods[0].runs[0]['held_out']['tokens']:,} tokens."]
         if seeds > 1:
-            notes.append(f"{seeds} seeds; ± is half of the 95 % interval of the mean, of differences seed by seed.")
+            notes.append(
+                f"{seeds} seeds; ± is half of the 95 % interval of the mean, of differences seed by seed; each interval "
+                "is for itself, however many methods there are."
+            )
         else:
             notes.append("One seed: nothing tells chance from a difference.")
         if self.teacher:
@@ -164,6 +172,12 @@ class Standings:
             for rate, words in ((rates[0], "smaller"), (rates[-1], "larger")):
                 if at_edge := [of.method for of in self.methods if of.learning_rate == rate]:
                     notes.append(f"A {words} one than {rate:g} was not tried, which is that of {', '.join(at_edge)}.")
+        if self.diverged:
+            notes.append(f"Diverged, and left out: {', '.join(self.diverged)}.")
+        notes.append(
+            "Seconds and memory are those of training: from a cache without the teacher, which a method that samples "
+            "has beside it."
+        )
         losses = {of.method: of.measures["cross_entropy"] for of in self.methods}
         if "taid_linear" in losses and losses.get("taid") == losses["taid_linear"]:
             notes.append(
@@ -174,7 +188,7 @@ class Standings:
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
     found = {name: result[name] for name in _COST} | result["held_out"] | result.get("generations", {})
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -263,7 +277,7 @@ def _opening(found: Standings) -> str:
         return f"{words}."
     undecided = [of.method for of in others if not _is_apart(first, of)]
     if not undecided:
-        return f"{words}; no other comes near it by more than the seeds can tell."
+        return f"{words}; the seeds tell it apart from every other."
     return f"{words}; from {', '.join(undecided)} the seeds cannot tell it apart."
 
 
@@ -272,7 +286,7 @@ def _is_apart(one: Standing, other: Standing) -> bool:
     seeds = {run["seed"]: _numbers(run)["cross_entropy"] for run in other.runs}
     differences = [_numbers(run)["cross_entropy"] - seeds[run["seed"]] for run in one.runs if run["seed"] in seeds]
     interval = Interval.of(differences)
-    return interval.half is not None and abs(interval.mean) > interval.half
+    return interval.half not in (None, 0.0) and abs(interval.mean) > float(interval.half)  # 0: the seeds were none
 
 
 def _colours(found: Standings) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -41,6 +43,7 @@ class Workers:
             ValueError: one has failed; says why. The others are told to stop, and save.
         """
         waiting, running, done = deque(jobs), dict[int, tuple[Any, str, int, Any]](), 0
+        before = signal.signal(signal.SIGTERM, _stop) if threading.current_thread() is threading.main_thread() else None
         try:
             while waiting or running:
                 while waiting and len(running) < self.processes:
@@ -65,11 +68,18 @@ class Workers:
                 process.terminate()
             for process, _, _, _ in running.values():
                 process.join()
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
     def _why(self, name: str, status: int) -> str:
         log = self.logs / f"{name}.log"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"status {status}"]
-        return f"{lines[-1].removeprefix('taid: error: ')} ({log})"
+        reason = re.sub(r"^(taid: error|\w+Error): ", "", lines[-1])
+        return f"{reason} ({log})"
+
+
+def _stop(*_: Any) -> None:
+    raise SystemExit(128 + signal.SIGTERM)  # jobs are told to stop, and save
 
 
 def _begin(parent: Any, log: Path, place: int, work: Callable[..., None], given: tuple[Any, ...]) -> None:
