@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,8 +171,8 @@ def test_killed_in_the_middle_it_goes_on_without_finished_runs_to_the_same_table
 
 
 @pytest.mark.cli
-def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, done):
-    output, _ = done
+def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, done, tmp_path):
+    output = shutil.copytree(done[0], tmp_path / "copy")
 
     other = compare(recipe, output, *OWN, "--max_steps", "7")
     rows = recipe.parent / "test.jsonl"
@@ -187,8 +188,9 @@ def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, 
     assert more.returncode == 0, more.stderr
     runs = [line for line in more.stdout.splitlines() if re.match(r"\[\d+/\d+\]", line)]
     assert [re.sub(r"0\.\d+", "X", run) for run in runs] == [
-        "[1/2] tvd-X-seed0", "[2/2] tvd-X-seed0", "[1/1] tvd-X-seed1", "[1/2] tvd-X-seed0.test", "[2/2] tvd-X-seed1.test",
-    ]  # fmt: skip
+        *("[1/2] tvd-X-seed0", "[2/2] tvd-X-seed0", "[1/1] tvd-X-seed1"),
+        *("[1/2] tvd-X-seed0.test", "[2/2] tvd-X-seed1.test"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,8 @@ class Standings:
         notes = [f"Measured on {self.rows}, {self.methods[0].runs[0]['held_out']['tokens']:,} tokens."]
         if seeds > 1:
             notes.append(
-                f"{seeds} seeds; ± is half of the 95 % interval of the mean, of differences seed by seed; each interval "
-                "is for itself, however many methods there are."
+                f"{seeds} seeds; ± is half of the 95 % interval of the mean, of differences seed by seed. Each "
+                "interval is for itself, however many there are."
             )
         else:
             notes.append("One seed: nothing tells chance from a difference.")
