@@ -147,7 +147,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert exit_info.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("taid: error: ")
-    assert "'trian' (choose from 'train', 'cache', 'plan', 'evaluate', 'report', 'export', 'demo')" in error
+    assert "'trian' (choose from 'train', 'cache', 'compare', 'plan', 'evaluate', 'report', 'export', 'demo')" in error
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"objective": name} for name in get_args(Objective)},
     "taid_linear": {"objective": "taid", "taid_adaptive": False},
     "gkd": {"objective": "jsd", "sampling": "mixed"},
-    "distillm": {"objective": "skew_reverse_kl", "sampling": "adaptive"},
+    "distillm": {"objective": "skew_forward_kl", "sampling": "adaptive"},
+    "distillm_reverse": {"objective": "skew_reverse_kl", "sampling": "adaptive"},
     "taid_sampled": {"objective": "taid", "sampling": "mixed"},
 }
 _SETTINGS, _RECIPE, _CACHE = "comparison.yaml", "recipe.yaml", "cache"

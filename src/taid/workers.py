@@ -6,9 +6,10 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import re
 import signal
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from multiprocessing import connection
@@ -74,8 +75,7 @@ class Workers:
     def _why(self, name: str, status: int) -> str:
         log = self.logs / f"{name}.log"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"status {status}"]
-        reason = re.sub(r"^(taid: error|\w+Error): ", "", lines[-1])
-        return f"{reason} ({log})"
+        return f"{lines[-1].removeprefix('taid: error: ')} ({log})"
 
 
 def _stop(*_: Any) -> None:
@@ -100,4 +100,8 @@ def _begin(parent: Any, log: Path, place: int, work: Callable[..., None], given:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[place % devices]  # read when CUDA is first used
     logging.basicConfig(format="%(message)s")
-    work(*given)
+    try:
+        work(*given)
+    except Exception as error:  # to be the last line of the log, whatever it is made of
+        traceback.print_exc()
+        sys.exit(f"taid: error: {' '.join(str(error).split())}")
