@@ -86,9 +86,10 @@ _COMMANDS = {
         "Train a student by each method and seed, from the same start on the same batches, and write a table of "
         "means, 95% intervals and differences to --baseline (forward_kl) into output_dir. Methods are the objectives, "
         "taid_linear, gkd, distillm, distillm_reverse and taid_sampled, and what --variants, a YAML file of names and "
-        "their options, adds. --seeds are so many, or 0,1,7. Each method gets that of --learning_rates with the lowest cross_entropy "
-        "or kl (--select) on eval_dataset_name, with the first seed; --test rows are measured once, at the end, and "
-        "--generate of their prompts answered. What is finished is not done again. --processes runs go on at a time.",
+        "their options, adds. --seeds are so many, or 0,1,7. Each method gets that of --learning_rates with the lowest "
+        "cross_entropy or kl (--select) on eval_dataset_name, with the first seed; --test rows are measured once, at "
+        "the end, and --generate of their prompts answered. What is finished is not done again. --processes runs go "
+        "on at a time.",
     ),
     "plan": (
         "[--gpus N] [--gpu_memory GB] [--field value ...]",
