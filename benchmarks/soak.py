@@ -1,6 +1,6 @@
 """Does anything grow in a long run? Memory, file handles, threads, Python objects and the time of a step.
 
-    python benchmarks/soak.py [--steps 10000] [--runs rows cache stream] [--out runs/soak]
+    python benchmarks/soak.py [--steps 10000] [--runs rows cache stream] [--logging_steps 10] [--out runs/soak]
 
 A tiny pair is trained by `taid train` for so many steps of 4 rows, with a log every 10 steps, an evaluation and a
 checkpoint every 500, of which two are kept: from a file of rows, from a cache of the teacher, and from a stream. Each
@@ -160,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--logging_steps", type=int, default=10, help="another number leaves the results as they are")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="a new folder")
     arguments = parser.parse_args()
     out = arguments.out
@@ -168,6 +169,7 @@ def main() -> None:
     out.mkdir(parents=True)
     # One step more, at the beginning of which the last window ends.
     recipe = RECIPE | write_pair(out, **PAIR) | {"max_steps": arguments.steps + 1}
+    recipe["logging_steps"] = arguments.logging_steps
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     table, notes = [], []
     for run in arguments.runs:
@@ -184,8 +186,10 @@ def main() -> None:
             f"trainer_state.json, has {found['rows']:,} rows in the end, {found['held'] / 1e6:.2f} MB in memory and "
             f"{found['written'] / 1e6:.2f} MB as JSON."
         )
-    RESULTS.write_text(markdown(arguments, table, notes))
-    print(RESULTS.read_text())
+    text = markdown(arguments, table, notes)
+    if arguments.logging_steps == RECIPE["logging_steps"]:
+        RESULTS.write_text(text)
+    print(text)
 
 
 def markdown(arguments: argparse.Namespace, table: list[str], notes: list[str]) -> str:

@@ -364,9 +364,7 @@ def test_a_method_that_fails_stops_the_comparison_with_its_reason_and_leaves_wha
     failed = compare(recipe, tmp_path / "out", *more)
 
     assert failed.returncode == 2
-    assert re.search(r"error: odd-seed0 has failed: .*adaptive.* \(.*logs/odd-seed0.log\)", failed.stderr), (
-        failed.stderr
-    )
+    assert re.search(r"error: odd-seed0 has failed: .+ \(.*logs/odd-seed0.log\)", failed.stderr), failed.stderr
     assert [path.name for path in (tmp_path / "out" / "results").glob("*seed0.json")] == ["sft-seed0.json"]
 
 
