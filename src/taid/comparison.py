@@ -163,13 +163,11 @@ def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Stan
         plan = _claim(plan, data)
         workers = Workers(plan.folder / "logs", plan.processes)
         shared = plan.arguments if has_images(rows) else _with_cache(plan, data, args, workers)
-        grid = _runs(plan, plan.seeds[:1], plan.learning_rates) if len(plan.learning_rates) > 1 else []
+        tried = plan.learning_rates if len(plan.learning_rates) > 1 else []
+        grid = [Run(m, plan.seeds[0], rate, options) for rate in tried for m, options in plan.methods.items()]
         workers.do(_trainings(plan, grid, shared))
-        runs = [
-            Run(method, seed, _learning_rate(plan, method, grid), options)
-            for seed in plan.seeds
-            for method, options in plan.methods.items()
-        ]
+        rates = {method: _learning_rate(plan, method, grid) for method in plan.methods}
+        runs = [Run(m, seed, rates[m], options) for seed in plan.seeds for m, options in plan.methods.items()]
         workers.do(_trainings(plan, runs, shared))
         workers.do(_tests(plan, runs, data, args))
         found = standings.Standings.of(
@@ -326,10 +324,6 @@ def _path(plan: Plan, run: Run) -> Path:
 def _result(plan: Plan, run: Run) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(_path(plan, run).read_text(encoding="utf-8"))
     return found
-
-
-def _runs(plan: Plan, seeds: list[int], rates: Sequence[float | None]) -> list[Run]:
-    return [Run(m, seed, rate, options) for seed in seeds for rate in rates for m, options in plan.methods.items()]
 
 
 def _learning_rate(plan: Plan, method: str, grid: list[Run]) -> float | None:

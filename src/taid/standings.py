@@ -112,17 +112,16 @@ class Standings:
         by_method: dict[str, list[dict[str, Any]]] = {}
         for result in results:
             by_method.setdefault(result["method"], []).append(result)
-        base = {result["seed"]: _numbers(result) for result in by_method.get(baseline, [])}
         methods = []
         for method, runs in by_method.items():
             numbers = [_numbers(run) for run in runs]
             shared = [name for name in (*MEASURES, *_COST) if all(name in of for of in numbers)]
             means = {name: Interval.of([of[name] for of in numbers]) for name in shared}
-            paired = [(of, base[run["seed"]]) for of, run in zip(numbers, runs, strict=True) if run["seed"] in base]
+            paired = [] if method == baseline else _paired(runs, by_method.get(baseline, []))
             differences = {
                 name: Interval.of([of[name] - other[name] for of, other in paired])
                 for name in shared
-                if method != baseline and paired and name in MEASURES and all(name in o for _, o in paired)
+                if paired and name in MEASURES and all(name in other for _, other in paired)
             }
             methods.append(Standing(method, runs[0]["learning_rate"], means, differences, runs))
         return cls(methods, baseline, rows, select, grid, results[0].get("teacher"), diverged)
@@ -184,6 +183,14 @@ class Standings:
                 "taid and taid_linear are the same: in so few steps t never leaves the ramp (taid_alpha: auto)."
             )
         return notes
+
+
+def _paired(
+    runs: list[dict[str, Any]], others: list[dict[str, Any]]
+) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """The numbers of runs beside those of the others' runs of the same seed."""
+    by_seed = {run["seed"]: _numbers(run) for run in others}
+    return [(_numbers(run), by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
@@ -283,9 +290,10 @@ def _opening(found: Standings) -> str:
 
 def _is_apart(one: Standing, other: Standing) -> bool:
     """Whether the 95 % interval of their difference, seed by seed, leaves 0 out."""
-    seeds = {run["seed"]: _numbers(run)["cross_entropy"] for run in other.runs}
-    differences = [_numbers(run)["cross_entropy"] - seeds[run["seed"]] for run in one.runs if run["seed"] in seeds]
-    interval = Interval.of(differences)
+    paired = _paired(one.runs, other.runs)
+    if not paired:
+        return False
+    interval = Interval.of([of["cross_entropy"] - than["cross_entropy"] for of, than in paired])
     return interval.half not in (None, 0.0) and abs(interval.mean) > float(interval.half)  # 0: the seeds were none
 
 
