@@ -33,16 +33,16 @@ from stories import generate, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = {
-    "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "num_train_epochs": 1, "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine", "max_length": 256, "taid_alpha": "auto", "bf16": False, "logging_steps": 4,
-    "activation_checkpointing": False, "eval_strategy": "steps", "eval_steps": 8, "save_strategy": "no",
+    "per_device_train_batch_size": 4, "per_device_eval_batch_size": 32, "num_train_epochs": 1, "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine", "max_length": 256, "taid_alpha": "auto", "bf16": False, "logging_steps": 16,
+    "activation_checkpointing": False, "eval_strategy": "steps", "eval_steps": 64, "save_strategy": "no",
     "report_to": "none", "use_cpu": True,
 }  # fmt: skip
 EVERY = (
     "sft,forward_kl,reverse_kl,jsd,tvd,skew_forward_kl,skew_reverse_kl,adaptive_kl,dkd,ctkd,abkd,amid,taid,taid_linear"
 )
 RATES = "3e-4,1e-3,3e-3"
-TRAINED, HELD_OUT = 512, 128  # rows of stories
+TRAINED, HELD_OUT = 1_024, 128  # rows of stories
 INSTRUCTED, MOST_CHARACTERS = 1_024, 400  # rows of instructions, and how long both sides of one may be
 
 
@@ -70,7 +70,10 @@ def instructions(out: Path, options: argparse.Namespace) -> tuple[dict[str, Any]
     teacher = out / "teacher"
     if not (teacher / "model.safetensors").exists():  # it knows stories, and no instructions
         recipe = {"model_name_or_path": str(options.teacher), "num_train_epochs": 6} | files(out)
-        write_recipe(out / "teacher.yaml", recipe | {"objective": "sft", "learning_rate": 3e-3})
+        write_recipe(
+            out / "teacher.yaml",
+            recipe | {"objective": "sft", "learning_rate": 3e-3, "per_device_train_batch_size": 16},
+        )
         taid("train", "--config", out / "teacher.yaml", "--output_dir", teacher, "--overwrite_output_dir")
     more = ["--objectives", EVERY, "--learning_rates", RATES, "--seeds", "5", "--generate", "64"]
     return models(options.student, teacher), more
