@@ -120,6 +120,21 @@ def test_all_runs_begin_alike_and_a_seed_sees_the_same_batches_whatever_the_meth
 
 
 @pytest.mark.cli
+def test_the_curves_are_those_that_the_runs_logged(done):
+    output, _ = done
+    curves = json.loads((output / "curves.json").read_text())
+
+    assert set(curves) == {path.name for path in (output / "runs").iterdir()}
+    for run, series in curves.items():
+        logged = [json.loads(line) for line in (output / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        assert ("t" in series) == run.startswith("taid")
+        for name in ("eval_cross_entropy", "loss"):
+            assert [step for step, _ in series[name]] == [row["step"] for row in logged if name in row]
+            values = [row[name] for row in logged if name in row]
+            assert [value for _, value in series[name]] == pytest.approx(values, rel=6e-6)
+
+
+@pytest.mark.cli
 def test_the_means_and_differences_are_those_of_the_runs(done):
     output, shown = done
     found = json.loads((output / "comparison.json").read_text())

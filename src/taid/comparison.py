@@ -6,7 +6,7 @@
     DIR/cache/             what the teacher says of the rows, where a cache can stand for it
     DIR/runs/NAME/         each run, as `taid train` leaves it           DIR/logs/NAME.log
     DIR/results/NAME.json  what came of a finished run
-    DIR/comparison.json, .csv, .md, .html
+    DIR/comparison.json, .csv, .md, .html, curves.json
 
 A run is a process of its own, forked from one that has the libraries: nothing of a run is left to the next, and its
 memory is its own. What has a result is not done again; a run that was killed goes on from its last checkpoint.

@@ -45,6 +45,7 @@ MEASURES: dict[str, tuple[str, int, bool | None]] = {
     "generation_loss": ("teacher's loss of samples", 4, None),
 }
 _COMPARED = ("cross_entropy", "kl")
+_LOGGED = ("eval_cross_entropy", "eval_kl", "t", "loss", "kl", "grad_norm")
 _COST = {"seconds": ("s a run", 0), "memory_gb": ("GB", 2)}
 
 
@@ -202,8 +203,9 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
 
 
 def write(found: Standings, folder: Path) -> None:
-    """Write comparison.json, .csv, .md and .html."""
+    """Write comparison.json, .csv, .md and .html, and curves.json."""
     run_folder.write_atomically(folder / "comparison.json", json.dumps(_as_json(found), indent=2) + "\n")
+    run_folder.write_atomically(folder / "curves.json", json.dumps(_curves(found, folder)) + "\n")
     run_folder.write_atomically(folder / "comparison.csv", _as_csv(found))
     run_folder.write_atomically(folder / "comparison.md", markdown(found))
     run_folder.write_atomically(folder / "comparison.html", _page(found, folder))
@@ -248,6 +250,22 @@ def _as_json(found: Standings) -> dict[str, Any]:
         "runs": [run for of in found.methods for run in of.runs],
         "grid": found.grid,
     }  # fmt: skip
+
+
+def _curves(found: Standings, folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What each run logged, by its name and that of the measure: steps and values, to six digits."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for run in [*found.grid, *(run for of in found.methods for run in of.runs)]:
+        of_run = curves[run["run"]] = {}
+        for row in _logged(folder / "runs" / run["run"]):
+            for name in _LOGGED:
+                if isinstance(row.get(name), int | float):
+                    of_run.setdefault(name, []).append((row["step"], float(f"{row[name]:.6g}")))
+    return curves
+
+
+def _logged(run: Path) -> list[dict[str, Any]]:
+    return run_folder.read_metrics(run) if (run / run_folder.METRICS).exists() else []
 
 
 def _as_csv(found: Standings) -> str:
@@ -348,8 +366,7 @@ def _plot_curves(found: Standings, folder: Path) -> list[Plot]:
 def _mean_curve(of: Standing, folder: Path, key: str) -> list[tuple[int, float]]:
     by_step: dict[int, list[float]] = {}
     for run in of.runs:
-        path = folder / "runs" / run["run"]
-        for row in run_folder.read_metrics(path) if (path / run_folder.METRICS).exists() else ():
+        for row in _logged(folder / "runs" / run["run"]):
             if isinstance(row.get(key), int | float) and math.isfinite(row[key]):
                 by_step.setdefault(row["step"], []).append(row[key])
     return [(step, statistics.fmean(values)) for step, values in sorted(by_step.items())]
