@@ -370,10 +370,16 @@ def test_methods_that_came_out_equal_to_the_last_digit_are_said_to_be_one():
     found = of([result(m, s, 1.0 + s) for m in ("forward_kl", "taid", "taid_linear") for s in range(2)])
 
     assert any("taid and taid_linear are the same" in note for note in found.notes())
-    found = of([result(m, 0, 1.0) for m in ("forward_kl", "skew_forward_kl", "distillm")])
-    assert any("skew_forward_kl and distillm are the same: held-out loss rose at no" in n for n in found.notes())
-    found = of([result(m, 0, 1.0 + i) for i, m in enumerate(("forward_kl", "skew_forward_kl", "distillm"))])
-    assert not any("are the same" in note for note in found.notes())
+
+
+def test_a_method_that_never_sampled_an_answer_is_named():
+    shares = {"distillm": (0.0, 0.0), "distillm_reverse": (0.0, 0.25), "gkd": (0.5, 0.5)}
+    runs = [result(m, s, 1.0 + s) | {"sampled": shares[m][s]} for m in shares for s in range(2)]
+    found = of([*(result("forward_kl", s, 1.0 + s) for s in range(2)), *runs])
+
+    assert [note.split(":")[0] for note in found.notes() if "sampled by" in note] == [
+        "No answer was ever sampled by distillm"
+    ]
 
 
 def test_who_is_ahead_is_said_in_the_markdown_and_on_the_terminal_too():

@@ -462,6 +462,8 @@ def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, An
     validation = {name.removeprefix("eval_"): v for name, v in evaluated.items() if name.startswith("eval_")}
     seconds = next(row["seconds"] for row in reversed(rows) if "seconds" in row)
     found = facts | {"validation": validation, "seconds": seconds, "memory_gb": _peak_memory() / 1e9}
+    if shares := [row["sampled"] for row in rows if "sampled" in row]:
+        found["sampled"] = sum(shares) / len(shares)
     run_folder.write_atomically(result, json.dumps(found, indent=2) + "\n")
 
 

@@ -45,12 +45,6 @@ MEASURES: dict[str, tuple[str, int, bool | None]] = {
     "generation_loss": ("teacher's loss of samples", 4, None),
 }
 _COMPARED = ("cross_entropy", "kl")
-_NEVER_SAMPLED = "held-out loss rose at no evaluation, so that no answer was ever sampled"
-_MAY_BE_EQUAL = (
-    ("taid", "taid_linear", "in so few steps t never leaves the ramp (taid_alpha: auto)"),
-    ("skew_forward_kl", "distillm", _NEVER_SAMPLED),
-    ("skew_reverse_kl", "distillm_reverse", _NEVER_SAMPLED),
-)
 _COST = {"seconds": ("s a run", 0), "memory_gb": ("GB", 2)}
 
 
@@ -191,9 +185,15 @@ class Standings:
             "has beside it."
         )
         losses = {of.method: of.measures["cross_entropy"] for of in self.methods}
-        for method, other, why in _MAY_BE_EQUAL:
-            if other in losses and losses.get(method) == losses[other]:
-                notes.append(f"{method} and {other} are the same: {why}.")
+        if "taid_linear" in losses and losses.get("taid") == losses["taid_linear"]:
+            notes.append(
+                "taid and taid_linear are the same: in so few steps t never leaves the ramp (taid_alpha: auto)."
+            )
+        if never := [of.method for of in self.methods if all(run.get("sampled") == 0 for run in of.runs)]:
+            notes.append(
+                f"No answer was ever sampled by {', '.join(never)}: sampling: adaptive begins when held-out loss has "
+                "risen from one evaluation to the next."
+            )
         return notes
 
 
