@@ -16,6 +16,7 @@ import pytest
 import yaml
 from scipy import stats
 
+from taid import arguments as arguments_module
 from taid import cli, standings
 from taid.run_folder import read_metrics
 from taid.standings import Interval, Standings
@@ -227,6 +228,11 @@ def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, 
         (["--test", "nothing.jsonl"], "data file nothing.jsonl does not exist"),
         (["--generate", "4"], "prompt"),
         (["--taid_t_strat", "1"], "unknown option '--taid_t_strat'"),
+        (["--seedss", "3"], "unknown option '--seedss'; did you mean 'seeds'?"),
+        (["--seed", "3"], "--seed is of one run: give --seeds, so many or 0,1,7"),
+        (["--objective=taid"], "--objective is of one run: name methods by --objectives A,B"),
+        (["--overwrite_output_dir", "true"], "--overwrite_output_dir is of one run: a comparison is not overwritten"),
+        (["--resume_from_checkpoint"], "--resume_from_checkpoint is of one run: called again, a comparison goes on"),
     ],
 )
 def test_what_makes_no_sense_is_said_before_anything_is_trained(recipe, tmp_path, capsys, more, words):
@@ -270,6 +276,26 @@ def test_variants_are_named_and_their_options_checked(recipe, tmp_path, capsys):
         variants.write_text(content)
         assert cli.main([*start, content.split(":")[0]]) == 2
         assert words in capsys.readouterr().err
+    variants.write_text("low: {taid_t_start: 0.2}\nhigh: {taid_t_start: 0.4}\n")
+    assert cli.main([*start, "sft,taid"]) == 2  # and not without them, unseen
+    assert f"--variants {variants}: add those of low, high that are meant to --objectives" in capsys.readouterr().err
+
+
+def test_names_of_methods_may_have_blanks_around_them(recipe, tmp_path, capsys):
+    start = arguments(recipe, tmp_path, "--objectives", "sft, taid", "--baseline", "jsd")
+
+    assert cli.main(["compare", *start]) == 2
+    assert "--baseline jsd is none of the methods: sft, taid" in capsys.readouterr().err
+
+
+def test_help_has_every_option_of_a_comparison_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+
+    own = capsys.readouterr().out.split("Comparison:")[1].split("Objective and teacher:")[0]
+    usage = arguments_module._COMMANDS["compare"][0]
+    assert set(re.findall(r"^  (--\w+)", own, re.MULTILINE)) == set(re.findall(r"--\w+", usage)) - {"--field"}
+    assert "(default: 5)" in own
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -318,7 +344,7 @@ def test_the_opening_names_the_lowest_and_those_that_the_seeds_cannot_tell_from_
         + [result("sft", s, 2 + s + 0.001 * s) for s in range(3)]
     )
 
-    assert standings._opening(found) == (
+    assert standings.opening(found) == (
         "taid has the lowest held-out cross-entropy, 1.9733 ± 2.4138 nats a token; from forward_kl the seeds cannot "
         "tell it apart."
     )
@@ -348,14 +374,45 @@ def test_a_rate_at_the_edge_of_the_grid_is_said_to_be_one():
     results = [result("forward_kl", 0, 1.0), result("taid", 0, 1.0) | {"learning_rate": 1e-2}]
     found = Standings.of(results, baseline="forward_kl", rows="test.jsonl", select="kl", grid=grid)
 
-    assert "A larger one than 0.01 was not tried, which is that of taid." in found.notes()
-    assert not any("smaller" in note for note in found.notes())
+    notes = found.notes()
+    assert "The largest, 0.01, is that of taid: a larger one, which was not tried, may be better." in notes
+    assert not any("smaller" in note for note in notes)
+    chosen = "Of the learning rates 0.0001, 0.001, 0.01 each method has the one that gave it the lowest KL(p ‖ q) on "
+    assert chosen + "validation rows, with the first seed." in notes
 
 
 def test_methods_that_came_out_equal_to_the_last_digit_are_said_to_be_one():
     found = of([result(m, s, 1.0 + s) for m in ("forward_kl", "taid", "taid_linear") for s in range(2)])
 
     assert any("taid and taid_linear are the same" in note for note in found.notes())
+
+
+def test_a_method_that_never_sampled_an_answer_is_named():
+    shares = {"distillm": (0.0, 0.0), "distillm_reverse": (0.0, 0.25), "gkd": (0.5, 0.5)}
+    runs = [result(m, s, 1.0 + s) | {"sampled": shares[m][s]} for m in shares for s in range(2)]
+    found = of([*(result("forward_kl", s, 1.0 + s) for s in range(2)), *runs])
+
+    assert [note.split(":")[0] for note in found.notes() if "sampled by" in note] == [
+        "No answer was ever sampled by distillm"
+    ]
+
+
+def test_who_is_ahead_is_said_in_the_markdown_and_on_the_terminal_too():
+    found = of([result(m, s, 1.0 + s + i) for i, m in enumerate(("forward_kl", "taid")) for s in range(2)])
+
+    assert standings.opening(found) in standings.markdown(found).splitlines()
+    assert standings.opening(found) in str(standings.table(found).caption)
+
+
+def test_the_points_of_runs_are_not_hidden_below_their_mean(monkeypatch):
+    figures = []
+    monkeypatch.setattr(standings, "png_of", lambda figure: figures.append(figure) or b"")
+    standings._plot_standings(of([result("forward_kl", s, 1 + 0.1 * s) for s in range(3)]))
+
+    lines = figures[0].axes[0].lines
+    points, mean = (next(line for line in lines if len(line.get_xdata()) == n) for n in (3, 1))
+    assert set(points.get_ydata()) == {-0.28}
+    assert set(mean.get_ydata()) == {0}
 
 
 @pytest.mark.cli

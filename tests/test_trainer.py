@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import get_args
 
@@ -24,6 +25,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
+from taid import trainer as trainer_module
 from taid.config import Objective
 from taid.progress import StepProgress
 from taid.schedule import CurriculumTemperature
@@ -699,3 +701,13 @@ def test_after_its_last_row_a_stream_goes_on_with_its_first(tmp_path, student_fo
     for row, reference in zip(found, expected, strict=True):
         for name in ("loss", "grad_norm", "cross_entropy"):
             assert row[name] == reference[name]
+
+
+def test_prompts_that_end_within_a_token_are_warned_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(trainer_module._SEAM_ONCE, "is_said", False)
+    models = {name: str(resources.files("taid") / "assets" / name) for name in ("student", "teacher")}
+    seams = [("def wri", "te(self):"), ("    retu", "rn self"), ("impo", "rt os, sys"), ("class Te", "st:")]
+    rows = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in seams])
+    TAIDTrainer(models["student"], models["teacher"], config(tmp_path), train_dataset=rows, eval_dataset=rows)
+
+    assert sum("not a prefix of the tokenized prompt" in record.getMessage() for record in caplog.records) == 1

@@ -26,8 +26,15 @@ _COMMON = frozenset(
 )
 
 
-def parse(argv: Sequence[str], command: str = "train") -> tuple[ModelConfig, DataArguments, TAIDConfig]:
+def parse(
+    argv: Sequence[str], command: str = "train", own: argparse._ArgumentGroup | None = None
+) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
     """Read ``--config FILE`` and ``--field value`` pairs; the command line wins.
+
+    Args:
+        argv: the command line.
+        command: which of ``taid``'s.
+        own: options of that command alone, which were read before: for its help, and for the nearest name.
 
     Raises:
         ValueError: unknown name (with the nearest known one), wrong type, broken YAML, a value out of range, or one
@@ -35,7 +42,7 @@ def parse(argv: Sequence[str], command: str = "train") -> tuple[ModelConfig, Dat
         ImportError: an option needs a package that is not installed.
         FileNotFoundError: no such YAML file.
     """
-    parser = _parser(command, show_all="--help_all" in argv)
+    parser = _parser(command, show_all="--help_all" in argv, own=own)
     values = ["--help" if value == "--help_all" else value for value in argv]
     config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=Path)
@@ -51,7 +58,8 @@ def parse(argv: Sequence[str], command: str = "train") -> tuple[ModelConfig, Dat
         raise ValueError(f"{config.config}: {name[1]}: {name[2]}") from None
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        raise ValueError(f"unknown option {unknown[0]!r}{_of_launcher(name) or nearest(name, _names(parser))}")
+        known = _names(parser) | {action.dest for action in (own._group_actions if own else ())}
+        raise ValueError(f"unknown option {unknown[0]!r}{_of_launcher(name) or nearest(name, known)}")
     options = vars(namespace)
 
     def build(cls: Any) -> Any:
@@ -84,12 +92,8 @@ _COMMANDS = {
         "[--objectives A,B] [--variants FILE] [--seeds N] [--learning_rates X,Y] [--select MEASURE] [--test ROWS] "
         "[--generate N] [--baseline A] [--processes N] [--field value ...]",
         "Train a student by each method and seed, from the same start on the same batches, and write a table of "
-        "means, 95% intervals and differences to --baseline (forward_kl) into output_dir. Methods are the objectives, "
-        "taid_linear, gkd, distillm, distillm_reverse and taid_sampled, and what --variants, a YAML file of names and "
-        "their options, adds. --seeds are so many, or 0,1,7. Each method gets that of --learning_rates with the lowest "
-        "cross_entropy or kl (--select) on eval_dataset_name, with the first seed; --test rows are measured once, at "
-        "the end, and --generate of their prompts answered. What is finished is not done again. --processes runs go "
-        "on at a time.",
+        "means, 95% intervals and differences into output_dir. What is finished is not done again when it is called "
+        "again, with more methods, seeds or learning rates too.",
     ),
     "plan": (
         "[--gpus N] [--gpu_memory GB] [--field value ...]",
@@ -100,7 +104,7 @@ _COMMANDS = {
 }
 
 
-def _parser(command: str, *, show_all: bool) -> _Parser:
+def _parser(command: str, *, show_all: bool, own: argparse._ArgumentGroup | None = None) -> _Parser:
     usage, description = _COMMANDS[command]
     parser = _Parser(
         [TAIDConfig, ModelConfig, DataArguments],
@@ -111,9 +115,8 @@ def _parser(command: str, *, show_all: bool) -> _Parser:
         add_help=False,
         formatter_class=argparse.HelpFormatter,
     )
-    own = set(TAIDConfig.__annotations__)
     sections = {
-        "Objective and teacher": own,
+        "Objective and teacher": set(TAIDConfig.__annotations__),
         "Student model": {f.name for f in fields(ModelConfig)},
         "Data": {f.name for f in fields(DataArguments)},
         "Rows and packing (TRL's SFTConfig)": set(SFTConfig.__annotations__) - _COMMON,
@@ -127,6 +130,8 @@ def _parser(command: str, *, show_all: bool) -> _Parser:
     )
     general.add_argument("--help", action="help", help="show this message")
     general.add_argument("--help_all", action="help", help="show all of transformers' training arguments too")
+    if own is not None:
+        parser._action_groups.append(own)
     for title, names in sections.items():
         group = parser.add_argument_group(title)
         for action in [a for a in actions if a.dest in names]:

@@ -161,14 +161,14 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
-def _configured(argv: Sequence[str], command: str) -> tuple[Any, DataArguments, TAIDConfig]:
+def _configured(argv: Sequence[str], command: str, own: Any = None) -> tuple[Any, DataArguments, TAIDConfig]:
     """The configuration, with what every run needs set, and logs as a terminal or a file wants them."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
     from taid import arguments
 
-    model_arguments, data_arguments, args = arguments.parse(argv, command)
+    model_arguments, data_arguments, args = arguments.parse(argv, command, own)
     args.disable_tqdm = not sys.stderr.isatty()  # bars are for eyes; a log file gets a line a logged step
     if args.disable_tqdm:
         datasets.disable_progress_bars()
@@ -214,9 +214,13 @@ def compare(argv: Sequence[str]) -> None:
     from taid import comparison, standings
 
     options, arguments = comparison.options_of(argv)
-    recipe = _configured(arguments, "compare")
+    recipe = _configured(arguments, "compare", comparison.own_options()[1])
     plan = comparison.Plan.of(options, arguments, *recipe)
-    found = comparison.compare(plan, *recipe[1:])
+    try:
+        found = comparison.compare(plan, *recipe[1:])
+    except (KeyboardInterrupt, SystemExit):
+        print("taid: stopped; called again, the comparison goes on where it is", file=sys.stderr)
+        raise
     Console(width=None if sys.stdout.isatty() else 160).print(standings.table(found))
     print(f"page: {plan.folder / 'comparison.html'}")
 

@@ -47,6 +47,14 @@ METHODS: dict[str, dict[str, Any]] = {
 _SETTINGS, _RECIPE, _CACHE = "comparison.yaml", "recipe.yaml", "cache"
 # Of a recipe, what makes no other comparison of it.
 _NOT_COMPARED = "output_dir seed data_seed disable_tqdm overwrite_output_dir resume_from_checkpoint report_to".split()
+# Of `taid train`, what nobody gives to a comparison but by mistake; a recipe may hold it for a run of its own.
+_OF_ONE_RUN = {
+    "objective": "name methods by --objectives A,B",
+    "seed": "give --seeds, so many or 0,1,7",
+    "data_seed": "give --seeds, so many or 0,1,7",
+    "resume_from_checkpoint": "called again, a comparison goes on by itself",
+    "overwrite_output_dir": "a comparison is not overwritten: delete its folder, or choose another",
+}
 # What the runs of a comparison have in common, and a variant may not change.
 _SHARED = (
     "output_dir seed data_seed model_name_or_path teacher_model_name_or_path teacher_cache teacher_server_url "
@@ -100,7 +108,7 @@ class Plan:
         Raises:
             ValueError: a value that makes no sense, or a method that the recipe does not go together with; names it.
         """
-        methods = _methods(options.objectives.split(","), options.variants)
+        methods = _methods([name.strip() for name in options.objectives.split(",")], options.variants)
         for name, of_method in methods.items():
             try:
                 parse([*arguments, *arguments_of(of_method)], "compare")
@@ -163,13 +171,19 @@ def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Stan
         plan = _claim(plan, data)
         workers = Workers(plan.folder / "logs", plan.processes)
         shared = plan.arguments if has_images(rows) else _with_cache(plan, data, args, workers)
+
+        def do(jobs: list[Job], what: str) -> None:
+            if jobs:
+                print(f"{what}: {len(jobs)}", flush=True)
+            workers.do(jobs)
+
         tried = plan.learning_rates if len(plan.learning_rates) > 1 else []
         grid = [Run(m, plan.seeds[0], rate, options) for rate in tried for m, options in plan.methods.items()]
-        workers.do(_trainings(plan, grid, shared))
+        do(_trainings(plan, grid, shared), "runs to choose learning rates by")
         rates = {method: _learning_rate(plan, method, grid) for method in plan.methods}
         runs = [Run(m, seed, rates[m], options) for seed in plan.seeds for m, options in plan.methods.items()]
-        workers.do(_trainings(plan, runs, shared))
-        workers.do(_tests(plan, runs, data, args))
+        do(_trainings(plan, runs, shared), f"runs of {len(plan.methods)} methods, {len(plan.seeds)} seeds")
+        do(_tests(plan, runs, data, args), "runs to measure on held-out rows")
         found = standings.Standings.of(
             [_result(plan, run) for run in runs], baseline=plan.baseline, rows=plan.test or str(data.eval_dataset_name),
             select=plan.select if grid else None, grid=[_result(plan, run) for run in grid],
@@ -178,26 +192,42 @@ def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Stan
     return found
 
 
+def own_options() -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
+    """What reads the options of ``taid compare`` itself, and their group for its help."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    group = parser.add_argument_group("Comparison")
+    add, others = group.add_argument, ", ".join(name for name in METHODS if name not in get_args(Objective))
+    add("--objectives", default="sft,forward_kl,reverse_kl,taid,taid_linear", metavar="A,B", help="The methods: values "
+        f"of --objective, {others}, and names of --variants. (default: %(default)s)")  # fmt: skip
+    add("--variants", type=Path, metavar="FILE", help="YAML of more methods, a name and its options each, as "
+        "taid_low: {objective: taid, taid_t_start: 0.2}; those that --objectives names are compared.")  # fmt: skip
+    add("--seeds", default="5", metavar="N", help="So many, 0 to N - 1, or which: 0,1,7. (default: %(default)s)")
+    add("--learning_rates", default="", metavar="X,Y", help="Each method gets the one that was best for it with the "
+        "first seed on eval_dataset_name; needs --test. Without, all have the recipe's.")  # fmt: skip
+    add("--select", choices=("cross_entropy", "kl"), default="cross_entropy", help="What is lowest at the best "
+        "learning rate. (default: %(default)s)")  # fmt: skip
+    add("--test", metavar="ROWS", help="Rows that are measured once, at the end; without, those of eval_dataset_name.")
+    add("--generate", default="0", metavar="N", help="Also answer the first N of their prompts. (default: %(default)s)")
+    add("--baseline", metavar="A", help="Method that differences are to; forward_kl by default, or else the first.")
+    add("--processes", default="1", metavar="N", help="Runs that go on at a time. (default: %(default)s)")
+    return parser, group
+
+
 def options_of(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of ``taid compare`` itself, and the arguments that are the recipe's.
 
     Raises:
         ValueError: an option without a value, or with one that it does not have.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--objectives", default="sft,forward_kl,reverse_kl,taid,taid_linear")
-    parser.add_argument("--variants", type=Path)
-    parser.add_argument("--seeds", default="5")
-    parser.add_argument("--learning_rates", default="")
-    parser.add_argument("--select", choices=("cross_entropy", "kl"), default="cross_entropy")
-    parser.add_argument("--baseline")
-    parser.add_argument("--test")
-    parser.add_argument("--generate", default="0")
-    parser.add_argument("--processes", default="1")
     try:
-        return parser.parse_known_args(argv)
+        options, arguments = own_options()[0].parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and name in _OF_ONE_RUN:
+            raise ValueError(f"--{name} is of one run: {_OF_ONE_RUN[name]}")
+    return options, arguments
 
 
 def _numbers(name: str, text: str, kind: Any) -> list[Any]:
@@ -218,7 +248,10 @@ def _count(name: str, text: str, least: int) -> int:
 
 def _methods(names: Sequence[str], variants: Path | None) -> dict[str, dict[str, Any]]:
     """The options of each method that is named."""
-    known = METHODS | ({} if variants is None else _read_variants(variants))
+    more = {} if variants is None else _read_variants(variants)
+    if more and not set(names) & set(more):
+        raise ValueError(f"--variants {variants}: add those of {', '.join(more)} that are meant to --objectives")
+    known = METHODS | more
     for name in names:
         if name not in known:
             near = nearest(name, known)
@@ -429,6 +462,8 @@ def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, An
     validation = {name.removeprefix("eval_"): v for name, v in evaluated.items() if name.startswith("eval_")}
     seconds = next(row["seconds"] for row in reversed(rows) if "seconds" in row)
     found = facts | {"validation": validation, "seconds": seconds, "memory_gb": _peak_memory() / 1e9}
+    if shares := [row["sampled"] for row in rows if "sampled" in row]:
+        found["sampled"] = sum(shares) / len(shares)
     run_folder.write_atomically(result, json.dumps(found, indent=2) + "\n")
 
 

@@ -153,7 +153,11 @@ class Standings:
     def notes(self) -> list[str]:
         """What a reader has to know beside the table."""
         seeds = max(len(of.runs) for of in self.methods)
-        notes = [f"Measured on {self.rows}, {self.methods[0].runs[0]['held_out']['tokens']:,} tokens."]
+        notes = [opening(self), f"Measured on {self.rows}, {self.methods[0].runs[0]['held_out']['tokens']:,} tokens."]
+        if answered := self.methods[0].runs[0].get("generate"):
+            notes.append(f"Answers are to the first {answered} of its prompts.")
+        if "kl" in self.columns:
+            notes.append("p is the teacher, q the student.")
         if seeds > 1:
             notes.append(
                 f"{seeds} seeds; ± is half of the 95 % interval of the mean, of differences seed by seed. Each "
@@ -166,12 +170,15 @@ class Standings:
         if self.select is not None:
             rates = sorted({run["learning_rate"] for run in self.grid})
             notes.append(
-                f"Each method has that learning rate of {len(rates)} which gave it the lowest {self.select} on "
-                "validation rows, with the first seed."
+                f"Of the learning rates {', '.join(f'{rate:g}' for rate in rates)} each method has the one that gave "
+                f"it the lowest {MEASURES[self.select][0]} on validation rows, with the first seed."
             )
-            for rate, words in ((rates[0], "smaller"), (rates[-1], "larger")):
+            for rate, end, words in ((rates[0], "smallest", "smaller"), (rates[-1], "largest", "larger")):
                 if at_edge := [of.method for of in self.methods if of.learning_rate == rate]:
-                    notes.append(f"A {words} one than {rate:g} was not tried, which is that of {', '.join(at_edge)}.")
+                    notes.append(
+                        f"The {end}, {rate:g}, is that of {', '.join(at_edge)}: a {words} one, which was not tried, "
+                        "may be better."
+                    )
         if self.diverged:
             notes.append(f"Diverged, and left out: {', '.join(self.diverged)}.")
         notes.append(
@@ -182,6 +189,11 @@ class Standings:
         if "taid_linear" in losses and losses.get("taid") == losses["taid_linear"]:
             notes.append(
                 "taid and taid_linear are the same: in so few steps t never leaves the ramp (taid_alpha: auto)."
+            )
+        if never := [of.method for of in self.methods if all(run.get("sampled") == 0 for run in of.runs)]:
+            notes.append(
+                f"No answer was ever sampled by {', '.join(never)}: sampling: adaptive begins when held-out loss has "
+                "risen from one evaluation to the next."
             )
         return notes
 
@@ -284,7 +296,7 @@ def _as_csv(found: Standings) -> str:
 def _page(found: Standings, folder: Path) -> str:
     head, rows = found.cells()
     return render(
-        "comparison.html.j2", opening=_opening(found), head=head, rows=rows, notes=found.notes(),
+        "comparison.html.j2", opening=opening(found), head=head, rows=rows, notes=found.notes()[1:],
         plots=[_plot_standings(found), *_plot_curves(found, folder)],
         runs=[
             (of.method, [(run["seed"], f"runs/{run['run']}/report.html") for run in of.runs]) for of in found.methods
@@ -292,7 +304,7 @@ def _page(found: Standings, folder: Path) -> str:
     )  # fmt: skip
 
 
-def _opening(found: Standings) -> str:
+def opening(found: Standings) -> str:
     """Who is ahead, and whether the seeds can tell."""
     first, *others = sorted(found.methods, key=lambda of: of.measures["cross_entropy"].mean)
     words = (
@@ -333,13 +345,17 @@ def _plot_standings(found: Standings) -> Plot:
         for place, of in enumerate(order):
             interval, colour = of.measures[name], _colours(found)[of.method]
             values = [_numbers(run)[name] for run in of.runs]
-            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=3, markeredgewidth=0)
+            below = [place - 0.28] * len(values)  # where the mean and its interval do not hide them
+            axes.plot(values, below, "o", color=colour, alpha=0.5, markersize=3, markeredgewidth=0)
             axes.errorbar(interval.mean, place, xerr=interval.half, fmt="o", color=colour, markersize=5, capsize=2)
         axes.set_yticks(range(len(order)), [of.method for of in order])
         axes.set_xlabel(f"{MEASURES[name][0]}, nats a token", color=MUTED, fontsize=9)
         axes.locator_params(axis="x", nbins=4)
     alt = "; ".join(f"{of.method} {of.measures['cross_entropy'].text(4)}" for of in reversed(order))
-    caption = "A point a run, the mean and its 95 % interval."
+    caption = (
+        "The mean and its 95 % interval, and below them a small point a run. Methods whose intervals overlap may still "
+        "be apart seed by seed, which the table's differences show."
+    )
     return Plot("Held out", f"Held-out cross-entropy: {alt}.", caption, png_of(figure))
 
 
@@ -357,7 +373,8 @@ def _plot_curves(found: Standings, folder: Path) -> list[Plot]:
         figure, (axes,) = panels([unit], max(series[-1][0] for series in curves.values()), height=3.6)
         for method, series in curves.items():
             axes.plot(*zip(*series, strict=True), color=colours[method], linewidth=1.4, label=method)
-        axes.legend(fontsize=8, frameon=False, ncols=2, labelcolor=INK)
+        columns = min(3, len(curves))  # above the curves: 14 methods would hide them
+        figure.legend(loc="outside upper center", fontsize=8, frameon=False, ncols=columns, labelcolor=INK)
         ends = ", ".join(f"{method} ends at {series[-1][1]:.3f}" for method, series in curves.items())
         plots.append(Plot(title, f"{title}: {ends}.", "Means over the seeds.", png_of(figure)))
     return plots

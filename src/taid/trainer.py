@@ -48,6 +48,21 @@ from taid.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
+
+class _SeamOnce(logging.Filter):
+    """Lets one warning of TRL's by that a prompt ends within a token: it has 600 characters for each such end."""
+
+    is_said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is another message, or the first of these."""
+        if "not a prefix of the tokenized prompt+completion" not in record.getMessage():
+            return True
+        is_first, self.is_said = not self.is_said, True
+        return is_first
+
+
+_SEAM_ONCE = _SeamOnce()  # of a process: a comparison and an evaluation prepare the same rows again and again
 _NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 
 
@@ -572,6 +587,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             ]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
+        logging.getLogger("trl.trainer.sft_trainer").addFilter(_SEAM_ONCE)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         if isinstance(dataset, Dataset) and not packing:
             return rows.without_untrained(prepared, len(dataset), rest[-1], args)
