@@ -121,6 +121,25 @@ def test_all_runs_begin_alike_and_a_seed_sees_the_same_batches_whatever_the_meth
 
 
 @pytest.mark.cli
+def test_the_student_before_and_the_teacher_are_measured_once_as_taid_evaluate_does(done, tmp_path, recipe):
+    output, _ = done
+    options = yaml.safe_load(recipe.read_text())
+    student, teacher = options["model_name_or_path"], options["teacher_model_name_or_path"]
+    written = tmp_path / "evaluation.json"
+    rows = ["--data", str(recipe.parent / "test.jsonl"), "--max_length", "32", "--use_cpu"]
+    assert cli.main(["evaluate", student, "--teacher", teacher, *rows, "--output", str(written)]) == 0
+    expected = json.loads(written.read_text())["held_out"]
+
+    beside = json.loads((output / "comparison.json").read_text())["beside"]
+
+    assert list(beside) == ["student before", "teacher"]
+    for name, of in (("student before", expected["student"]), ("teacher", expected["teacher"])):
+        measured = {measure: value for measure, value in of.items() if value is not None}
+        assert {measure: beside[name]["held_out"][measure] for measure in measured} == pytest.approx(measured, rel=1e-6)
+    assert all("teacher" not in json.loads(path.read_text()) for path in (output / "results").glob("*seed?.json"))
+
+
+@pytest.mark.cli
 def test_the_curves_are_those_that_the_runs_logged(done):
     output, _ = done
     curves = json.loads((output / "curves.json").read_text())
@@ -316,12 +335,28 @@ def result(method, seed, cross_entropy, **more):
     held_out = {"cross_entropy": cross_entropy, "kl": cross_entropy / 2, "tokens": 100, **more}
     return {
         "method": method, "seed": seed, "learning_rate": 1e-3, "run": f"{method}-seed{seed}", "seconds": 10.0 + seed,
-        "memory_gb": 1.5, "held_out": held_out, "teacher": {"cross_entropy": 0.5},
+        "memory_gb": 1.5, "held_out": held_out,
     }  # fmt: skip
 
 
+BESIDE = {
+    "student before": {"held_out": {"cross_entropy": 2.25, "kl": 1.5, "tokens": 100}},
+    "teacher": {"held_out": {"cross_entropy": 0.5, "kl": 0.0, "tokens": 100}},
+}
+
+
 def of(results, select=None):
-    return Standings.of(results, baseline="forward_kl", rows="test.jsonl", select=select, grid=[])
+    return Standings.of(results, baseline="forward_kl", rows="test.jsonl", select=select, grid=[], beside=BESIDE)
+
+
+def test_the_student_before_and_the_teacher_stand_below_the_methods():
+    head, rows = of([result("forward_kl", 0, 1.0), result("taid", 0, 0.9)]).cells()
+
+    loss, gap = head.index("cross-entropy"), head.index("less forward_kl's")
+    assert [row[0] for row in rows] == ["forward_kl", "taid", "(student before)", "(teacher)"]
+    assert [row[loss] for row in rows] == ["1.0000", "0.9000", "2.2500", "0.5000"]
+    assert [row[gap] for row in rows[2:]] == ["", ""]
+    assert all(len(row) == len(head) for row in rows)
 
 
 def test_a_difference_is_taken_seed_by_seed_and_so_is_free_of_what_seeds_do_to_both():
@@ -365,14 +400,14 @@ def test_the_table_in_markdown_is_one_of_equal_rows():
     text = standings.markdown(of([result(m, s, 1.0 + s) for m in ("forward_kl", "taid") for s in range(2)]))
 
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_a_rate_at_the_edge_of_the_grid_is_said_to_be_one():
     grid = [{"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
     results = [result("forward_kl", 0, 1.0), result("taid", 0, 1.0) | {"learning_rate": 1e-2}]
-    found = Standings.of(results, baseline="forward_kl", rows="test.jsonl", select="kl", grid=grid)
+    found = Standings.of(results, baseline="forward_kl", rows="test.jsonl", select="kl", grid=grid, beside={})
 
     notes = found.notes()
     assert "The largest, 0.01, is that of taid: a larger one, which was not tried, may be better." in notes

@@ -126,6 +126,7 @@ def _add_evaluate(commands: Any) -> None:
     add = evaluate.add_argument
     add("model", metavar="MODEL", help="a folder with safetensors (also of an adapter) or a Hub name")
     add("--teacher", metavar="MODEL", help="gives the KL to it, agreement with it, and its own row")
+    add("--student_only", action="store_true", help="no row of the teacher's own, which takes as long as another")
     add("--teacher_quantization", choices=("bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"),
         help="also load the teacher in these bits, as in training, and say what that changes of it")  # fmt: skip
     add("--before", metavar="MODEL", help="the student before training, for a row of its own")

@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "distillm_reverse": {"objective": "skew_reverse_kl", "sampling": "adaptive"},
     "taid_sampled": {"objective": "taid", "sampling": "mixed"},
 }
-_SETTINGS, _RECIPE, _CACHE = "comparison.yaml", "recipe.yaml", "cache"
+_SETTINGS, _RECIPE, _CACHE, _BESIDE = "comparison.yaml", "recipe.yaml", "cache", "before.json"
 # Of a recipe, what makes no other comparison of it.
 _NOT_COMPARED = "output_dir seed data_seed disable_tqdm overwrite_output_dir resume_from_checkpoint report_to".split()
 # Of `taid train`, what nobody gives to a comparison but by mistake; a recipe may hold it for a run of its own.
@@ -183,10 +183,10 @@ def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Stan
         rates = {method: _learning_rate(plan, method, grid) for method in plan.methods}
         runs = [Run(m, seed, rates[m], options) for seed in plan.seeds for m, options in plan.methods.items()]
         do(_trainings(plan, runs, shared), f"runs of {len(plan.methods)} methods, {len(plan.seeds)} seeds")
-        do(_tests(plan, runs, data, args), "runs to measure on held-out rows")
+        do(_tests(plan, runs, data, args), "models to measure on held-out rows")
         found = standings.Standings.of(
             [_result(plan, run) for run in runs], baseline=plan.baseline, rows=plan.test or str(data.eval_dataset_name),
-            select=plan.select if grid else None, grid=[_result(plan, run) for run in grid],
+            select=plan.select if grid else None, grid=[_result(plan, run) for run in grid], beside=_beside(plan),
         )  # fmt: skip
         standings.write(found, plan.folder)
     return found
@@ -437,11 +437,30 @@ def _tests(plan: Plan, runs: list[Run], data: DataArguments, args: TAIDConfig) -
     }  # fmt: skip
     flags = [f"--{name}" for name in ("use_cpu", "assistant_only_loss") if getattr(args, name)]
     shared = [*arguments_of({name: value for name, value in options.items() if value is not None}), *flags]
-    return [
-        (f"{run.name}.test", _test, ([str(plan.folder / "runs" / run.name), *shared], _path(plan, run), plan.generate))
-        for run in runs
-        if "diverged" not in (found := _result(plan, run)) and found.get("generate") != plan.generate
-    ]
+    jobs: list[Job] = []
+    beside = plan.folder / "results" / _BESIDE
+    # With the teacher's tokenizer the student's rows would be others before training than after it.
+    if args.tokenizer_from == "student" and not _is_measured(beside, plan.generate):
+        jobs.append(("before.test", _test, ([plan.recipe["model_name_or_path"], *shared], beside, plan.generate)))
+    for run in runs:
+        path = _path(plan, run)
+        if "diverged" not in _result(plan, run) and not _is_measured(path, plan.generate):
+            arguments = [str(plan.folder / "runs" / run.name), *shared, "--student_only"]
+            jobs.append((f"{run.name}.test", _test, (arguments, path, plan.generate)))
+    return jobs
+
+
+def _is_measured(result: Path, generate: int) -> bool:
+    return result.exists() and json.loads(result.read_text(encoding="utf-8")).get("generate") == generate
+
+
+def _beside(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The student before training and the teacher, as far as they were measured."""
+    path = plan.folder / "results" / _BESIDE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = {kind: found[kind] for kind in ("held_out", "generations") if kind in found}
+    of_teacher = {"held_out": found["teacher"]} if found.get("teacher") else {}
+    return {name: of for name, of in (("student before", before), ("teacher", of_teacher)) if of}
 
 
 def _cache(arguments: list[str], mark: Path) -> None:
@@ -483,8 +502,10 @@ def _test(arguments: list[str], result: Path, generate: int) -> None:
         path.unlink(missing_ok=True)
     _taid("evaluate", [*arguments, "--output", str(output)])
     measured = json.loads(output.read_text(encoding="utf-8"))
-    found = json.loads(result.read_text(encoding="utf-8")) | {"generate": generate}
-    found["teacher"] = measured["held_out"].get("teacher")
+    known = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    found = known | {"generate": generate}
+    if "teacher" in measured["held_out"]:
+        found["teacher"] = measured["held_out"]["teacher"]
     for kind in ("held_out", "generations"):
         if kind in measured:
             found[kind] = measured[kind]["student"]

@@ -190,6 +190,11 @@ def _check(options: Namespace) -> None:
         import torch
 
         engines.quantized(options.teacher_quantization, torch.float32)  # names a package that is not installed
+    if options.student_only and (options.teacher is None or options.teacher_quantization is not None):
+        raise ValueError(
+            "--student_only leaves the row of a --teacher away, which --teacher_quantization needs: give a teacher "
+            "without it"
+        )
     if options.generate is not None and options.data is None:
         raise ValueError("--generate answers the prompts of held-out rows: give rows as --data")
     if options.samples < 0:
@@ -320,7 +325,7 @@ def _compare(
         for name, pair in pairs.items()
     }
     found = {kind: {name: of[kind] for name, of in of_models.items()} for kind in of_models["student"]}
-    if options.teacher is not None:
+    if options.teacher is not None and not options.student_only:
         # Beside the student, so that the ids are the shared ones, and on the student's rows.
         beside = (model, tokenizer if see else teacher[1])
         of_teacher = asdict(held_out(teacher[0], of_rows, rows, args, *beside, own_order=True))

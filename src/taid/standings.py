@@ -98,14 +98,18 @@ class Standings:
     rows: str
     select: str | None
     grid: list[dict[str, Any]]
-    teacher: dict[str, Any] | None
+    beside: dict[str, dict[str, Any]]
     diverged: list[str]
 
     @classmethod
     def of(
-        cls, results: list[dict[str, Any]], *, baseline: str, rows: str, select: str | None, grid: list[dict[str, Any]]
-    ) -> Standings:
-        """Standings of finished runs, each with `method`, `seed`, `learning_rate`, `seconds`, `held_out`."""
+        cls, results: list[dict[str, Any]], *, baseline: str, rows: str, select: str | None, grid: list[dict[str, Any]],
+        beside: dict[str, dict[str, Any]],
+    ) -> Standings:  # fmt: skip
+        """Standings of finished runs, each with `method`, `seed`, `learning_rate`, `seconds`, `held_out`.
+
+        `beside` are models that were not trained here, by name, each with `held_out`.
+        """
         diverged = [result["run"] for result in results if "diverged" in result]
         results = [result for result in results if "diverged" not in result]
         if not results:
@@ -125,7 +129,7 @@ class Standings:
                 if paired and name in MEASURES and all(name in other for _, other in paired)
             }
             methods.append(Standing(method, runs[0]["learning_rate"], means, differences, runs))
-        return cls(methods, baseline, rows, select, grid, results[0].get("teacher"), diverged)
+        return cls(methods, baseline, rows, select, grid, beside, diverged)
 
     @property
     def columns(self) -> list[str]:
@@ -148,6 +152,13 @@ class Standings:
                     difference = of.differences.get(name)
                     row.append("" if difference is None else difference.text(MEASURES[name][1], sign=True))
             rows.append([*row, *(f"{of.measures[name].mean:.{digits}f}" for name, (_, digits) in _COST.items())])
+        for model, of_model in self.beside.items():
+            numbers = _measured(of_model)
+            row = [f"({model})", *([""] if has_rates else [])]
+            for name in self.columns:
+                row.append(f"{numbers[name]:.{MEASURES[name][1]}f}" if name in numbers else "")
+                row += [""] if name in _COMPARED else []
+            rows.append([*row, *("" for _ in _COST)])
         return head, rows
 
     def notes(self) -> list[str]:
@@ -165,8 +176,6 @@ class Standings:
             )
         else:
             notes.append("One seed: nothing tells chance from a difference.")
-        if self.teacher:
-            notes.append(f"The teacher's cross-entropy there is {self.teacher['cross_entropy']:.4f}.")
         if self.select is not None:
             rates = sorted({run["learning_rate"] for run in self.grid})
             notes.append(
@@ -207,7 +216,11 @@ def _paired(
 
 
 def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    found = {name: result[name] for name in _COST} | result["held_out"] | result.get("generations", {})
+    return {name: result[name] for name in _COST if math.isfinite(result[name])} | _measured(result)
+
+
+def _measured(model: dict[str, Any]) -> dict[str, float]:
+    found = model["held_out"] | model.get("generations", {})
     return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
@@ -259,6 +272,7 @@ def _as_json(found: Standings) -> dict[str, Any]:
             }
             for of in found.methods
         },
+        "beside": found.beside,
         "runs": [run for of in found.methods for run in of.runs],
         "grid": found.grid,
     }  # fmt: skip
