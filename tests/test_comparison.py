@@ -1,6 +1,7 @@
 """`taid compare`: a whole one on tiny models, what it does again and what not, and its numbers by hand."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -10,14 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 from scipy import stats
 
 from taid import arguments as arguments_module
-from taid import cli, standings
+from taid import cli, comparison, standings
+from taid.arguments import parse
+from taid.comparison import Run
 from taid.run_folder import read_metrics
 from taid.standings import Interval, Standings
 
@@ -245,6 +251,7 @@ def test_another_recipe_is_refused_and_more_seeds_and_methods_are_added(recipe, 
         (["--seeds", ","], "--seeds are different numbers"),
         (["--push_to_hub", "true"], "push_to_hub is not for a comparison"),
         (["--test", "nothing.jsonl"], "data file nothing.jsonl does not exist"),
+        (["--test", ""], "--test is empty: name rows, or leave it away"),
         (["--generate", "4"], "prompt"),
         (["--taid_t_strat", "1"], "unknown option '--taid_t_strat'"),
         (["--seedss", "3"], "unknown option '--seedss'; did you mean 'seeds'?"),
@@ -291,6 +298,17 @@ def test_variants_are_named_and_their_options_checked(recipe, tmp_path, capsys):
         ("a/b: {}", "'a/b' names folders: use letters, digits"),
         ("TAID: {}", "TAID is a method already"),
         ("other: {dataset_name: rows.jsonl}", "other sets dataset_name, which all runs of a comparison have in common"),
+        ("other: {dataset_train_split: new}", "other sets dataset_train_split, which all runs"),
+        ("other: {max_length: 8}", "other sets max_length, which all runs"),
+        ("other: {push_to_hub: true}", "other sets push_to_hub, which all runs"),
+        ("1: {objective: taid}", "the name 1 is no text: put it between quotes"),
+        ("yes: {objective: taid}", "the name True is no text"),
+        ("a: {objective: taid}\na: {objective: sft}", "'a' stands twice"),
+        ("a: {objective: taid}\nA: {objective: sft}", "A is a method already"),
+        (f"{'a' * 101}: {{}}", "at most 100"),
+        ("a: {taid_t_start: 2020-01-01}", "a: taid_t_start is datetime.date(2020, 1, 1): give a number, text"),
+        ("a: {model_init_kwargs: {x: 2020-01-01}}", "a: model_init_kwargs is {'x': datetime.date(2020, 1, 1)}: give"),
+        ("a: {taid_alpha: null}", "a: taid_alpha is null: give a number, text"),
     ):
         variants.write_text(content)
         assert cli.main([*start, content.split(":")[0]]) == 2
@@ -315,6 +333,109 @@ def test_help_has_every_option_of_a_comparison_with_its_default(capsys):
     usage = arguments_module._COMMANDS["compare"][0]
     assert set(re.findall(r"^  (--\w+)", own, re.MULTILINE)) == set(re.findall(r"--\w+", usage)) - {"--field"}
     assert "(default: 5)" in own
+
+
+def test_the_options_of_a_variant_mean_what_they_mean_in_a_recipe(tmp_path):
+    options = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "taid_t_start": 0.2, "objective": "taid"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
+
+    model, _, args = parse(comparison.arguments_of(options))
+    of_recipe, _, _ = parse(["--config", str(tmp_path / "recipe.yaml")])
+
+    assert model.lora_target_modules == of_recipe.lora_target_modules == ["q_proj", "v_proj"]
+    assert (model.use_peft, args.taid_t_start) == (True, 0.2)
+
+
+def test_learning_rates_that_differ_in_their_last_digit_are_runs_of_their_own():
+    names = [Run("taid", 0, rate, {}).name for rate in (None, 1e-4, 3e-5, 1.0000001e-4)]
+
+    assert names == ["taid-seed0", "taid-0.0001-seed0", "taid-3e-05-seed0", "taid-0.00010000001-seed0"]
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("results/sft-0.01-seed0.json", "", "is truncated or damaged: delete it, and the run is done again"),
+        ("results/taid-0.001-seed0.json", "{}", "is truncated or damaged: delete it, and the run is done again"),
+        ("comparison.yaml", "{a", "is truncated or damaged, so nobody knows what was compared: choose another folder"),
+        ("comparison.yaml", "", "is truncated or damaged, so nobody knows what was compared: choose another folder"),
+    ],
+)
+def test_a_file_of_a_comparison_that_is_damaged_is_named(recipe, done, tmp_path, capsys, name, content, words):
+    output = shutil.copytree(done[0], tmp_path / "copy")
+    (output / name).write_text(content)
+    before = files(output)
+
+    assert cli.main(["compare", *arguments(recipe, output, *OWN)]) == 2
+    assert f"{output / name} {words}" in capsys.readouterr().err
+    assert files(output) == before
+
+
+def test_a_cache_that_was_deleted_is_made_again(tmp_path):
+    plan = SimpleNamespace(
+        folder=tmp_path, arguments=[], recipe={"sampling": "none", "seq_kd": False}, methods={"a": {}}
+    )
+    args = SimpleNamespace(teacher_server_url=None, teacher_cache=None, packing=False, fused=True,
+                           teacher_model_name_or_path="teacher")  # fmt: skip
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cache.json").write_text("{}\n")
+    made = []
+    workers = SimpleNamespace(do=lambda jobs: made.extend(name for name, _, _ in jobs))
+
+    comparison._with_cache(plan, SimpleNamespace(streaming=False), args, workers)
+    assert made == ["cache"]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text("{}")
+    comparison._with_cache(plan, SimpleNamespace(streaming=False), args, workers)
+    assert made == ["cache"]
+
+
+def test_a_run_begins_anew_where_nothing_can_be_resumed_whatever_the_recipe_says(tmp_path):
+    recipe = {"sampling": "none", "seq_kd": False, "resume_from_checkpoint": "true"}
+    plan = SimpleNamespace(folder=tmp_path, arguments=[], recipe=recipe)
+
+    ((name, _, (given, *_)),) = comparison._trainings(
+        plan, [Run("taid", 0, None, {})], ["--resume_from_checkpoint", "true"]
+    )
+
+    _, _, args = parse(given)
+    assert (name, args.resume_from_checkpoint, args.overwrite_output_dir) == ("taid-seed0", "false", True)
+
+
+def test_what_was_generated_to_other_prompts_does_not_stay_in_a_result(tmp_path, monkeypatch):
+    result = tmp_path / "taid-seed0.json"
+    result.write_text(json.dumps({"run": "taid-seed0", "generate": 4, "generations": {"rouge_l": 0.5}}))
+
+    def evaluate(argv):
+        Path(argv[-1]).write_text(json.dumps({"held_out": {"student": {"cross_entropy": 1.0}}}))
+        return 0
+
+    monkeypatch.setattr(cli, "main", evaluate)
+    comparison._test(["model"], result, 0)
+
+    found = json.loads(result.read_text())
+    assert found["held_out"] == {"cross_entropy": 1.0}
+    assert (found["generate"], "generations" in found) == (0, False)
+
+
+@pytest.mark.cli
+def test_a_run_that_the_system_killed_is_said_to_be_killed(tmp_path):
+    code = (
+        "from pathlib import Path; from taid.workers import Workers; from test_comparison import die\n"
+        "Workers(Path('logs'), 1).do([('a', die, ())])"
+    )
+    (tmp_path / "logs").mkdir()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+    failed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert "ValueError: a has failed: it was killed by signal 9 (the system does so where memory" in failed.stderr
+
+
+def die():
+    print("step 3/9: loss 2.0, 1 s", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -394,6 +515,15 @@ def test_a_table_has_what_every_run_has_and_says_what_one_seed_is_worth():
     assert head == ["method", "learning rate", *of_measures, "s a run", "GB"]
     assert rows[1] == ["taid", "0.001", "1.2500", "+0.2500", "0.6250", "+0.1250", "10", "1.50"]
     assert "One seed: nothing tells chance from a difference." in found.notes()
+
+
+def test_a_path_with_brackets_stands_in_the_table_as_it_is():
+    found = replace(of([result("forward_kl", 0, 1.0)]), rows="runs[1]/[/x]/test.jsonl")
+    console = Console(file=io.StringIO(), width=200)
+
+    console.print(standings.table(found))
+
+    assert "Measured on runs[1]/[/x]/test.jsonl" in console.file.getvalue()
 
 
 def test_the_table_in_markdown_is_one_of_equal_rows():

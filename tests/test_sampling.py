@@ -199,6 +199,21 @@ def test_sampling_leaves_dropout_random_numbers_and_the_models_mode_as_they_were
         assert torch.equal(made["input_ids"], sampled(still)["input_ids"])
 
 
+def test_a_student_that_is_not_finite_any_more_stops_the_run_before_the_optimizer_moves(make):
+    trainer = make(sampling_share=1.0, max_steps=2)
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan"):
+        trainer.train()
+
+
+def test_scores_that_are_not_finite_can_still_be_drawn_from(make):
+    shared = _Shared(SimpleNamespace(index=torch.tensor([0, 2, 3])))
+    scores = torch.tensor([[0.0, 5.0, float("nan"), float("inf")], [float("-inf"), 1.0, 2.0, 3e38]])
+    probs = (shared(None, scores) / 0.1).softmax(-1)
+    assert probs.tolist() == [[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
+
+
 def test_steps_micro_batches_seeds_and_processes_draw_other_answers_and_the_same_ones_again(make):
     trainer = make(sampling_share=1.0)
     batch, counts = batch_of(trainer), {"micro_batches": 0, "sampled": 0}
@@ -448,6 +463,22 @@ def test_a_trainer_that_begins_anew_forgets_threshold_and_buffer(make):
     trainer.sampling.threshold, trainer.sampling.buffer = Threshold(5, 1.0, 3), [Row([1, 2], 1)]
     trainer.sampling.start(None)
     assert (trainer.sampling.threshold, trainer.sampling.buffer) == (Threshold(), [])
+
+
+def test_a_checkpoint_whose_rows_are_lost_or_damaged_is_refused(make, tmp_path):
+    train(make("run", **ADAPTIVE, save_strategy="steps", save_steps=2))
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    for content, words in [
+        ('{"threshold": {"rises": 1', "is truncated or damaged; delete checkpoint-4"),
+        ("{}", "is truncated or damaged; delete checkpoint-4"),
+        (None, "has no sampling.json, with threshold and rows of sampling: adaptive"),
+    ]:
+        (checkpoint / FILE).unlink() if content is None else (checkpoint / FILE).write_text(content)
+        with pytest.raises(ValueError, match=words):
+            make("run", **ADAPTIVE).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / FILE).write_text("{")
+    with pytest.raises(ValueError, match="is truncated or damaged; delete checkpoint-4 to resume an earlier one"):
+        run_folder.check_resumable(checkpoint)
 
 
 def test_a_checkpoint_of_other_sampling_is_refused(make):

@@ -152,10 +152,11 @@ def _parser(command: str, *, show_all: bool, own: argparse._ArgumentGroup | None
     return parser
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's, of keys that are all different."""
         seen: list[Any] = []
         for key, _ in node.value:
             if key.value in seen:
@@ -167,7 +168,7 @@ class _Loader(yaml.SafeLoader):
 def _yaml_as_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """Turn a YAML mapping into command-line arguments, so that both are checked by the same rules."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"--config {path}: there is no such file") from None
     except IsADirectoryError:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except _Stopped as stopped:
         if str(stopped):
-            print(f"taid: stopped by SIGTERM; saved {stopped}: go on with --resume_from_checkpoint", file=sys.stderr)
+            print(f"taid: {stopped}: go on with --resume_from_checkpoint", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("taid: interrupted", file=sys.stderr)
@@ -309,7 +309,8 @@ def _train(model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig
             run_folder.clear(output_dir)  # holds a run only where overwriting it was asked for
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.was_stopped:
-            raise _Stopped(f"checkpoint-{trainer.state.global_step} in {output_dir}" if is_main else "")
+            saved = f"checkpoint-{trainer.state.global_step} in {output_dir}"
+            raise _Stopped(f"stopped by SIGTERM; saved {saved}" if is_main else "")
         if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.global_step, trainer.state.log_history):
             trainer.evaluate()
         trainer.save_model(_internal_call=True)  # does not push yet: card and report go along

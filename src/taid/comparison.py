@@ -15,6 +15,7 @@ memory is its own. What has a result is not done again; a run that was killed go
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -27,9 +28,9 @@ from typing import Any, get_args
 
 import yaml
 
-from taid import run_folder, standings
-from taid.arguments import parse
-from taid.config import DataArguments, Objective, TAIDConfig, nearest, resolved
+from taid import manifest, run_folder, standings
+from taid.arguments import Loader, parse
+from taid.config import DataArguments, Objective, TAIDConfig, in_yaml, nearest, resolved
 from taid.data import load_rows, local_files
 from taid.generation import prompted
 from taid.images import has_images
@@ -57,8 +58,11 @@ _OF_ONE_RUN = {
 }
 # What the runs of a comparison have in common, and a variant may not change.
 _SHARED = (
-    "output_dir seed data_seed model_name_or_path teacher_model_name_or_path teacher_cache teacher_server_url "
-    "dataset_name eval_dataset_name"
+    "config output_dir overwrite_output_dir resume_from_checkpoint push_to_hub seed data_seed "
+    "model_name_or_path model_revision teacher_model_name_or_path teacher_model_revision trust_remote_code "
+    "teacher_cache teacher_server_url dataset_name dataset_config dataset_train_split dataset_test_split "
+    "dataset_text_field dataset_weights streaming eval_dataset_name "
+    "max_length truncation_mode completion_only_loss assistant_only_loss eos_token tokenizer_from"
 ).split()
 
 
@@ -115,6 +119,8 @@ class Plan:
             except ValueError as error:
                 raise ValueError(f"method {name}: {error}") from error
         rates = _numbers("--learning_rates", options.learning_rates, float)
+        if options.test == "":
+            raise ValueError("--test is empty: name rows, or leave it away")
         if data.eval_dataset_name is None and (options.test is None or len(rates) > 1):
             raise ValueError("nothing is held out: set eval_dataset_name in the recipe, or give rows as --test")
         if len(rates) > 1 and options.test is None:
@@ -155,8 +161,9 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder, log and result."""
-        rate = "" if self.learning_rate is None else f"-{self.learning_rate:g}"
-        return f"{self.method}{rate}-seed{self.seed}"
+        rate = self.learning_rate
+        short = "" if rate is None else f"-{rate:g}" if float(f"{rate:g}") == rate else f"-{rate!r}"
+        return f"{self.method}{short}-seed{self.seed}"
 
 
 def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Standings:
@@ -263,7 +270,7 @@ def _methods(names: Sequence[str], variants: Path | None) -> dict[str, dict[str,
 
 def _read_variants(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"--variants {path}: there is no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
@@ -272,19 +279,45 @@ def _read_variants(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(
             f"--variants {path} must hold a mapping of names to options, as taid_low: {{taid_t_start: 0.2}}"
         )
-    for name in content:
-        if not re.fullmatch(r"\w[\w.+]*", str(name)):
-            raise ValueError(f"--variants {path}: {name!r} names folders: use letters, digits, _, . and +")
-        if name.casefold() in METHODS:
+    known = set(METHODS)
+    for name, options in content.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"--variants {path}: the name {name!r} is no text: put it between quotes, or choose another"
+            )
+        if not re.fullmatch(r"\w[\w.+]*", name) or len(name.encode()) > 100:
+            raise ValueError(f"--variants {path}: {name!r} names folders: use letters, digits, _, . and +, at most 100")
+        if name.casefold() in known:  # of folders some systems do not tell capitals
             raise ValueError(f"--variants {path}: {name} is a method already: choose another name")
-        for option in [option for option in _SHARED if option in content[name]]:
+        known.add(name.casefold())
+        for option in [option for option in _SHARED if option in options]:
             raise ValueError(f"--variants {path}: {name} sets {option}, which all runs of a comparison have in common")
+        for option, value in options.items():
+            if value is None or not _is_json(value):
+                raise ValueError(
+                    f"--variants {path}: {name}: {option} is {in_yaml(value)}: give a number, text, true or false, a "
+                    "list or a mapping"
+                )
     return content
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def arguments_of(options: dict[str, Any]) -> list[str]:
     """Options as arguments of ``taid train``."""
-    return [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
+    arguments: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
 
 
 def _place(name: str) -> str:
@@ -322,7 +355,7 @@ def _claim(plan: Plan, data: DataArguments) -> Plan:
             now |= {f"content of {file}": _digest(file) for file in local_files(name)}
     before: dict[str, Any] = {}
     if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = _settings(path)
     elif any(plan.folder.iterdir()):
         raise ValueError(f"output_dir {plan.folder} holds files that are no comparison: choose another folder")
     for name in [name for name in before if name in now and before[name] != now[name]]:
@@ -341,6 +374,16 @@ def _claim(plan: Plan, data: DataArguments) -> Plan:
     return replace(plan, arguments=arguments)
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is truncated or damaged, so nobody knows what was compared: choose another folder")
+    return found
+
+
 def _split(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
@@ -355,7 +398,11 @@ def _path(plan: Plan, run: Run) -> Path:
 
 
 def _result(plan: Plan, run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_path(plan, run).read_text(encoding="utf-8"))
+    path, found = _path(plan, run), None
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not {"run", "method", "seed"} <= found.keys():
+        raise ValueError(f"{path} is truncated or damaged: delete it, and the run is done again")
     return found
 
 
@@ -384,7 +431,7 @@ def _with_cache(plan: Plan, data: DataArguments, args: TAIDConfig, workers: Work
         return plan.arguments
     folder, mark = plan.folder / _CACHE, plan.folder / "results" / "cache.json"
     arguments = [*plan.arguments, "--teacher_cache", str(folder)]
-    if not mark.exists():
+    if not mark.exists() or not (folder / manifest.FILE).exists():
         whole = ["--objective", "taid", "--sampling", "none", "--seq_kd", "false", "--teacher_cache_format", "hidden"]
         workers.do([("cache", _cache, ([*arguments, *whole], mark))])
     return arguments
@@ -400,13 +447,15 @@ def _trainings(plan: Plan, runs: list[Run], shared: list[str]) -> list[Job]:
     for run in runs:
         folder, result = plan.folder / "runs" / run.name, _path(plan, run)
         if result.exists():
+            _result(plan, run)  # before hours go by, if it cannot be read
             continue
         start = plan.arguments if _is_sampled(plan, run.options) else shared
         arguments = [*start, *arguments_of(run.options), "--output_dir", str(folder)]
         arguments += ["--seed", str(run.seed), "--data_seed", str(run.seed)]
         arguments += [] if run.learning_rate is None else ["--learning_rate", repr(run.learning_rate)]
         can_go_on = _can_go_on(folder)
-        arguments += ["--resume_from_checkpoint", "true"] if can_go_on else ["--overwrite_output_dir", "true"]
+        arguments += ["--resume_from_checkpoint", str(can_go_on).lower()]  # whatever the recipe says
+        arguments += [] if can_go_on else ["--overwrite_output_dir", "true"]
         facts = {"method": run.method, "seed": run.seed, "learning_rate": run.learning_rate, "run": run.name}
         jobs.append((run.name, _train, (arguments, folder, result, facts)))
     return jobs
@@ -503,6 +552,7 @@ def _test(arguments: list[str], result: Path, generate: int) -> None:
     _taid("evaluate", [*arguments, "--output", str(output)])
     measured = json.loads(output.read_text(encoding="utf-8"))
     known = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    known.pop("generations", None)  # of another number of prompts
     found = known | {"generate": generate}
     if "teacher" in measured["held_out"]:
         found["teacher"] = measured["held_out"]["teacher"]

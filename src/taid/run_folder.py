@@ -204,6 +204,7 @@ def check_resumable(checkpoint: Path) -> None:
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # torch writes zip archives
     damaged = [path for path in archives if not zipfile.is_zipfile(path)]
     damaged += [path for path in checkpoint.glob("*.safetensors") if not _is_safetensors(path)]
+    damaged += [path for path in checkpoint.glob("sampling.json") if not _is_json(path)]
     damaged += [checkpoint / "trainer_state.json"] if not {"global_step", "max_steps"} <= state.keys() else []
     if damaged:
         raise ValueError(
@@ -222,6 +223,14 @@ def _is_safetensors(path: Path) -> bool:
         with safe_open(path, framework="np"):
             return True
     except SafetensorError:
+        return False
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+        return True
+    except ValueError:
         return False
 
 

@@ -377,12 +377,30 @@ class Sampling:
         (folder / FILE).write_text(json.dumps(saved), encoding="utf-8")
 
     def start(self, checkpoint: Path | None) -> None:
-        """Begin a run, or go on with it; a checkpoint without sampling is refused later, by its options."""
+        """Begin a run, or go on with it; a checkpoint of other sampling is refused later, by its options.
+
+        Raises:
+            ValueError: the checkpoint's file is damaged, or there is none and the next steps depend on it.
+        """
         self.threshold, self.buffer = Threshold(), []
-        if checkpoint is not None and (checkpoint / FILE).is_file():
-            saved = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
+        if checkpoint is None:
+            return
+        path = checkpoint / FILE
+        if not path.is_file() and self.args.sampling != "adaptive":
+            return  # nothing of a fixed share is remembered
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
             self.threshold = Threshold(**saved["threshold"])
             self.buffer = [Row(ids, prompt) for prompt, *ids in saved["rows"]]
+        except FileNotFoundError:
+            raise ValueError(
+                f"cannot resume: {checkpoint} has no {FILE}, with threshold and rows of sampling: adaptive; it was "
+                "saved without, or the file is lost: resume another checkpoint"
+            ) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"cannot resume: {path} is truncated or damaged; delete {checkpoint.name} to resume an earlier one"
+            ) from error
 
 
 class _Shared:
@@ -394,7 +412,10 @@ class _Shared:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Scores ``[B, rows]``, minus infinity where a token is not shared."""
         shared = self.vocabulary.index.to(scores.device)
-        return torch.full_like(scores, -torch.inf).index_copy(1, shared, scores.index_select(1, shared))
+        # Of weights that have left the finite numbers something is written all the same: nothing can be drawn from NaN,
+        # and the step that is trained on it stops the run, on all processes together, with what to do about it.
+        known = scores.index_select(1, shared).nan_to_num(0.0, posinf=1e30, neginf=-torch.inf).clamp(max=1e30)
+        return torch.full_like(scores, -torch.inf).index_copy(1, shared, known)
 
 
 @contextlib.contextmanager

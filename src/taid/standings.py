@@ -19,6 +19,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
@@ -247,7 +248,8 @@ def table(found: Standings) -> Table:
     """The table, for a terminal: without what only its page has room for."""
     head, rows = found.cells()
     shown = [i for i, name in enumerate(head) if i < 1 or name in _IN_TERMINAL or name.startswith("less ")]
-    table = Table(title="Comparison", title_justify="left", caption=" ".join(found.notes()), caption_justify="left")
+    notes = escape(" ".join(found.notes()))  # a path may have brackets
+    table = Table(title="Comparison", title_justify="left", caption=notes, caption_justify="left")
     for place in shown:
         table.add_column(head[place], justify="left" if place == 0 else "right")
     for row in rows:

@@ -74,6 +74,9 @@ class Workers:
 
     def _why(self, name: str, status: int) -> str:
         log = self.logs / f"{name}.log"
+        if status < 0:  # its log says nothing of it
+            why = " (the system does so where memory runs out: try fewer --processes)" if status == -9 else ""
+            return f"it was killed by signal {-status}{why} ({log})"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"status {status}"]
         return f"{lines[-1].removeprefix('taid: error: ')} ({log})"
 
