@@ -95,10 +95,6 @@ class Case:
         """Below this, an error is relative to it. Of a mixture, terms as large as 10 x the value cancel."""
         return (1e-2 if self.is_mixture else 1e-3) * self.scale
 
-    def is_native(self, form):
-        """Whether that form computes it, and does not leave it to the plain one."""
-        return form is native_rows and self.task().has_kernels
-
     @property
     def gradient_scale(self):
         """What it multiplies differences of probabilities with in its gradient."""
@@ -281,7 +277,7 @@ def bound_near_the_teacher(form, case):
         return 1e-3 if 0.9 in case.parameters.values() else 1e-4
     if case.objective == "tvd":
         return 2e-5
-    if case.is_native(form):
+    if form is native_rows:
         return 5e-6
     return 1e-3 if case.objective in ("dkd", "ctkd") else 2e-4
 
@@ -299,7 +295,7 @@ def test_a_student_very_near_to_the_teacher_keeps_its_digits(form, case):
     assert error_of_value(result.columns["objective"], value, 0) <= bound_near_the_teacher(form, case)
     assert error_of_gradient(result.gradient, gradient, 0) <= 1e-3
     # As a metric beside another objective, the plain form's KL is good to 2e-7 nats.
-    assert error_of_value(result.columns["kl"], kl, 0) <= (1e-6 if case.is_native(form) else 5e-3)
+    assert error_of_value(result.columns["kl"], kl, 0) <= (1e-6 if form is native_rows else 5e-3)
 
 
 def both_log_probs(*logits):
@@ -435,7 +431,7 @@ def test_the_number_of_threads_does_not_change_a_bit_of_the_native_form_and_only
     result = run(form, case.task(0.7), student, teacher, labels)
     torch.set_num_threads(1)
 
-    if case.is_native(form):
+    if form is native_rows:
         assert torch.equal(result.gradient, expected.gradient)
         assert all(torch.equal(result.columns[name], expected.columns[name]) for name in COLUMNS)
     else:

@@ -106,8 +106,8 @@ class RowTask:
     teacher: Finish
 
     @property
-    def has_kernels(self) -> bool:
-        """Whether rows.c and triton_rows compute it too."""
+    def has_triton(self) -> bool:
+        """Whether triton_rows computes it too; rows.c computes everything."""
         return self.objective not in ("abkd", "amid") and self.parameters.get("mixture", 1.0) == 1.0
 
     @classmethod
