@@ -554,14 +554,14 @@ INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Nor
 
 // --- the alpha-mixture and the alpha-beta divergence: taid with a mixture, abkd, amid --------------------------------
 
-// Log of the mean r of p and q, without its normaliser, but with that of q: what normalise() takes off makes it log r. It
-// goes over z_q, its distance from log p or log q to `from`, and the student's part in it to `of_student` if that is there.
+// Logits of amid's mean of p and q go over z_q, their exponentials to `exps`. Those logits are log mean - log q on top of q's
+// own, so a normaliser as near to q's as p is. What is there of the others receives log mean - log q, log mean - log p, and
+// the student's part in the mean's power a.
 INLINE Norm alpha_mixture(
-    float *z_q, const float *z_p, long V, Norm nq, Norm np, double mixture, double share, int from_teacher, float *from,
-    float *of_student, float *exps
+    float *z_q, const float *z_p, long V, Norm nq, Norm np, double mixture, double share, float *exps, float *from_q,
+    float *from_p, float *of_student
 ) {
-  // Seen from the one with the larger share, whose power a then is 1 - s of the mean's: nothing cancels near it. That both
-  // are near each other is most precious, but where they are far apart and the other one's power is larger, its log is safer.
+  // Near is the one with the larger share, in units of whose power a the mean's is 1 + s (e^y - 1): there, nothing cancels.
   const int q_near = share < 0.5;
   const float a = (1 - mixture) / 2, per_a = 1 / a, s = q_near ? share : 1 - share, to_teacher = less(np, nq);
   const float if_near = q_near ? 1 - s : 0, if_other = q_near ? 0 : s;
@@ -569,17 +569,17 @@ INLINE Norm alpha_mixture(
   for (long v = 0; v < V; v++) {
     const float x = z_q[v] - nq.top, w = z_p[v] - np.top, gap = w - x - to_teacher;  // log p - log q
     const float to_other = q_near ? gap : -gap, y = a * to_other;
-    const int far = y > 1.0f;
+    const int far = y > 1.0f;  // e^y may overflow: in units of the other one's power, the mean's is s + (1 - s) e^-y
     const Exp e = exponential(far ? -y : y);
-    // The mean's power a in units of the near one's, or the other one's.
     const float change = s * e.expm1, mean = far ? s + (1 - s) * e.exp : 1.0f + change;
     const float log_mean = log_(mean, far ? 0.0f : change - (mean - 1.0f)) * per_a;
     const float from_near = far ? to_other + log_mean : a == 0.0f ? s * to_other : log_mean;
     const float from_other = far ? log_mean : from_near - to_other;
-    const float from_q = q_near ? from_near : from_other, from_p = q_near ? from_other : from_near;
-    const int q_nearer = __builtin_fabsf(from_q) < __builtin_fabsf(from_p);
-    z_q[v] = q_nearer ? x + from_q : w - to_teacher + from_p;
-    from[v] = from_teacher ? from_p : from_q;
+    const float log_ratio_q = q_near ? from_near : from_other, log_ratio_p = q_near ? from_other : from_near;
+    // On top of the smaller step: of a masked id, only the other one's logit is a number to count with.
+    z_q[v] = __builtin_fabsf(log_ratio_q) < __builtin_fabsf(log_ratio_p) ? x + log_ratio_q : w - to_teacher + log_ratio_p;
+    if (from_q) from_q[v] = log_ratio_q;
+    if (from_p) from_p[v] = log_ratio_p;
     if (of_student) of_student[v] = (if_near * (far ? e.exp : 1.0f) + if_other * (far ? 1.0f : e.exp)) / mean;
   }
   return normalise(z_q, V, 1, exps);
@@ -590,7 +590,7 @@ INLINE void mixture_taid(
 ) {
   float *from_q = exps + V, *exps_t = exps + 2 * V;
   out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);
-  const Norm nt = alpha_mixture(z_q, z_p, V, nq, np, mixture, t, 0, from_q, NULL, exps_t);
+  const Norm nt = alpha_mixture(z_q, z_p, V, nq, np, mixture, t, exps_t, from_q, NULL, NULL);
   const float to_target = nt.top + less(nt, nq);
   double objective = 0;
   FOR_BLOCKS {
@@ -609,7 +609,7 @@ INLINE void mixture_taid(
 }
 
 typedef struct {
-  float exp, expm1, per, less;  // e^ux, e^ux - 1; that and e^ux - 1 - ux by u, or, for u = 0, their limits
+  float exp, expm1, per, less;  // e^ux, e^ux - 1; the latter and e^ux - 1 - ux over u, for u = 0 in the limit
 } Power;
 
 INLINE Power power(float u, float x) {
@@ -622,21 +622,21 @@ typedef struct {
   float loss, slope;  // a term of the divergence of p from r, and its derivative on log r
 } Term;
 
-// Of log r, log p and d = log p - log r: the larger one's power times functions of -|d|. The divergence of p from r is that
-// of r from p with its powers exchanged.
+// Of log r, log p and d = log p - log r: the larger one's power alpha + beta times a function of -|d|. Where that is p, it is
+// the function for powers exchanged, because the divergence of p from r is then that of r from p.
 INLINE Term alpha_beta(float log_r, float log_p, float d, float alpha, float beta) {
   const int p_larger = d > 0;
   const float x = p_larger ? -d : d, larger = exp_((alpha + beta) * (p_larger ? log_p : log_r)), per_both = 1 / (alpha + beta);
   const Power a = power(alpha, x), b = power(beta, x);
-  // Both are the same; in the first no power of d is left to cancel, in the second nothing large.
+  // Both are the same: the first has no terms of first order in d, the second none that grows with it.
   const float near = (p_larger ? a.less - b.less : b.less - a.less) + (p_larger ? b.expm1 * a.per : a.expm1 * b.per);
   const float far = p_larger ? b.exp * a.per - b.per : a.exp * b.per - a.per;
   const float loss = larger * (x * max_(alpha, beta) > -1.0f ? near : far) * per_both;
   return (Term){loss, larger * (p_larger ? b.exp * a.per : -a.per)};
 }
 
-// Writes the slopes over the logits of r; returns the divergence. d, of alpha_beta, is `offset` and what log p has more than
-// log r without it, or, where `from_p` is there and the logits are a mixture's, less that.
+// Writes slopes on log r over the logits of r; returns the divergence. log p - log r is `offset` more than the difference of
+// their logits, or, where they are known to more digits, `offset` less `from_p`.
 INLINE double slopes(
     float *z_r, const float *z_p, long V, Norm nr, Norm np, const float *from_p, float offset, float alpha, float beta
 ) {
@@ -655,9 +655,9 @@ INLINE double slopes(
   return loss;
 }
 
-// On the way from slopes on log q to those on its logits, slope - q sum slope: takes a multiple of q off that makes the
-// slope of the likeliest id 0, which changes nothing, but without which the two cancel where q is nearly 1 there. Returns
-// the sum of what is left, in units of q's exponentials.
+// From slopes on log q to those on its logits, slope - q sum slope, the first step: a multiple of q off the slopes that makes
+// the likeliest id's 0. That changes nothing, but without it the two cancel where q is nearly 1 there. Returns what is left
+// to take off, a multiple of q's exponentials.
 INLINE float centre(float *slope, const float *exps, long V, Norm n) {
   const float of_likeliest = slope[first(exps, V, 1.0f)];
   double sum = 0;
@@ -676,7 +676,7 @@ INLINE void amid(
   out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);
   if (mixes) {
     float *from_p = exps + V, *exps_r = exps + 2 * V, *of_student = exps + 3 * V;
-    const Norm nr = alpha_mixture(z_q, z_p, V, nq, np, task->mixture, task->parameter, 1, from_p, of_student, exps_r);
+    const Norm nr = alpha_mixture(z_q, z_p, V, nq, np, task->mixture, task->parameter, exps_r, NULL, from_p, of_student);
     out->objective = slopes(z_q, z_p, V, nr, np, from_p, nr.top + less(nr, nq), task->alpha, task->beta);
     const float mean = centre(z_q, exps_r, V, nr);
 #pragma omp simd
