@@ -25,9 +25,7 @@ def row_stage(
     gradient: torch.dtype | None,
 ) -> Tensor:
     """See :func:`taid.kernels.rows.rows`, which defines what is computed."""
-    device = student_MV.device.type
-    form = _form(device) if task.has_triton or device == "cpu" else rows
-    return form(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
+    return _form(student_MV.device.type)(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
 
 
 @functools.cache
