@@ -305,11 +305,13 @@ def test_nan_is_not_lost(objective):
 
 
 COMPILE = """
+import sys
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from taid.kernels.triton_rows import _Gradient, _row_kernel, _Tile
+from taid.kernels.triton_rows import _TO_TARGET, _Gradient, _row_kernel, _Tile
 
 names = _row_kernel.arg_names
 tile = _Tile("*fp32", "i32", "constexpr", "fp32", "constexpr")
@@ -317,7 +319,7 @@ signature = dict.fromkeys(names, "fp32") | {
     "student": tile, "teacher": tile, "gradient": _Gradient("*bf16", "i32"), "labels": "*i64", "columns": "*fp32",
     "t_or_T": "*fp32", "V": "i32", "OBJECTIVE": "constexpr", "TO_TARGET": "constexpr", "BLOCK": "constexpr",
 }
-constants = {"OBJECTIVE": "taid", "TO_TARGET": True, "BLOCK": 2048}
+constants = {"OBJECTIVE": sys.argv[1], "TO_TARGET": sys.argv[1] in _TO_TARGET, "BLOCK": 2048}
 constants |= {(names.index(name), i): None for name in ("student", "teacher") for i in (2, 4)}
 divisible = {(i, j): [["tt.divisibility", 16]] for i in range(3) for j in range(2)}  # pointers and strides, not V
 source = ASTSource(_row_kernel, signature, constants, divisible)
@@ -325,11 +327,22 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_war
 """
 
 
+def compiled(objective, cache):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, objective], env=environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout
+
+
+@pytest.mark.parametrize("objective", ["mixture_taid", "abkd", "amid"])
+def test_what_the_interpreter_takes_the_compiler_takes(objective, tmp_path):
+    # In a loop a name may not change its shape, of which the interpreter knows nothing.
+    assert ".target sm_90" in compiled(objective, tmp_path)
+
+
 def test_loads_are_16_bytes_wide_for_any_vocabulary(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    ptx = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    ptx = compiled("taid", tmp_path)
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2  # sweeps, models, halves of 8 ids a thread
     assert len(re.findall(r"ld\.global\.b", ptx)) == 4  # the label, t and two logits
     assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 1  # 8 gradients

@@ -205,7 +205,7 @@ def _to_target(
     top_a, total_a, top_b, total_b = others
     t, T = t_or_T, t_or_T
     if OBJECTIVE == "mixture_taid":
-        top_a, total_a, _ = _mixture(student, teacher, row, models, power, t, V, BLOCK)
+        top_a, total_a, from_p_of_likeliest = _mixture(student, teacher, row, models, power, t, V, BLOCK)
     if OBJECTIVE == "dkd":
         difference_y, label_part = _label_part(
             (_logits(student, row, label, V) - top_a) / T - tl.log(total_a),
@@ -329,23 +329,26 @@ def _divergence(
     """The sweeps of abkd and amid, in which the divergence is between p and r: q itself, or the mean of both.
 
     From slopes on the log of a softmax to those on its logits, the slope of the likeliest id is made 0 by a multiple of
-    the softmax, without which ``slope - q sum slope`` cancels where q is nearly 1 there.
+    the softmax, without which ``slope - q sum slope`` cancels where q is nearly 1 there. What is of that id alone has a
+    name in 1, because a name keeps its shape.
     """
     top_q, total_q, top_p, total_p = models
     mixture = 0.0, 1.0
     of_likeliest_r, mean_r = 0.0, 0.0
     if OBJECTIVE == "amid":
-        top_r, total_r, from_p = _mixture(student, teacher, row, models, power, share, V, BLOCK)
+        top_r, total_r, from_p_of_likeliest = _mixture(student, teacher, row, models, power, share, V, BLOCK)
         mixture = top_r, total_r
-        d = top_r + tl.log(total_r / total_q) - from_p
-        _, slope = _alpha_beta(-tl.log(total_r), d - tl.log(total_r), d, alpha, beta)
-        of_likeliest_r = slope * total_r
+        d_1 = top_r + tl.log(total_r / total_q) - from_p_of_likeliest
+        terms_1, slope_1 = _alpha_beta(-tl.log(total_r), d_1 - tl.log(total_r), d_1, alpha, beta)
+        of_likeliest_r = slope_1 * total_r
 
     zero = tl.zeros([BLOCK], tl.float32)
     objective, kl, mean_z, sum_r, sum_q = zero, zero, zero, zero, zero
     if OBJECTIVE == "abkd":
-        _, slope, _, _ = _slopes(0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
-        of_likeliest_q = slope * total_q
+        terms_1, slope_1, r_1, of_student_1 = _slopes(
+            0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
+        )
+        of_likeliest_q = slope_1 * total_q
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         z_q, q = _softmax(_logits(student, row, ids, V), top_q, total_q)
@@ -363,10 +366,10 @@ def _divergence(
     if gradient.products is not None:
         if OBJECTIVE == "amid":
             mean_r = tl.sum(sum_r)
-            _, slope, r, of_student = _slopes(
+            terms_1, slope_1, r_1, of_student_1 = _slopes(
                 0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
             )
-            of_likeliest_q = of_student * (slope - of_likeliest_r * r - mean_r * r) * total_q
+            of_likeliest_q = of_student_1 * (slope_1 - of_likeliest_r * r_1 - mean_r * r_1) * total_q
             for start in range(0, V, BLOCK):
                 ids = start + tl.arange(0, BLOCK)
                 z_q, q = _softmax(_logits(student, row, ids, V), top_q, total_q)
