@@ -205,7 +205,7 @@ def _to_target(
     top_a, total_a, top_b, total_b = others
     t, T = t_or_T, t_or_T
     if OBJECTIVE == "mixture_taid":
-        top_a, total_a, from_p_of_likeliest = _mixture(student, teacher, row, models, power, t, V, BLOCK)
+        top_a, total_a, _from_p = _mixture(student, teacher, row, models, power, t, V, BLOCK)
     if OBJECTIVE == "dkd":
         difference_y, label_part = _label_part(
             (_logits(student, row, label, V) - top_a) / T - tl.log(total_a),
@@ -339,13 +339,13 @@ def _divergence(
         top_r, total_r, from_p_of_likeliest = _mixture(student, teacher, row, models, power, share, V, BLOCK)
         mixture = top_r, total_r
         d_1 = top_r + tl.log(total_r / total_q) - from_p_of_likeliest
-        terms_1, slope_1 = _alpha_beta(-tl.log(total_r), d_1 - tl.log(total_r), d_1, alpha, beta)
+        _terms_1, slope_1 = _alpha_beta(-tl.log(total_r), d_1 - tl.log(total_r), d_1, alpha, beta)
         of_likeliest_r = slope_1 * total_r
 
     zero = tl.zeros([BLOCK], tl.float32)
     objective, kl, mean_z, sum_r, sum_q = zero, zero, zero, zero, zero
     if OBJECTIVE == "abkd":
-        terms_1, slope_1, r_1, of_student_1 = _slopes(
+        _terms_1, slope_1, r_1, of_student_1 = _slopes(
             0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
         )
         of_likeliest_q = slope_1 * total_q
@@ -366,7 +366,7 @@ def _divergence(
     if gradient.products is not None:
         if OBJECTIVE == "amid":
             mean_r = tl.sum(sum_r)
-            terms_1, slope_1, r_1, of_student_1 = _slopes(
+            _terms_1, slope_1, r_1, of_student_1 = _slopes(
                 0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
             )
             of_likeliest_q = of_student_1 * (slope_1 - of_likeliest_r * r_1 - mean_r * r_1) * total_q
