@@ -95,10 +95,6 @@ class Case:
         """Below this, an error is relative to it. Of a mixture, terms as large as 10 x the value cancel."""
         return (1e-2 if self.is_mixture else 1e-3) * self.scale
 
-    def is_native(self, form):
-        """Whether that form computes it, and does not leave it to the plain one."""
-        return form is native_rows and self.task().has_kernels
-
     @property
     def gradient_scale(self):
         """What it multiplies differences of probabilities with in its gradient."""
@@ -260,10 +256,15 @@ def test_in_float32_value_and_gradient_are_within_2e_6_of_float64_on_odd_shapes(
         Case("jsd", {"beta": 0.999}),
         Case("skew_forward_kl", {"skew": 1e-3}),
         Case("skew_reverse_kl", {"skew": 1e-3}),
+        Case("taid", {"t": 1e-3, "mixture": -1.0}),
+        Case("taid", {"t": 0.999, "mixture": 3.0}),
+        Case("abkd", {"alpha": 1e-3, "beta": 0.7}),
+        Case("abkd", {"alpha": 0.7, "beta": 1e-3}),
+        Case("amid", {"mixture": 1.0 - 1e-3, "share": 1e-3, "alpha": 0.2, "beta": 0.7}),
     ],
     ids=str,
 )
-def test_a_small_share_in_the_mixture_costs_the_plain_form_digits_and_the_native_one_none(form, case):
+def test_a_small_share_or_power_costs_the_plain_form_digits_and_the_native_one_none(form, case):
     student, teacher = random_logits(7, 507)
     labels = labels_for(student)
 
@@ -281,7 +282,7 @@ def bound_near_the_teacher(form, case):
         return 1e-3 if 0.9 in case.parameters.values() else 1e-4
     if case.objective == "tvd":
         return 2e-5
-    if case.is_native(form):
+    if form is native_rows:
         return 5e-6
     return 1e-3 if case.objective in ("dkd", "ctkd") else 2e-4
 
@@ -299,7 +300,7 @@ def test_a_student_very_near_to_the_teacher_keeps_its_digits(form, case):
     assert error_of_value(result.columns["objective"], value, 0) <= bound_near_the_teacher(form, case)
     assert error_of_gradient(result.gradient, gradient, 0) <= 1e-3
     # As a metric beside another objective, the plain form's KL is good to 2e-7 nats.
-    assert error_of_value(result.columns["kl"], kl, 0) <= (1e-6 if case.is_native(form) else 5e-3)
+    assert error_of_value(result.columns["kl"], kl, 0) <= (1e-6 if form is native_rows else 5e-3)
 
 
 def both_log_probs(*logits):
@@ -435,7 +436,7 @@ def test_the_number_of_threads_does_not_change_a_bit_of_the_native_form_and_only
     result = run(form, case.task(0.7), student, teacher, labels)
     torch.set_num_threads(1)
 
-    if case.is_native(form):
+    if form is native_rows:
         assert torch.equal(result.gradient, expected.gradient)
         assert all(torch.equal(result.columns[name], expected.columns[name]) for name in COLUMNS)
     else:
@@ -697,6 +698,42 @@ def test_taid_at_t_1_is_forward_kl(form, student, teacher, t):
     expected = run(form, Case("forward_kl").task(), student, teacher, LABELS)
     assert torch.equal(result.columns["objective"], expected.columns["objective"])
     assert torch.equal(result.gradient, expected.gradient)
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0, torch.tensor(1.0)], ids=repr)
+@pytest.mark.parametrize("mixture", [-5.0, -1.0, 0.0, 3.0])
+@every_kind
+def test_taid_at_the_ends_is_the_same_whatever_the_mixture(form, student, teacher, mixture, t):
+    result = run(form, Case("taid", {"t": t, "mixture": mixture}).task(), student, teacher, LABELS)
+
+    expected = run(form, Case("taid", {"t": t}).task(), student, teacher, LABELS)
+    for name in COLUMNS:
+        assert_close(result.columns[name], expected.columns[name], rtol=1e-6, atol=1e-6), name
+    assert_close(result.gradient, expected.gradient, rtol=1e-6, atol=2e-7)
+    if form is native_rows:
+        assert torch.equal(result.columns["objective"], expected.columns["objective"])
+        assert torch.equal(result.gradient, expected.gradient)
+
+
+@every_kind
+def test_amid_without_a_share_of_the_teacher_is_abkd_bit_for_bit(form, student, teacher):
+    powers = {"alpha": 0.3, "beta": 0.4}
+
+    result = run(form, Case("amid", {"share": 0.0, **powers}).task(), student, teacher, LABELS)
+
+    expected = run(form, Case("abkd", powers).task(), student, teacher, LABELS)
+    assert torch.equal(result.columns["objective"], expected.columns["objective"])
+    assert torch.equal(result.gradient, expected.gradient)
+
+
+@pytest.mark.parametrize(("powers", "name"), [((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")])
+@every_kind
+def test_the_alpha_beta_divergence_of_a_power_of_0_is_a_kl(form, student, teacher, powers, name):
+    result = run(form, Case("abkd", dict(zip(("alpha", "beta"), powers, strict=True))).task(), student, teacher, LABELS)
+
+    expected = run(form, Case(name).task(), student, teacher, LABELS)
+    assert_close(result.columns["objective"], expected.columns["objective"], rtol=2e-6, atol=1e-9)
+    assert_close(result.gradient, expected.gradient, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("skewed", "plain"), [("skew_forward_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")])

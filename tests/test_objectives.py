@@ -1014,8 +1014,9 @@ def test_amid_compares_the_teacher_with_taids_target_at_alpha_1(share):
 
 @pytest.mark.parametrize("mixture", [-1.0, 0.0, 0.5, 3.0])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_target_at_the_ends_is_the_student_or_the_teacher_whatever_the_mixture(share, mixture):
-    logits = random_logits(8, 507)
+@pytest.mark.parametrize("masks", [(False, False), (False, True), (True, False)], ids=str)
+def test_a_target_at_the_ends_is_the_student_or_the_teacher_whatever_the_mixture(masks, share, mixture):
+    logits = [masked(z) if mask else z for z, mask in zip(random_logits(8, 507), masks, strict=True)]
 
     value, gradient = value_and_gradient(partial(taid, t=share, mixture=mixture), *logits)
 

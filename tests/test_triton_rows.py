@@ -34,6 +34,9 @@ PARAMETERS = {
     "adaptive_kl": {"head_mass": 0.5},
     "dkd": {"alpha": 1.0, "beta": 8.0, "temperature": 4.0},
     "ctkd": {"temperature": 3.0},
+    "abkd": {"alpha": 0.2, "beta": 0.7},
+    "amid": {"mixture": 0.5, "share": 0.5, "alpha": 0.2, "beta": 0.7},
+    "mixture_taid": {"t": 0.4, "mixture": -1.0},
     "sft": {},
 }
 every_objective = pytest.mark.parametrize("objective", PARAMETERS)
@@ -70,7 +73,8 @@ class Problem(NamedTuple):
             Finish(f.bias.double() if exact and f.bias is not None else f.bias, f.scale, f.softcap)
             for f in self.finishes
         ]
-        return RowTask.of(objective, kd_ratio, PARAMETERS[objective] | parameters, *finishes)
+        parameters = PARAMETERS[objective] | parameters
+        return RowTask.of(objective.removeprefix("mixture_"), kd_ratio, parameters, *finishes)
 
     def plain(self, *arguments, dtype=torch.float64, **parameters):
         M, K = len(self.student), len(COLUMNS)
@@ -242,7 +246,33 @@ def test_t_of_0_and_1():
     assert_close(problem.kernel("taid", t=1.0).gradient, problem.kernel("forward_kl").gradient, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("objective", "name"), [("taid", "t"), ("ctkd", "temperature")])
+@pytest.mark.parametrize("mixture", [-1.0, 3.0])
+@pytest.mark.parametrize("t", [0.0, 1.0])
+@pytest.mark.parametrize("masks", [(False, False), (False, True), (True, False)], ids=str)
+def test_at_the_ends_every_mixture_is_one(masks, t, mixture):
+    problem = Problem.random(2, 48)
+    mask = torch.zeros(48, device=DEVICE)
+    mask[problem.labels[0] - 1] = -math.inf
+    problem = problem._replace(finishes=tuple(Finish(mask if masked else None) for masked in masks))
+    actual, expected = problem.kernel("mixture_taid", t=t, mixture=mixture), problem.kernel("taid", t=t)
+    assert_close(actual.columns, expected.columns, rtol=1e-6, atol=1e-6)
+    assert_close(actual.gradient, expected.gradient, rtol=0, atol=1e-6)
+
+
+MEANS = [("mixture_taid", {"mixture": m, "t": t}) for m, t in ((0.5, 0.1), (3.0, 0.9), (-5.0, 0.5), (0.9999, 0.4))]
+MEANS += [("amid", {"mixture": m, "share": s}) for m, s in ((1.0, 0.1), (-1.0, 0.9), (3.0, 0.5), (0.9999, 0.4))]
+POWERS = [
+    (name, {"alpha": a, "beta": b}) for name in ("abkd", "amid") for a, b in ((0.0, 0.9), (0.6, 0.0), (1e-3, 2.0))
+]
+
+
+@pytest.mark.parametrize(("objective", "parameters"), MEANS + POWERS, ids=str)
+def test_other_means_and_powers(objective, parameters):
+    problem = Problem.random(4, 252)
+    assert_near(problem.kernel(objective, **parameters), problem.plain(objective, **parameters), problem)
+
+
+@pytest.mark.parametrize(("objective", "name"), [("taid", "t"), ("mixture_taid", "t"), ("ctkd", "temperature")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_what_moves_may_be_a_tensor(objective, name, dtype):
     problem, number = Problem.random(2, 48), PARAMETERS[objective][name]
@@ -258,6 +288,12 @@ def test_no_skew(objective):
         assert_close(a, b, rtol=0, atol=0)
 
 
+def test_no_share():
+    problem = Problem.random(2, 48)
+    for a, b in zip(problem.kernel("amid", share=0.0), problem.kernel("abkd"), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+
+
 @every_objective
 def test_nan_is_not_lost(objective):
     problem = Problem.random(2, 48)
@@ -269,11 +305,13 @@ def test_nan_is_not_lost(objective):
 
 
 COMPILE = """
+import sys
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from taid.kernels.triton_rows import _Gradient, _row_kernel, _Tile
+from taid.kernels.triton_rows import _TO_TARGET, _Gradient, _row_kernel, _Tile
 
 names = _row_kernel.arg_names
 tile = _Tile("*fp32", "i32", "constexpr", "fp32", "constexpr")
@@ -281,7 +319,7 @@ signature = dict.fromkeys(names, "fp32") | {
     "student": tile, "teacher": tile, "gradient": _Gradient("*bf16", "i32"), "labels": "*i64", "columns": "*fp32",
     "t_or_T": "*fp32", "V": "i32", "OBJECTIVE": "constexpr", "TO_TARGET": "constexpr", "BLOCK": "constexpr",
 }
-constants = {"OBJECTIVE": "taid", "TO_TARGET": True, "BLOCK": 2048}
+constants = {"OBJECTIVE": sys.argv[1], "TO_TARGET": sys.argv[1] in _TO_TARGET, "BLOCK": 2048}
 constants |= {(names.index(name), i): None for name in ("student", "teacher") for i in (2, 4)}
 divisible = {(i, j): [["tt.divisibility", 16]] for i in range(3) for j in range(2)}  # pointers and strides, not V
 source = ASTSource(_row_kernel, signature, constants, divisible)
@@ -289,11 +327,22 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_war
 """
 
 
+def compiled(objective, cache):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, objective], env=environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout
+
+
+@pytest.mark.parametrize("objective", ["mixture_taid", "abkd", "amid"])
+def test_what_the_interpreter_takes_the_compiler_takes(objective, tmp_path):
+    # In a loop a name may not change its shape, of which the interpreter knows nothing.
+    assert ".target sm_90" in compiled(objective, tmp_path)
+
+
 def test_loads_are_16_bytes_wide_for_any_vocabulary(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    ptx = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    ptx = compiled("taid", tmp_path)
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 2 * 2 * 2  # sweeps, models, halves of 8 ids a thread
     assert len(re.findall(r"ld\.global\.b", ptx)) == 4  # the label, t and two logits
     assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 1  # 8 gradients

@@ -513,7 +513,8 @@ def alpha_mixture(
         near = torch.log1p(smaller * torch.expm1(-x.clamp(max=1.0)))
         less = torch.where(x <= 1.0, near, torch.logaddexp(larger.log(), smaller.log() - x)) / a
         from_q, from_p = torch.where(p_is_larger, gap + less, less), torch.where(p_is_larger, less, less - gap)
-        log_mean = torch.where(p_is_larger, log_p, log_q) + less
+        # On top of the smaller step: where one side masks an entry, its logarithm only stands in for -inf.
+        log_mean = torch.where(from_q.abs() < from_p.abs(), log_q + from_q, log_p + from_p)
     normaliser = log_mean.logsumexp(-1, keepdim=True)
     return log_mean - normaliser, normaliser - from_q, normaliser - from_p
 

@@ -25,8 +25,7 @@ def row_stage(
     gradient: torch.dtype | None,
 ) -> Tensor:
     """See :func:`taid.kernels.rows.rows`, which defines what is computed."""
-    form = _form(student_MV.device.type) if task.has_kernels else rows
-    return form(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
+    return _form(student_MV.device.type)(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
 
 
 @functools.cache

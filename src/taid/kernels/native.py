@@ -27,7 +27,8 @@ from taid.kernels.rows import COLUMNS, Finish, RowTask, rows
 logger = logging.getLogger(__name__)
 
 _OBJECTIVES = (
-    "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd".split()
+    "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd "
+    "mixture_taid abkd amid".split()
 )  # in the order of rows.c
 _FLAGS = "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 if platform.machine() in ("x86_64", "AMD64"):
@@ -45,6 +46,7 @@ class _CTask(ctypes.Structure):
         ("alpha", ctypes.c_float),
         ("beta", ctypes.c_float),
         ("parameter", ctypes.c_double),
+        ("mixture", ctypes.c_double),
         ("half", ctypes.c_int32),
         ("student", _CFinish),
         ("teacher", _CFinish),
@@ -63,7 +65,7 @@ def native_rows(
     """:func:`taid.kernels.rows.rows` for float32 and bfloat16 tiles on a CPU, by rows.c where that could be built."""
     library = _library()
     tiles = [tile for tile in (student_MV, teacher_MV) if tile is not None]
-    if library is None or not _takes(tiles) or not task.has_kernels:
+    if library is None or not _takes(tiles):
         return rows(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
     assert columns_MK.is_contiguous()
     assert columns_MK.shape[1] == len(COLUMNS)
@@ -73,12 +75,16 @@ def native_rows(
     given, objective = task.parameters, task.objective
     if given.get("skew") == 0.0:
         objective = objective.removeprefix("skew_")
+    if given.get("share") == 0.0:
+        objective = "abkd"
+    if objective == "taid" and given["mixture"] != 1.0 and 0.0 < given["t"] < 1.0:  # at the ends, every mixture is one
+        objective = "mixture_taid"
     other = () if objective == "jsd" else ("alpha", "beta", "mixture")
     main = [float(value) for name, value in given.items() if name not in other]
     labels_M = labels_M.to(torch.int64).contiguous()
     c_task = _CTask(
         _OBJECTIVES.index(objective), task.kd_ratio, given.get("alpha", 0.0), given.get("beta", 0.0), *(main or [0.0]),
-        student_MV.dtype == torch.bfloat16,
+        given.get("mixture", 1.0), student_MV.dtype == torch.bfloat16,
         *(_c_finish(finish, bias) for finish, bias in zip((task.student, task.teacher), biases, strict=True)),
     )  # fmt: skip
     failed = library.taid_rows(

@@ -11,12 +11,15 @@
 #include <string.h>
 
 #define BLOCK 512
-#define SCRATCH(V) (5 * (V) + 7)  // floats: five rows are more than taid's four and seven numbers a block
+#define SCRATCH(V) (5 * (V) + 7)  // floats: amid's five rows, which are more than taid's four and seven numbers a block
 #define LOG_ZERO -1e30f
 #define INLINE static inline __attribute__((always_inline))
 #define FOR_BLOCKS for (long start = 0, end; end = start + BLOCK < V ? start + BLOCK : V, start < V; start += BLOCK)
 
-enum { SFT, TAID, FORWARD_KL, REVERSE_KL, JSD, TVD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, ADAPTIVE_KL, DKD, CTKD };
+enum {
+  SFT, TAID, FORWARD_KL, REVERSE_KL, JSD, TVD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, ADAPTIVE_KL, DKD, CTKD,
+  MIXTURE_TAID, ABKD, AMID  // taid with another mixture than 1; amid where the teacher has a share
+};
 
 // Both structures are mirrored in native.py.
 typedef struct {
@@ -27,8 +30,9 @@ typedef struct {
 typedef struct {
   int32_t objective;
   float share;       // kd_ratio
-  float alpha, beta; // of dkd
-  double parameter;  // t, beta, skew, head_mass, or the temperature
+  float alpha, beta; // of dkd, abkd and amid
+  double parameter;  // t, beta, skew, head_mass, the temperature, or amid's share
+  double mixture;
   int32_t half;      // whether the tiles are bfloat16 and not float
   Finish student, teacher;
 } Task;
@@ -176,6 +180,19 @@ INLINE Norm norm(float top, double sum, double weighted) {
 
 // log normaliser of a less that of b. Rounded first, they would be 5e-7 off, which is the same for all ids and so no noise.
 INLINE float less(Norm a, Norm b) { return a.exact - b.exact; }
+
+// The first place of a value, or 0 where it is nowhere: of NaN, or in a row of NaN.
+INLINE long first(const float *x, long V, float value) {
+  FOR_BLOCKS {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (long v = start; v < end; v++) found |= x[v] == value;
+    if (!found) continue;
+    while (x[start] != value) start++;
+    return start;
+  }
+  return 0;
+}
 
 // The exponentials go to `exps`: what is needed twice is kept, because a load is cheaper.
 INLINE Norm normalise(float *z, long V, float per_T, float *exps) {
@@ -505,15 +522,7 @@ INLINE float head_weight(const float *z_q, const float *z_p, long V, Norm nq, No
 INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Norm np, double s, float share, Columns *out) {
   const float w_head = objective == ADAPTIVE_KL ? head_weight(z_q, z_p, V, nq, np, s) : 0.0f;
   const float offset = less(nq, np);
-  long likeliest = 0;
-  FOR_BLOCKS {
-    int found = 0;
-#pragma omp simd reduction(| : found)
-    for (long v = start; v < end; v++) found |= z_q[v] == nq.top;
-    if (!found) continue;
-    for (likeliest = start; z_q[likeliest] != nq.top;) likeliest++;
-    break;
-  }
+  const long likeliest = first(z_q, V, nq.top);
   const float w_top = at(z_p, likeliest) - np.top, d_top = -w_top - offset;
   float unused;
   const float x_top = derivative(objective, s, d_top, pair(-nq.log_normaliser, w_top - np.log_normaliser, d_top), &unused);
@@ -541,6 +550,142 @@ INLINE void jacobian(int objective, float *z_q, float *z_p, long V, Norm nq, Nor
   const float per_q = (1 - share) - share * (1 - w_head) * (float)mean_x;
 #pragma omp simd
   for (long v = 0; v < V; v++) z_q[v] = share * z_q[v] + per_q * z_p[v];
+}
+
+// --- the alpha-mixture and the alpha-beta divergence: taid with a mixture, abkd, amid --------------------------------
+
+// Logits of amid's mean of p and q go over z_q, their exponentials to `exps`. Those logits are log mean - log q on top of q's
+// own, so a normaliser as near to q's as p is. What is there of the others receives log mean - log q, log mean - log p, and
+// the student's part in the mean's power a.
+INLINE Norm alpha_mixture(
+    float *z_q, const float *z_p, long V, Norm nq, Norm np, double mixture, double share, float *exps, float *from_q,
+    float *from_p, float *of_student
+) {
+  // Near is the one with the larger share, in units of whose power a the mean's is 1 + s (e^y - 1): there, nothing cancels.
+  const int q_near = share < 0.5;
+  const float a = (1 - mixture) / 2, per_a = 1 / a, s = q_near ? share : 1 - share, to_teacher = less(np, nq);
+  const float if_near = q_near ? 1 - s : 0, if_other = q_near ? 0 : s;
+#pragma omp simd
+  for (long v = 0; v < V; v++) {
+    const float x = z_q[v] - nq.top, w = z_p[v] - np.top, gap = w - x - to_teacher;  // log p - log q
+    const float to_other = q_near ? gap : -gap, y = a * to_other;
+    const int far = y > 1.0f;  // e^y may overflow: in units of the other one's power, the mean's is s + (1 - s) e^-y
+    const Exp e = exponential(far ? -y : y);
+    const float change = s * e.expm1, mean = far ? s + (1 - s) * e.exp : 1.0f + change;
+    const float log_mean = log_(mean, far ? 0.0f : change - (mean - 1.0f)) * per_a;
+    const float from_near = far ? to_other + log_mean : a == 0.0f ? s * to_other : log_mean;
+    const float from_other = far ? log_mean : from_near - to_other;
+    const float log_ratio_q = q_near ? from_near : from_other, log_ratio_p = q_near ? from_other : from_near;
+    // On top of the smaller step: of a masked id, only the other one's logit is a number to count with.
+    z_q[v] = __builtin_fabsf(log_ratio_q) < __builtin_fabsf(log_ratio_p) ? x + log_ratio_q : w - to_teacher + log_ratio_p;
+    if (from_q) from_q[v] = log_ratio_q;
+    if (from_p) from_p[v] = log_ratio_p;
+    if (of_student) of_student[v] = (if_near * (far ? e.exp : 1.0f) + if_other * (far ? 1.0f : e.exp)) / mean;
+  }
+  return normalise(z_q, V, 1, exps);
+}
+
+INLINE void mixture_taid(
+    float *z_q, float *z_p, long V, Norm nq, Norm np, double mixture, double t, float share, float *exps, Columns *out
+) {
+  float *from_q = exps + V, *exps_t = exps + 2 * V;
+  out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);
+  const Norm nt = alpha_mixture(z_q, z_p, V, nq, np, mixture, t, exps_t, from_q, NULL, NULL);
+  const float to_target = nt.top + less(nt, nq);
+  double objective = 0;
+  FOR_BLOCKS {
+    float o = 0;
+#pragma omp simd reduction(+ : o)
+    for (long v = start; v < end; v++) {
+      const float q = exps[v] * nq.per_sum;
+      const Gap r = gap(q, exps_t[v] * nt.per_sum, to_target - from_q[v]);
+      o += r.kl;
+      z_q[v] = share * r.difference + (1 - share) * q;
+    }
+    objective += o;
+  }
+  out->objective = objective;
+  out->target_cross_entropy = objective + (nt.log_normaliser - nt.mean);
+}
+
+typedef struct {
+  float exp, expm1, per, less;  // e^ux, e^ux - 1; the latter and e^ux - 1 - ux over u, for u = 0 in the limit
+} Power;
+
+INLINE Power power(float u, float x) {
+  const Exp e = exponential(u * x);
+  const float per_u = 1.0f / u;
+  return (Power){e.exp, e.expm1, u == 0.0f ? x : e.expm1 * per_u, u == 0.0f ? 0.0f : e.expm1_minus_x * per_u};
+}
+
+typedef struct {
+  float loss, slope;  // a term of the divergence of p from r, and its derivative on log r
+} Term;
+
+// Of log r, log p and d = log p - log r: the larger one's power alpha + beta times a function of -|d|. Where that is p, it is
+// the function for powers exchanged, because the divergence of p from r is then that of r from p.
+INLINE Term alpha_beta(float log_r, float log_p, float d, float alpha, float beta) {
+  const int p_larger = d > 0;
+  const float x = p_larger ? -d : d, larger = exp_((alpha + beta) * (p_larger ? log_p : log_r)), per_both = 1 / (alpha + beta);
+  const Power a = power(alpha, x), b = power(beta, x);
+  // Both are the same: the first has no terms of first order in d, the second none that grows with it.
+  const float near = (p_larger ? a.less - b.less : b.less - a.less) + (p_larger ? b.expm1 * a.per : a.expm1 * b.per);
+  const float far = p_larger ? b.exp * a.per - b.per : a.exp * b.per - a.per;
+  const float loss = larger * (x * max_(alpha, beta) > -1.0f ? near : far) * per_both;
+  return (Term){loss, larger * (p_larger ? b.exp * a.per : -a.per)};
+}
+
+// Writes slopes on log r over the logits of r; returns the divergence. log p - log r is `offset` more than the difference of
+// their logits, or, where they are known to more digits, `offset` less `from_p`.
+INLINE double slopes(
+    float *z_r, const float *z_p, long V, Norm nr, Norm np, const float *from_p, float offset, float alpha, float beta
+) {
+  double loss = 0;
+  FOR_BLOCKS {
+    float f = 0;
+#pragma omp simd reduction(+ : f)
+    for (long v = start; v < end; v++) {
+      const float x = z_r[v] - nr.top, w = z_p[v] - np.top, d = offset + (from_p ? -from_p[v] : w - x);
+      const Term term = alpha_beta(x - nr.log_normaliser, w - np.log_normaliser, d, alpha, beta);
+      f += term.loss;
+      z_r[v] = term.slope;
+    }
+    loss += f;
+  }
+  return loss;
+}
+
+// From slopes on log q to those on its logits, slope - q sum slope, the first step: a multiple of q off the slopes that makes
+// the likeliest id's 0. That changes nothing, but without it the two cancel where q is nearly 1 there. Returns what is left
+// to take off, a multiple of q's exponentials.
+INLINE float centre(float *slope, const float *exps, long V, Norm n) {
+  const float of_likeliest = slope[first(exps, V, 1.0f)];
+  double sum = 0;
+  FOR_BLOCKS {
+    float s = 0;
+#pragma omp simd reduction(+ : s)
+    for (long v = start; v < end; v++) s += slope[v] -= of_likeliest * exps[v];
+    sum += s;
+  }
+  return sum * n.per_sum;
+}
+
+INLINE void amid(
+    int mixes, float *z_q, float *z_p, long V, Norm nq, Norm np, const Task *task, float share, float *exps, Columns *out
+) {
+  out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);
+  if (mixes) {
+    float *from_p = exps + V, *exps_r = exps + 2 * V, *of_student = exps + 3 * V;
+    const Norm nr = alpha_mixture(z_q, z_p, V, nq, np, task->mixture, task->parameter, exps_r, NULL, from_p, of_student);
+    out->objective = slopes(z_q, z_p, V, nr, np, from_p, nr.top + less(nr, nq), task->alpha, task->beta);
+    const float mean = centre(z_q, exps_r, V, nr);
+#pragma omp simd
+    for (long v = 0; v < V; v++) z_q[v] = of_student[v] * (z_q[v] - mean * exps_r[v]);
+  } else
+    out->objective = slopes(z_q, z_p, V, nq, np, NULL, less(nq, np), task->alpha, task->beta);
+  const float mean = centre(z_q, exps, V, nq), per_exp = (1 - share) * nq.per_sum - share * mean;
+#pragma omp simd
+  for (long v = 0; v < V; v++) z_q[v] = share * z_q[v] + per_exp * exps[v];
 }
 
 // --- a row ------------------------------------------------------------------------------------------------------------
@@ -583,6 +728,9 @@ static void row(void *student, void *teacher, long V, long y, const Task *task, 
     case SKEW_REVERSE_KL: jacobian(SKEW_REVERSE_KL, z_q, z_p, V, nq, np, a, share, out); break;
     case ADAPTIVE_KL: jacobian(ADAPTIVE_KL, z_q, z_p, V, nq, np, a, share, out); break;
     case CTKD: ctkd(z_q, z_p, V, nq, np, a, share, exps, out); break;
+    case MIXTURE_TAID: mixture_taid(z_q, z_p, V, nq, np, task->mixture, a, share, exps, out); break;
+    case ABKD: amid(0, z_q, z_p, V, nq, np, task, share, exps, out); break;
+    case AMID: amid(1, z_q, z_p, V, nq, np, task, share, exps, out); break;
     case DKD: dkd(z_q, z_p, V, y, nq, np, a, task->alpha, task->beta, share, exps, out); break;
     default:  // the gradient is q, and nothing of the teacher may reach it: 0 times NaN is NaN
       if (z_p) out->kl = kl_to_teacher(z_q, z_p, V, nq, np, exps);

@@ -105,11 +105,6 @@ class RowTask:
     student: Finish
     teacher: Finish
 
-    @property
-    def has_kernels(self) -> bool:
-        """Whether rows.c and triton_rows compute it too."""
-        return self.objective not in ("abkd", "amid") and self.parameters.get("mixture", 1.0) == 1.0
-
     @classmethod
     def of(
         cls, objective: str, kd_ratio: float, parameters: dict[str, Any], student: Finish, teacher: Finish

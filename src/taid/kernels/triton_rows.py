@@ -1,14 +1,16 @@
 """The row stage of the fused loss as one Triton kernel; :mod:`taid.kernels.rows` states the closed forms.
 
-A program takes one row and sweeps it two or three times, a block of ids at a time:
+A program takes one row and sweeps it two to five times, a block of ids at a time:
 
-1. maxima and sums of every distribution that the objective needs: :func:`_normalise`;
+1. maxima and sums of every distribution that the objective needs: :func:`_normalise`, and for a mean of p and q, whose
+   logits are made of both normalisers, a sweep of its own: :func:`_mixture`;
 2. the statistics, and the gradient too where it is ``q - target``: :func:`_to_target`;
-3. any other gradient, ``J(x) = q (x - sum q x)``, after the mean of x: :func:`_jacobian`.
+3. any other gradient, ``J(x) = q (x - sum q x)``, after the mean of x: :func:`_jacobian`, and :func:`_divergence`, in
+   which amid has two such means one after the other.
 
 Each sweep computes q, p and x anew from 8 bytes of logits an id: to keep two of them for the next would take 8 bytes
-more to write. So an id costs 18 bytes of traffic with a half-precision gradient, 26 with a third sweep, 62 in
-adaptive_kl, and less as far as the row is still in the cache when it is read again.
+more to write. So an id costs 18 bytes of traffic with a half-precision gradient, 26 with a third sweep, 42 in amid, 62
+in adaptive_kl, and less as far as the row is still in the cache when it is read again.
 
 Compiled in are the objective, the block, and whether there are a teacher, biases, caps and a gradient. All numbers are
 arguments and the number of rows is only the grid, so one kernel serves a whole run.
@@ -33,7 +35,7 @@ from taid.kernels.rows import COLUMNS, LOG_ZERO, Finish, RowTask
 _BLOCK, _WARPS = 2048, 8
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
-_TO_TARGET = ("sft", "taid", "forward_kl", "dkd", "ctkd")
+_TO_TARGET = ("sft", "taid", "mixture_taid", "forward_kl", "dkd", "ctkd")
 
 
 class _Tile(NamedTuple):
@@ -73,7 +75,11 @@ def rows(
     objective, given = task.objective if task.kd_ratio > 0 else "sft", task.parameters
     if given.get("skew") == 0.0:
         objective = objective.removeprefix("skew_")
-    t_or_T = given.get("t", given.get("temperature", 1.0))
+    if given.get("share") == 0.0:
+        objective = "abkd"
+    if objective == "taid" and given["mixture"] != 1.0:
+        objective = "mixture_taid"
+    t_or_T = given.get("t", given.get("temperature", given.get("share", 1.0)))
     if not isinstance(t_or_T, Tensor):  # a tensor is read by the kernel: to read it here would wait for the device
         t_or_T = torch.full((), t_or_T, dtype=torch.float32, device=student_MV.device)
     with torch.cuda.device_of(student_MV):
@@ -83,6 +89,7 @@ def rows(
             _Gradient(None if gradient is None else gradient_MV, gradient_MV.stride(0)),
             labels_M, columns_MK, t_or_T, V, float(task.kd_ratio),
             *(float(given.get(name, 0.0)) for name in ("alpha", "beta", "skew", "head_mass")),
+            (1.0 - given.get("mixture", 1.0)) / 2,
             OBJECTIVE=objective, TO_TARGET=objective in _TO_TARGET,
             BLOCK=min(_BLOCK, triton.next_power_of_2(V)), num_warps=_WARPS,
         )  # fmt: skip
@@ -103,7 +110,7 @@ def _tile(tile_MV: Tensor | None, finish: Finish) -> _Tile:
 # Where a chunk of the labels begins in memory must not make another kernel.
 @triton.jit(do_not_specialize_on_alignment=["labels", "t_or_T"])
 def _row_kernel(
-    student, teacher, gradient, labels, columns, t_or_T, V, kd_ratio, alpha, beta, skew, head_mass,
+    student, teacher, gradient, labels, columns, t_or_T, V, kd_ratio, alpha, beta, skew, head_mass, power,
     OBJECTIVE: tl.constexpr, TO_TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row * stride may not fit 32 bits
@@ -122,8 +129,14 @@ def _row_kernel(
     target_cross_entropy, temperature_gradient = 0.0, 0.0
     if TO_TARGET:
         objective, kl, mean_z, target_cross_entropy, temperature_gradient = _to_target(
-            student, teacher, gradient, row, label, models, others, t_or_T, alpha, beta, kd_ratio, V, OBJECTIVE, BLOCK
-        )
+            student, teacher, gradient, row, label, models, others, t_or_T, alpha, beta, power, kd_ratio, V,
+            OBJECTIVE, BLOCK,
+        )  # fmt: skip
+    elif OBJECTIVE == "abkd" or OBJECTIVE == "amid":
+        objective, kl, mean_z = _divergence(
+            student, teacher, gradient, row, label, models, p_of_likeliest, alpha, beta, power, t_or_T, kd_ratio, V,
+            OBJECTIVE, BLOCK,
+        )  # fmt: skip
     else:
         objective, kl, mean_z = _jacobian(
             student, teacher, gradient, row, label, models, p_of_likeliest, beta, skew, head_mass, kd_ratio, V,
@@ -184,13 +197,15 @@ def _normalise(
 
 @triton.jit
 def _to_target(
-    student, teacher, gradient, row, label, models, others, t_or_T, alpha, beta, kd_ratio, V,
+    student, teacher, gradient, row, label, models, others, t_or_T, alpha, beta, power, kd_ratio, V,
     OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sweep of objectives with the gradient ``q - target``, and of the labels alone."""
     top_q, total_q, top_p, total_p = models
     top_a, total_a, top_b, total_b = others
     t, T = t_or_T, t_or_T
+    if OBJECTIVE == "mixture_taid":
+        top_a, total_a, _from_p = _mixture(student, teacher, row, models, power, t, V, BLOCK)
     if OBJECTIVE == "dkd":
         difference_y, label_part = _label_part(
             (_logits(student, row, label, V) - top_a) / T - tl.log(total_a),
@@ -219,6 +234,11 @@ def _to_target(
         if OBJECTIVE == "taid":
             _, p_t = _softmax((1 - t) * z_q + t * z_p, top_a, total_a)
             d_t = t * (z_q - z_p) + (top_a + tl.log(total_a / total_q))
+        if OBJECTIVE == "mixture_taid":
+            z_t, from_q, _, _ = _mean(z_q, z_p, tl.log(total_q / total_p), power, t)
+            _, p_t = _softmax(z_t, top_a, total_a)
+            d_t = top_a + tl.log(total_a / total_q) - from_q
+        if OBJECTIVE == "taid" or OBJECTIVE == "mixture_taid":
             g, terms, _ = _compare(q, p_t, d_t)
             objective += terms
             mean_t += p_t * z_q
@@ -243,7 +263,7 @@ def _to_target(
     loss = tl.sum(objective)
     kl = loss if OBJECTIVE == "forward_kl" else tl.sum(kl)
     target_cross_entropy, temperature_gradient = 0.0, 0.0
-    if OBJECTIVE == "taid":
+    if OBJECTIVE == "taid" or OBJECTIVE == "mixture_taid":
         target_cross_entropy = tl.log(total_q) - tl.sum(mean_t)
     if OBJECTIVE == "dkd":
         loss = T * T * (alpha * label_part + beta * loss)
@@ -299,6 +319,160 @@ def _jacobian(
                 g = w_head * difference + (1 - w_head) * g
             _store(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
     return loss, kl, tl.sum(mean_z)
+
+
+@triton.jit
+def _divergence(
+    student, teacher, gradient, row, label, models, p_of_likeliest, alpha, beta, power, share, kd_ratio, V,
+    OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sweeps of abkd and amid, in which the divergence is between p and r: q itself, or the mean of both.
+
+    From slopes on the log of a softmax to those on its logits, the slope of the likeliest id is made 0 by a multiple of
+    the softmax, without which ``slope - q sum slope`` cancels where q is nearly 1 there. What is of that id alone has a
+    name in 1, because a name keeps its shape.
+    """
+    top_q, total_q, top_p, total_p = models
+    mixture = 0.0, 1.0
+    of_likeliest_r, mean_r = 0.0, 0.0
+    if OBJECTIVE == "amid":
+        top_r, total_r, from_p_of_likeliest = _mixture(student, teacher, row, models, power, share, V, BLOCK)
+        mixture = top_r, total_r
+        d_1 = top_r + tl.log(total_r / total_q) - from_p_of_likeliest
+        _terms_1, slope_1 = _alpha_beta(-tl.log(total_r), d_1 - tl.log(total_r), d_1, alpha, beta)
+        of_likeliest_r = slope_1 * total_r
+
+    zero = tl.zeros([BLOCK], tl.float32)
+    objective, kl, mean_z, sum_r, sum_q = zero, zero, zero, zero, zero
+    if OBJECTIVE == "abkd":
+        _terms_1, slope_1, r_1, of_student_1 = _slopes(
+            0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
+        )
+        of_likeliest_q = slope_1 * total_q
+    for start in range(0, V, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        z_q, q = _softmax(_logits(student, row, ids, V), top_q, total_q)
+        z_p, p = _softmax(_logits(teacher, row, ids, V), top_p, total_p)
+        terms, slope, r, _ = _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
+        objective += terms
+        _, forward, _ = _compare(q, p, z_q - z_p - tl.log(total_q / total_p))
+        kl += forward
+        mean_z += q * z_q
+        if OBJECTIVE == "amid":
+            sum_r += slope - of_likeliest_r * r
+        else:
+            sum_q += slope - of_likeliest_q * q
+
+    if gradient.products is not None:
+        if OBJECTIVE == "amid":
+            mean_r = tl.sum(sum_r)
+            _terms_1, slope_1, r_1, of_student_1 = _slopes(
+                0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
+            )
+            of_likeliest_q = of_student_1 * (slope_1 - of_likeliest_r * r_1 - mean_r * r_1) * total_q
+            for start in range(0, V, BLOCK):
+                ids = start + tl.arange(0, BLOCK)
+                z_q, q = _softmax(_logits(student, row, ids, V), top_q, total_q)
+                z_p = _logits(teacher, row, ids, V) - top_p
+                _, slope, r, of_student = _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
+                sum_q += of_student * (slope - of_likeliest_r * r - mean_r * r) - of_likeliest_q * q
+        mean_q = tl.sum(sum_q)
+        for start in range(0, V, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            logits_q = _logits(student, row, ids, V)
+            z_q, q = _softmax(logits_q, top_q, total_q)
+            z_p = _logits(teacher, row, ids, V) - top_p
+            _, slope, r, of_student = _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
+            if OBJECTIVE == "amid":
+                slope = of_student * (slope - of_likeliest_r * r - mean_r * r)
+            g = slope - of_likeliest_q * q - mean_q * q
+            _store(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
+    return tl.sum(objective), tl.sum(kl), tl.sum(mean_z)
+
+
+@triton.jit
+def _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE: tl.constexpr):
+    """Terms of the divergence of p from r, the slopes on log r, r itself, and the student's part in it."""
+    _, total_q, _, total_p = models
+    top_r, total_r = mixture
+    if OBJECTIVE == "amid":
+        z_r, _, from_p, of_student = _mean(z_q, z_p, tl.log(total_q / total_p), power, share)
+        z_r -= top_r
+        d = top_r + tl.log(total_r / total_q) - from_p
+    else:
+        z_r, total_r, d, of_student = z_q, total_q, z_p - z_q + tl.log(total_q / total_p), 1.0
+    terms, slope = _alpha_beta(z_r - tl.log(total_r), z_p - tl.log(total_p), d, alpha, beta)
+    return terms, slope, tl.exp(z_r) * (1 / total_r), of_student
+
+
+@triton.jit
+def _mixture(student, teacher, row, models, power, share, V, BLOCK: tl.constexpr):
+    """Maximum and sum of the mean's logits, and how far its likeliest id lies above log p."""
+    top_q, total_q, top_p, total_p = models
+    lowest = tl.full([BLOCK], _LOG_ZERO, tl.float32)
+    top, total, from_p_of_likeliest = lowest, tl.zeros([BLOCK], tl.float32), lowest
+    for start in range(0, V, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        z_q, z_p = _logits(student, row, ids, V) - top_q, _logits(teacher, row, ids, V) - top_p
+        z_r, _, from_p, _ = _mean(z_q, z_p, tl.log(total_q / total_p), power, share)
+        z_r = tl.where(
+            z_r > _LOG_ZERO, z_r, _LOG_ZERO
+        )  # one NaN makes all of a row NaN, by q or p; no need for it here
+        from_p_of_likeliest = tl.where(z_r > top, from_p, from_p_of_likeliest)
+        top, total = _take_in(z_r, top, total, 1.0)
+    from_p_of_likeliest = tl.max(tl.where(top == tl.max(top), from_p_of_likeliest, lowest))
+    top, total = _meet(top, total, 1.0)
+    return top, total, from_p_of_likeliest
+
+
+@triton.jit
+def _mean(z_q, z_p, log_ratio, power, share):
+    """amid's mean of q and p, from `log_ratio`, the log of the student's normaliser less that of the teacher's.
+
+    Its logits, which lie above log mean as the student's lie above log q; log mean - log q and log mean - log p; and
+    the student's part in it. Near is the one with the larger share, in units of whose power the mean's is
+    ``1 + s (exp(y) - 1)``: there, nothing cancels.
+    """
+    gap, q_near = z_p - z_q + log_ratio, share < 0.5
+    s, to_other = tl.where(q_near, share, 1 - share), tl.where(q_near, gap, -gap)
+    y = power * to_other
+    far = tl.where(s > 0, y, 0.0) > 0.5  # in units of the other one's power, the mean's is s + (1 - s) exp(-y)
+    exp, expm1, _ = _exponential(tl.where(far, -y, tl.minimum(y, 0.5)))
+    change = s * expm1
+    mean = tl.where(far, s + (1 - s) * exp, 1 + change)
+    log_mean = tl.where(far, tl.log(mean), _log1p(change)) / tl.where(power == 0, 1.0, power)
+    from_near = tl.where(far, to_other + log_mean, tl.where(power == 0, s * to_other, log_mean))
+    from_other = tl.where(far, log_mean, from_near - to_other)
+    from_q, from_p = tl.where(q_near, from_near, from_other), tl.where(q_near, from_other, from_near)
+    # On top of the smaller step: of a masked id, only the other one's logit is a number to count with.
+    z_mean = tl.where(tl.abs(from_q) < tl.abs(from_p), z_q + from_q, z_p + log_ratio + from_p)
+    near_part, other_part = (1 - s) * tl.where(far, exp, 1.0), s * tl.where(far, 1.0, exp)
+    return z_mean, from_q, from_p, tl.where(q_near, near_part, other_part) / mean
+
+
+@triton.jit
+def _alpha_beta(log_r, log_p, d, alpha, beta):
+    """Terms of the divergence of p from r, none negative, and their slopes on log r, from ``d = log p - log r``.
+
+    The larger one's power alpha + beta times functions of -abs(d). Where that is p, they are those of exchanged powers,
+    as the divergence of p from r is then that of r from p. `near` has no terms of first order, `far` none that grow.
+    """
+    p_larger, x = d > 0, -tl.abs(d)
+    larger = tl.exp((alpha + beta) * tl.where(p_larger, log_p, log_r))
+    exp_a, expm1_a, per_a, less_a = _power(x, alpha)
+    exp_b, expm1_b, per_b, less_b = _power(x, beta)
+    near = tl.where(p_larger, less_a - less_b + expm1_b * per_a, less_b - less_a + expm1_a * per_b)
+    far = tl.where(p_larger, exp_b * per_a - per_b, exp_a * per_b - per_a)
+    terms = larger * tl.where(x * tl.maximum(alpha, beta) > -1.0, near, far) / (alpha + beta)
+    return terms, larger * tl.where(p_larger, exp_b * per_a, -per_a)
+
+
+@triton.jit
+def _power(x, u):
+    """exp(u x), exp(u x) - 1; the latter and exp(u x) - 1 - u x over u, for u = 0 in the limit."""
+    exp, expm1, rest = _exponential(u * x)
+    divisor = tl.where(u == 0, 1.0, u)
+    return exp, expm1, tl.where(u == 0, x, expm1 / divisor), rest / divisor
 
 
 @triton.jit
@@ -458,7 +632,7 @@ def _below_head(teacher, row, top_p, total_p, head_mass, V, BLOCK: tl.constexpr)
 
 @triton.jit
 def _exponential(x):
-    """exp(x), exp(x) - 1 and exp(x) - 1 - x for x <= 0."""
+    """exp(x), exp(x) - 1 and exp(x) - 1 - x for x <= 0.5."""
     y = tl.maximum(x, -0.5)
     series = 1 / 720 + y * (1 / 5040 + y * (1 / 40320 + y * (1 / 362880)))
     series = y * y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * series))))
