@@ -36,7 +36,7 @@ RECIPE = {
     "per_device_train_batch_size": 4, "per_device_eval_batch_size": 32, "num_train_epochs": 1, "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine", "max_length": 256, "taid_alpha": "auto", "bf16": False, "logging_steps": 16,
     "activation_checkpointing": False, "eval_strategy": "steps", "eval_steps": 64, "save_strategy": "no",
-    "report_to": "none", "use_cpu": True,
+    "report_to": "none", "use_cpu": True, "sampling_max_new_tokens": 64,
 }  # fmt: skip
 EVERY = (
     "sft,forward_kl,reverse_kl,jsd,tvd,skew_forward_kl,skew_reverse_kl,adaptive_kl,dkd,ctkd,abkd,amid,taid,taid_linear"
@@ -75,7 +75,16 @@ def instructions(out: Path, options: argparse.Namespace) -> tuple[dict[str, Any]
             recipe | {"objective": "sft", "learning_rate": 3e-3, "per_device_train_batch_size": 16},
         )
         taid("train", "--config", out / "teacher.yaml", "--output_dir", teacher, "--overwrite_output_dir")
-    more = ["--objectives", EVERY, "--learning_rates", RATES, "--seeds", "5", "--generate", "64"]
+    more = [
+        "--objectives",
+        f"{EVERY},gkd,distillm,taid_sampled",
+        "--learning_rates",
+        RATES,
+        "--seeds",
+        "5",
+        "--generate",
+        "32",
+    ]
     return models(options.student, teacher), more
 
 
