@@ -260,18 +260,20 @@ def test_in_float32_value_and_gradient_are_within_2e_6_of_float64_on_odd_shapes(
         Case("taid", {"t": 0.999, "mixture": 3.0}),
         Case("abkd", {"alpha": 1e-3, "beta": 0.7}),
         Case("abkd", {"alpha": 0.7, "beta": 1e-3}),
+        Case("abkd", {"alpha": 1e-3, "beta": 1e-3}),
         Case("amid", {"mixture": 1.0 - 1e-3, "share": 1e-3, "alpha": 0.2, "beta": 0.7}),
     ],
     ids=str,
 )
-def test_a_small_share_or_power_costs_the_plain_form_digits_and_the_native_one_none(form, case):
+def test_a_small_share_costs_the_plain_form_digits_and_a_small_power_none(form, case):
     student, teacher = random_logits(7, 507)
     labels = labels_for(student)
 
     result = run(form, case.task(), student, teacher, labels)
 
     value, gradient = truth(case, student, teacher, labels)
-    bound = 2e-6 if form is native_rows else 1e-7 / 1e-3
+    is_exact = form is native_rows or case.objective == "abkd"
+    bound = 2e-6 if is_exact else 1e-7 / 1e-3
     assert error_of_value(result.columns["objective"], value, 1e-3) <= bound
     assert error_of_gradient(result.gradient, gradient) <= bound
 

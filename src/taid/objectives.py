@@ -230,7 +230,7 @@ def abkd(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.2, 
     """
     _check_powers(alpha, beta)
     log_q, log_p = _log_probs_pair(student_logits, teacher_logits)
-    return ab_divergence(log_p, log_q, _log_ratio(teacher_logits, student_logits), alpha, beta)
+    return _with_slope(ab_divergence(log_p, log_q, _log_ratio(teacher_logits, student_logits), alpha, beta), log_q)
 
 
 def amid(
@@ -276,7 +276,7 @@ def amid(
     if share == 0.0:
         return abkd(student_logits, teacher_logits, alpha=alpha, beta=beta)
     log_r, _, log_ratio = _mixture_of_logits(student_logits, teacher_logits, mixture, share)
-    return ab_divergence(_log_probs(teacher_logits.detach()), log_r, log_ratio.detach(), alpha, beta)
+    return _with_slope(ab_divergence(_log_probs(teacher_logits.detach()), log_r, log_ratio, alpha, beta), log_r)
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, head_mass: float = 0.5) -> Tensor:
@@ -468,32 +468,40 @@ def _kl(log_a: Tensor, log_b: Tensor, exact_difference: Tensor | None = None) ->
     return terms.sum(-1)
 
 
-def ab_divergence(log_p: Tensor, log_r: Tensor, exact_difference: Tensor, alpha: float, beta: float) -> Tensor:
-    """:func:`abkd` of p and r, with :math:`d = log p - log r` known to more digits than their difference keeps.
+@torch.no_grad()
+def ab_divergence(log_p: Tensor, log_r: Tensor, difference: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """:func:`abkd` of p and r ``[..., V]``, ``[...]``, and its derivatives on ``log r``, ``[..., V]``.
 
-    Near each other: ``r^(alpha + beta) (h(alpha + beta) - h(alpha)) / beta`` with ``h(x) = (exp(x d) - 1) / x``, from
-    which d is taken off, as in "Rounding" above; terms are never negative.
+    `difference` is ``d = log p - log r``, known to more digits than theirs keeps. A term is the larger one's power
+    alpha + beta times a function of ``x = -|d|``, in which nothing overflows. Where that is p, the powers are
+    exchanged, because the divergence of p from r is that of r from p with them exchanged. With ``h(u) = (exp(u x) - 1)
+    / u``, x for u = 0, the function is ``(exp(alpha x) h(beta) - h(alpha)) / (alpha + beta)``; near each other, both h
+    have x taken off, as in "Rounding" above. Terms are never negative.
     """
-    both, difference, small = alpha + beta, log_p - log_r, 0.25 if log_p.dtype == torch.float32 else 0.005
-    difference = exact_difference + (difference - difference.detach())
-    d = difference.clamp(-1.0, 1.0)
+    x, p_is_larger, small = -difference.abs(), difference > 0, 0.25 if log_p.dtype == torch.float32 else 0.005
 
-    def less_linear(power: float) -> Tensor:  # exp(y) - 1 - y, by its series where the difference would cancel
-        y = power * d
+    def power(u: float) -> tuple[Tensor, Tensor, Tensor]:  # u x; h(u); h(u) - x
+        y = u * x
+        if u == 0.0:
+            return y, x, y
         series = y * y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6))))
-        return torch.where(y.abs() < small, series, torch.expm1(y) - y)
+        return y, torch.expm1(y) / u, torch.where(y > -small, series, torch.expm1(y) - y) / u
 
-    if alpha == 0.0:
-        near = less_linear(beta) / beta**2
-        far = ((beta * log_r).exp() * (-beta * difference - 1) + (beta * log_p).exp()) / beta**2
-    elif beta == 0.0:
-        near = (alpha * d * torch.expm1(alpha * d) - less_linear(alpha)) / alpha**2
-        far = ((alpha * log_p).exp() * (alpha * difference - 1) + (alpha * log_r).exp()) / alpha**2
-    else:
-        near = (less_linear(both) / both - less_linear(alpha) / alpha) / beta
-        product = (alpha * log_p + beta * log_r).exp()
-        far = (alpha * (both * log_p).exp() + beta * (both * log_r).exp() - both * product) / (alpha * beta * both)
-    return torch.where(difference.abs() <= 1.0, (both * log_r).exp() * near, far).sum(-1)
+    def exchanged(of_alpha: Tensor, of_beta: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(p_is_larger, of_beta, of_alpha), torch.where(p_is_larger, of_alpha, of_beta)
+
+    (y, _), (h_a, h_b), (less_a, less_b) = map(exchanged, power(alpha), power(beta))
+    h_b_then = y.exp() * h_b
+    is_near = x * max(alpha, beta) > -1.0
+    terms = torch.where(is_near, less_b - less_a + torch.expm1(y) * h_b, h_b_then - h_a)
+    larger = ((alpha + beta) * torch.maximum(log_p, log_r)).exp()
+    return (larger * terms).sum(-1) / (alpha + beta), larger * torch.where(p_is_larger, h_b_then, -h_a)
+
+
+def _with_slope(value_and_slope: tuple[Tensor, Tensor], log_r: Tensor) -> Tensor:
+    """The value ``[...]``, with that derivative on ``log r``."""
+    value, slope = value_and_slope
+    return value + (slope * (log_r - log_r.detach())).sum(-1)
 
 
 def alpha_mixture(

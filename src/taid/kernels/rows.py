@@ -328,8 +328,9 @@ def _adaptive_kl(row: _Row, head_mass: float) -> _Gradient:
 
 def _abkd(row: _Row, alpha: float, beta: float) -> _Gradient:
     (log_q, log_p), gap = row.log_probs(), row.d.neg()
-    row.columns["objective"].copy_(objectives.ab_divergence(log_p, log_q, gap, alpha, beta))
-    return _through_softmax(_ab_slope(log_p, log_q, gap, alpha, beta), row.q)
+    value, slope = objectives.ab_divergence(log_p, log_q, gap, alpha, beta)
+    row.columns["objective"].copy_(value)
+    return _through_softmax(slope, row.q)
 
 
 def _amid(row: _Row, mixture: float, share: float, alpha: float, beta: float) -> _Gradient:
@@ -337,20 +338,11 @@ def _amid(row: _Row, mixture: float, share: float, alpha: float, beta: float) ->
         return _abkd(row, alpha, beta)
     (log_q, log_p), gap = row.log_probs(), row.d.neg()
     log_r, _, from_r = objectives.alpha_mixture(log_q, log_p, gap, mixture, share)
-    row.columns["objective"].copy_(objectives.ab_divergence(log_p, log_r, from_r, alpha, beta))
-    slope = _ab_slope(log_p, log_r, from_r, alpha, beta)
+    value, slope = objectives.ab_divergence(log_p, log_r, from_r, alpha, beta)
+    row.columns["objective"].copy_(value)
     g, scale_r = _through_softmax(slope, log_r.exp_())
     of_student = torch.sigmoid(gap.mul_((mixture - 1) / 2).sub_(math.log(share / (1 - share))))
     return _through_softmax(g.add_(log_r.mul_(scale_r)).mul_(of_student), row.q)
-
-
-def _ab_slope(log_p: Tensor, log_r: Tensor, gap: Tensor, alpha: float, beta: float) -> Tensor:
-    """The gradient of the alpha-beta divergence on ``log r``; `gap` is ``log p - log r``."""
-    r = torch.exp((alpha + beta) * log_r)
-    if alpha == 0.0:
-        return r.mul_(gap).neg_()
-    far = r - torch.exp(alpha * log_p + beta * log_r)
-    return torch.where(gap <= 1.0, r.mul_(torch.expm1(gap.clamp(max=1.0).mul_(alpha))).neg_(), far).div_(alpha)
 
 
 def _through_softmax(slope: Tensor, q: Tensor) -> _Gradient:
