@@ -23,7 +23,7 @@ from scipy import stats
 from taid import arguments as arguments_module
 from taid import cli, comparison, standings
 from taid.arguments import parse
-from taid.comparison import Run
+from taid.methods import Run, arguments_of
 from taid.run_folder import read_metrics
 from taid.standings import Interval, Standings
 
@@ -339,7 +339,7 @@ def test_the_options_of_a_variant_mean_what_they_mean_in_a_recipe(tmp_path):
     options = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "taid_t_start": 0.2, "objective": "taid"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
 
-    model, _, args = parse(comparison.arguments_of(options))
+    model, _, args = parse(arguments_of(options))
     of_recipe, _, _ = parse(["--config", str(tmp_path / "recipe.yaml")])
 
     assert model.lora_target_modules == of_recipe.lora_target_modules == ["q_proj", "v_proj"]

@@ -212,11 +212,11 @@ def compare(argv: Sequence[str]) -> None:
     """``taid compare``: methods x seeds of one recipe, from one start on the same batches, in one table."""
     from rich.console import Console
 
-    from taid import comparison, standings
+    from taid import comparison, methods, standings
 
-    options, arguments = comparison.options_of(argv)
-    recipe = _configured(arguments, "compare", comparison.own_options()[1])
-    plan = comparison.Plan.of(options, arguments, *recipe)
+    options, arguments = methods.options_of(argv)
+    recipe = _configured(arguments, "compare", methods.own_options()[1])
+    plan = methods.Plan.of(options, arguments, *recipe)
     try:
         found = comparison.compare(plan, *recipe[1:])
     except (KeyboardInterrupt, SystemExit):
