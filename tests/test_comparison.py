@@ -624,7 +624,7 @@ def test_a_learning_rate_that_a_method_cannot_bear_is_not_chosen_and_a_run_that_
 
 @pytest.mark.cli
 def test_the_small_comparison_of_the_benchmarks_ends_with_a_table(tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks" / "comparison.py"
+    script = Path(__file__).parents[1] / "benchmarks" / "evidence" / "compare.py"
     command = [sys.executable, str(script), "small", "--out", str(tmp_path / "small"), "--keep"]
 
     finished = subprocess.run(

@@ -1,6 +1,6 @@
 """Pairs of models from real books and instructions: teachers of four sizes, and a student that has read a little.
 
-    python benchmarks/evidence/pairs.py --books DIR --instructions FILE.jsonl --out runs/evidence/models
+    python benchmarks/evidence/models.py --books DIR --instructions FILE.jsonl --out runs/evidence/models
 
 One byte-level BPE for all; passages of the books, of which one in 50 is kept to choose by and one to test on. Teachers
 read TAUGHT of them once, the student the first READ; nothing that they have read is distilled on. The largest teacher
