@@ -70,13 +70,25 @@ def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> standings.Stan
 
 
 def _look_at(plan: Plan, data: DataArguments, args: TAIDConfig) -> Any:
-    """Find what is wrong with the rows that are measured before hours are spent on runs; return them."""
+    """Find what is wrong with the rows that are measured before hours are spent on runs; return them.
+
+    Raises:
+        ValueError: no prompt where one is needed; says of which methods.
+    """
     rows = load_rows(
         plan.test or str(data.eval_dataset_name), config=data.dataset_config, split=data.dataset_test_split,
         text_field=args.dataset_text_field,
     )  # fmt: skip
     if plan.generate:
         prompted(rows, plan.generate, plan.test or str(data.eval_dataset_name))
+    sampled = [method for method, options in plan.methods.items() if _is_sampled(plan, options)]
+    if sampled and not ({"prompt", "input_ids"} & set(rows.column_names) or args.assistant_only_loss):
+        # The training rows are as these, and each run looks at them itself; but the first of these may be hours away.
+        raise ValueError(
+            f"{', '.join(sampled)} let answers to prompts be written, and the rows have `{rows.column_names[0]}`, "
+            "all of which is trained: give rows with prompt and completion, messages with assistant_only_loss: true, "
+            "or leave these methods away"
+        )
     return rows
 
 
