@@ -117,7 +117,7 @@ def instructions(out: Path, options: argparse.Namespace) -> Setting:
         write_recipe(out / "teacher.yaml", recipe | files(out) | {"objective": "sft", "learning_rate": 3e-3})
         taid("train", "--config", out / "teacher.yaml", "--output_dir", teacher, "--overwrite_output_dir")
     recipe = pair(options.student, teacher)
-    return recipe, {"objectives": SAMPLED, "learning_rates": "1e-3,3e-3,1e-2", "generate": 32}
+    return recipe, {"objectives": SAMPLED, "learning_rates": "1e-3,3e-3,1e-2,3e-2", "generate": 32}
 
 
 def books(
