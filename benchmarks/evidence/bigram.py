@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from taid import objectives, stdlib_text
 
 IDS, WIDTH, STEPS, BATCH = 512, 12, 300, 256  # the most frequent tokens; of the student; of a run
-RATES, SEEDS = (3e-2, 1e-1, 2e-1), 5
+RATES, SEEDS = (5e-2, 1e-1, 2e-1, 4e-1), 5
 Schedule = Callable[[float], tuple[float | None, float]]  # progress, 0 to 1 -> t, or None for reverse KL; scale
 
 

@@ -102,7 +102,7 @@ def stories(out: Path, options: argparse.Namespace) -> Setting:
         rows = read_rows(out / "held_out.jsonl")
         write_rows(out / "validation.jsonl", rows[:HELD_OUT])
         write_rows(out / "test.jsonl", rows[HELD_OUT:])
-    return pair(options.student, options.teacher), {"objectives": EVERY, "learning_rates": "1e-4,3e-4,1e-3,3e-3"}
+    return pair(options.student, options.teacher), {"objectives": EVERY, "learning_rates": "3e-4,1e-3,3e-3"}
 
 
 def instructions(out: Path, options: argparse.Namespace) -> Setting:
