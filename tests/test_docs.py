@@ -168,6 +168,7 @@ def test_files_of_the_repository_that_a_page_names_exist(path):
 
 def test_the_pictures_are_drawn_by_the_script(tmp_path):
     pictures = runpy.run_path(str(ROOT / "scripts" / "draw_pictures.py"))["PICTURES"]
+    pictures |= runpy.run_path(str(ROOT / "benchmarks" / "evidence" / "figures.py"))["PICTURES"]
     of_an_example = {"mode_averaging.png"}  # tests/test_examples.py draws it
     assert {file.name for file in (ROOT / "docs" / "pictures").iterdir()} == set(pictures) | of_an_example
     shown = {link for path in PAGES for link in links(path)}
@@ -510,3 +511,11 @@ def test_the_example_runs(tmp_path, student_folder, teacher_folder):
 
 if __name__ == "__main__":
     print(option_table(), *signatures(), sep="\n")
+
+
+def test_the_tables_of_the_evidence_are_those_of_its_numbers():
+    script = ROOT / "benchmarks" / "evidence" / "figures.py"
+
+    checked = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+
+    assert checked.returncode == 0, checked.stderr

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,10 @@ def with_tables(page: str) -> str:
     return BLOCK.sub(lambda found: found[1] + table(found[2], found[3].split()) + found[4], page)
 
 
-def frontier(names: list[str], most: float) -> Figure:
+def frontier(settings: dict[str, float]) -> Figure:
     """What each method gives up of KL(p || q) for KL(q || p), beside forward KL; who gives up more is left out."""
-    figure = Figure(figsize=(5.2 * len(names), 4.4), dpi=150, layout="constrained")
-    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+    figure = Figure(figsize=(5.2 * len(settings), 4.4), dpi=150, layout="constrained")
+    for (name, most), axes in zip(settings.items(), figure.subplots(1, len(settings), squeeze=False)[0], strict=True):
         found = read(name)
         axes.axhline(0, color="#d1d5db", linewidth=0.8)
         axes.axvline(0, color="#d1d5db", linewidth=0.8)
@@ -90,6 +91,9 @@ def frontier(names: list[str], most: float) -> Figure:
     return figure
 
 
+PICTURES = {"frontier.png": partial(frontier, {"stories": 0.06, "instructions": 0.25})}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -97,7 +101,8 @@ def main() -> None:
     if parser.parse_args().check:
         sys.exit(0 if with_tables(page) == page else f"{PAGE}: a table is not that of its numbers: run figures.py")
     PAGE.write_text(with_tables(page), encoding="utf-8")
-    frontier(["stories", "instructions"], 0.3).savefig(DOCS / "pictures" / "frontier.png")
+    for name, draw in PICTURES.items():
+        draw().savefig(DOCS / "pictures" / name, facecolor="white")
 
 
 if __name__ == "__main__":
