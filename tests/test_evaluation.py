@@ -386,6 +386,9 @@ def lines(path):
 MISTAKES = {
     "nothing": ((), "nothing to evaluate: give held-out rows as --data"),
     "teacher alone": (("--teacher", "t", "--tasks", "x"), "--teacher is compared on held-out rows"),
+    "the student only, without a teacher": (
+        ("--student_only", "--data", "x"), "--student_only leaves the row of a --teacher away"
+    ),
     "bits of no teacher": (
         ("--teacher_quantization", "bnb_4bit", "--data", "x"),
         "--teacher_quantization changes a teacher on held-out rows: give --teacher and --data",
