@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from taid import objectives, stdlib_text
+from taid.standings import Interval
 
 IDS, WIDTH, STEPS, BATCH = 512, 12, 300, 256  # the most frequent tokens; of the student; of a run
 RATES, SEEDS = (5e-2, 1e-1, 2e-1, 4e-1), 5
@@ -158,8 +159,7 @@ def main() -> None:
             for place in (0, 1):
                 values = [of[place] for of in found]
                 less = [of[place] - other[place] for of, other in zip(found, baseline, strict=True)]
-                half = 2.776 * statistics.stdev(less) / math.sqrt(SEEDS)  # of a 95 % interval, 4 degrees of freedom
-                cells += [f"{statistics.fmean(values):.4f}", f"{statistics.fmean(less):+.4f} ± {half:.4f}"]
+                cells += [f"{statistics.fmean(values):.4f}", Interval.of(less).text(4, sign=True)]
             lines.append(f"| {' | '.join(cells)} |")
             print(beta2, *cells, sep="  ", flush=True)
         lines.append("")

@@ -23,7 +23,6 @@ NAME.json and NAME.curves.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -39,6 +38,8 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks
+from models import read_rows, split_instructions
+
 from step import _machine
 from stories import generate, write_rows
 
@@ -106,11 +107,8 @@ def stories(out: Path, options: argparse.Namespace) -> Setting:
 
 
 def instructions(out: Path, options: argparse.Namespace) -> Setting:
-    rows = [row for row in read_rows(options.rows) if len(row["prompt"]) + len(row["completion"]) <= MOST_CHARACTERS]
-    random.Random(0).shuffle(rows)
-    ends = [0, HELD_OUT, 2 * HELD_OUT, 2 * HELD_OUT + TRAINED]
-    for name, start, end in zip(("validation", "test", "train"), ends, ends[1:], strict=False):
-        write_rows(out / f"{name}.jsonl", rows[start:end])
+    sizes = {"validation": HELD_OUT, "test": HELD_OUT, "train": TRAINED}
+    split_instructions(options.rows, {out / f"{name}.jsonl": n for name, n in sizes.items()}, MOST_CHARACTERS)
     teacher = out / "teacher"
     if not (teacher / "model.safetensors").exists():  # it knows stories, and no instructions
         recipe = {"model_name_or_path": str(options.teacher), "num_train_epochs": 6, "per_device_train_batch_size": 16}
@@ -173,10 +171,6 @@ def pair(student: Path, teacher: Path) -> dict[str, Any]:
 
 def files(out: Path) -> dict[str, Any]:
     return {"dataset_name": str(out / "train.jsonl"), "eval_dataset_name": str(out / "validation.jsonl")}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_recipe(path: Path, options: dict[str, Any]) -> None:

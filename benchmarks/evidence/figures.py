@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from taid.standings import MEASURES
+from taid.standings import MEASURES, Interval
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -58,9 +58,8 @@ def table(name: str, measures: list[str]) -> str:
 def _text(interval: dict[str, float] | None, measure: str) -> str:
     if interval is None or interval["mean"] is None:
         return ""
-    digits = MEASURES[measure.rstrip("-")][1]
-    mean = f"{interval['mean']:{'+' if measure.endswith('-') else ''}.{digits}f}"
-    return mean if interval["half_width_95"] is None else f"{mean} ± {interval['half_width_95']:.{digits}f}"
+    is_difference, digits = measure.endswith("-"), MEASURES[measure.rstrip("-")][1]
+    return Interval(interval["mean"], interval["half_width_95"]).text(digits, sign=is_difference)
 
 
 def with_tables(page: str) -> str:

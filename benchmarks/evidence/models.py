@@ -23,6 +23,9 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks
+from stories import write_rows
+
 VOCABULARY, PASSAGE = 1_024, 500  # entries; characters
 TAUGHT, READ, DISTILLED, HELD_OUT = 32_000, 4_096, 8_192, 256  # passages
 ANSWERED, MOST_CHARACTERS = 3_072, 500  # instructions for the teacher, and how long both sides of one may be
@@ -53,8 +56,8 @@ def passages(book: Path) -> list[str]:
     return [passage for passage in found if len(passage) > PASSAGE // 3]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_books(books: Path, out: Path) -> None:
@@ -73,22 +76,20 @@ def read_books(books: Path, out: Path) -> None:
         write_rows(out / f"{name}.jsonl", [{"text": passage} for passage in rows])
 
 
-def read_instructions(file: Path, out: Path) -> None:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = [row for row in rows if len(row["prompt"]) + len(row["completion"]) <= MOST_CHARACTERS]
+def split_instructions(file: Path, parts: dict[Path, int], most: int) -> None:
+    """Instructions of which both sides have at the most so many characters, shuffled, so many to each file."""
+    rows = [row for row in read_rows(file) if len(row["prompt"]) + len(row["completion"]) <= most]
     random.Random(0).shuffle(rows)
-    ends = {"validation": HELD_OUT, "test": 2 * HELD_OUT, "taught": 2 * HELD_OUT + ANSWERED}
     start = 0
-    for name, end in ends.items():
-        write_rows(out / f"instructions_{name}.jsonl", rows[start:end])
-        start = end
+    for path, number in parts.items():
+        write_rows(path, rows[start : start + number])
+        start += number
 
 
 def new(folder: Path, shape: tuple[int, int, int, int], texts: Path) -> None:
     """A model that has read nothing, with the tokenizer of all."""
     old = AutoTokenizer.from_pretrained(str(resources.files("taid") / "assets" / "teacher"))
-    corpus = (json.loads(line)["text"] for line in texts.read_text().splitlines())
-    tokenizer = old.train_new_from_iterator(corpus, VOCABULARY)
+    tokenizer = old.train_new_from_iterator((row["text"] for row in read_rows(texts)), VOCABULARY)
     width, layers, inner, heads = shape
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -133,7 +134,9 @@ def main() -> None:
         train(out / "new" / name, rows, out / "validation.jsonl", out / name, **more)
     if options.instructions and not (out / "instructed" / "model.safetensors").exists():
         if not (out / "instructions_test.jsonl").exists():
-            read_instructions(options.instructions, out)
+            sizes = {"validation": HELD_OUT, "test": HELD_OUT, "taught": ANSWERED}
+            parts = {out / f"instructions_{name}.jsonl": number for name, number in sizes.items()}
+            split_instructions(options.instructions, parts, MOST_CHARACTERS)
         rows, held_out = out / "instructions_taught.jsonl", out / "instructions_validation.jsonl"
         largest = [name for name in SIZES if (out / name / "model.safetensors").exists()][-1]
         train(out / largest, rows, held_out, out / "instructed", num_train_epochs=3, learning_rate=1e-3, max_length=256)

@@ -15,7 +15,6 @@ memory is its own. What has a result is not done again; a run that was killed go
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from taid import manifest, run_folder, standings
+from taid.cache import file_digest
 from taid.config import DataArguments, TAIDConfig
 from taid.data import load_rows, local_files
 from taid.generation import prompted
@@ -105,7 +105,7 @@ def _claim(plan: Plan, data: DataArguments) -> Plan:
     now = plan.recipe | {"test": plan.test} | {f"method {name}": options for name, options in plan.methods.items()}
     for name in (*data.names, data.eval_dataset_name, plan.test):
         if name is not None and not data.streaming:
-            now |= {f"content of {file}": _digest(file) for file in local_files(name)}
+            now |= {f"content of {file}": file_digest(file) for file in local_files(name)}
     before: dict[str, Any] = {}
     if path.exists():
         before = _settings(path)
@@ -139,11 +139,6 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _split(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _path(plan: Plan, run: Run) -> Path:
