@@ -32,10 +32,10 @@ ANSWERED, MOST_CHARACTERS = 3_072, 500  # instructions for the teacher, and how 
 # Width, layers, width of the MLP, heads.
 SIZES = {
     "student": (64, 3, 176, 4),
+    "teacher_0.2M": (64, 3, 176, 4),
     "teacher_0.5M": (96, 4, 256, 6),
     "teacher_1M": (128, 5, 352, 8),
     "teacher_3M": (224, 5, 608, 8),
-    "teacher_6M": (320, 5, 864, 8),
 }
 TRAINING = {
     "objective": "sft", "num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 3e-3,
