@@ -16,8 +16,8 @@ from taid.config import TAIDConfig, resolved
 
 # A new name here is a new promise to users: it needs a test, a recipe or example that uses it, and a changelog line.
 OWN_FIELDS = """
-objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal taid_mixture jsd_beta skew
-head_mass dkd_alpha dkd_beta dkd_temperature abkd_alpha abkd_beta amid_mixture amid_share kd_ratio fused
+objective taid_schedule taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal taid_mixture jsd_beta
+skew head_mass dkd_alpha dkd_beta dkd_temperature abkd_alpha abkd_beta amid_mixture amid_share kd_ratio fused
 teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs teacher_placement teacher_quantization
 teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url teacher_server_model
 teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from sampling sampling_share
@@ -60,6 +60,7 @@ def test_the_defaults_are_the_papers():
     _, _, args = parse(["--use_cpu", "true", "--output_dir", "out"])
     assert {name: getattr(args, name) for name in OWN_FIELDS} == {
         "objective": "taid",
+        "taid_schedule": "paper",
         "taid_t_start": 0.4,
         "taid_t_end": 1.0,
         "taid_alpha": 5e-4,
@@ -112,6 +113,7 @@ def test_the_defaults_are_the_papers():
     ("name", "text", "value"),
     [
         ("objective", "jsd", "jsd"),
+        ("taid_schedule", "auto", "auto"),
         ("taid_t_start", "0.25", 0.25),
         ("taid_t_end", "0.9", 0.9),
         ("taid_alpha", "0.01", 0.01),
@@ -280,6 +282,7 @@ def test_what_belongs_to_the_command_line_is_no_key_in_yaml(read, name):
         ("taid_alpha: abc", "taid_alpha", "abc"),
         ("taid_alpha: true", "taid_alpha", "true"),
         ("objective: tadi", "objective", "tadi"),
+        ("taid_schedule: adaptive", "taid_schedule", "adaptive"),
         ("taid_signal: loss", "taid_signal", "loss"),
         ("tokenizer_from: both", "tokenizer_from", "both"),
     ],

@@ -355,6 +355,19 @@ def test_the_teacher_gets_no_gradient(case):
     assert not case.objective(student_logits, teacher_logits).requires_grad
 
 
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9, 0.99])
+def test_the_gradient_of_taid_is_that_of_the_renyi_divergence_of_order_t(t):
+    z_q, z_p = random_logits(5, 507)
+
+    def renyi(student_logits, teacher_logits):
+        log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+        return torch.logsumexp(t * log_p + (1 - t) * log_q, -1) / (t - 1)
+
+    _, expected = value_and_gradient(renyi, z_q.double(), z_p.double())
+    _, gradient = value_and_gradient(partial(taid, t=t), z_q, z_p)
+    assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.4, 0.9, 1.0])
 def test_the_gradient_of_taid_is_q_minus_p_t_and_its_target_is_the_mixture_of_logits(t):
     student_logits, teacher_logits = random_logits(5, 507)

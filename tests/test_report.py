@@ -127,6 +127,12 @@ def test_the_floor_is_the_schedule_of_the_configuration(tmp_path: Path) -> None:
     assert [schedule.linear(step) for step in (0, 150, 300)] == [0.25, 0.5, 0.75]
 
 
+def test_the_schedule_without_options_has_no_floor(tmp_path: Path) -> None:
+    text = page(run(tmp_path, training(100, 200), taid_schedule="auto"))
+    assert "As configured, t falls from 1 over 300 steps" in text
+    assert "linear floor" not in text
+
+
 def test_last_values_carry_their_units(tmp_path: Path) -> None:
     last = {"step": 300, "mean_token_accuracy": 0.4123, "learning_rate": 1e-4, "tokens_per_second": 9000.4}
     rows = table(page(run(tmp_path, [*training(300), last, *EVALUATIONS])))

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState, auto_alpha
+from taid.schedule import (
+    AutoSchedule,
+    AutoState,
+    CurriculumTemperature,
+    ScheduleState,
+    TAIDSchedule,
+    TemperatureState,
+    auto_alpha,
+)
 
 PAPER_STEPS = 15_000
 FALLING_LOSSES = [2.0, 1.5, 1.8, 0.9, 0.9, 0.6, 0.7, 0.5, 0.4, 0.4]
@@ -381,6 +389,42 @@ def test_a_state_survives_json_bit_for_bit_and_the_run_goes_on_as_if_it_had_neve
 
     assert list(map(repr, resumed)) == list(map(repr, straight))
     assert [schedule.advance(*pair) for pair in zip(resumed, losses, strict=False)] == straight[1:]
+
+
+# --- our own ----------------------------------------------------------------------------------------------------------
+
+
+def test_auto_falls_from_1_by_the_share_of_the_run_and_the_distance_that_is_left():
+    # 1 - 0.2 n / N (1 - exp(-J)), and exp(-log 4) = 1 / 4.
+    states = states_of(AutoSchedule(4), [math.log(4), math.log(2), math.log(4), 0.0])
+
+    assert [state.step for state in states] == [0, 1, 2, 3, 4]
+    assert [state.t for state in states] == pytest.approx([1.0, 0.9625, 0.95, 0.8875, 1.0], rel=1e-15)
+
+
+@settings(max_examples=75, deadline=None, derandomize=True)
+@given(st.integers(1, 50), st.lists(st.floats(0, 1e6), min_size=1, max_size=60))
+def test_auto_stays_between_its_room_and_the_teacher_and_survives_json(total_steps, losses):
+    schedule = AutoSchedule(total_steps)
+    states = states_of(schedule, losses)
+
+    assert all(1 - AutoSchedule.ROOM <= state.t <= 1 for state in states)
+    assert [AutoState(**json.loads(json.dumps(state.to_dict()))) for state in states] == states
+
+
+def test_auto_takes_a_loss_below_zero_for_rounding_and_refuses_one_that_is_not_finite():
+    schedule = AutoSchedule(4)
+
+    assert schedule.advance(schedule.initial_state(), -1e-9).t == 1.0
+    for loss in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"the loss of step 0 is {loss}; t cannot move by it"):
+            schedule.advance(schedule.initial_state(), loss)
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        AutoSchedule(0)
+
+
+def test_auto_says_how_t_will_move():
+    assert "t falls from 1 over 1,500 steps, to 0.8 at the lowest" in AutoSchedule(1_500).regime()
 
 
 # --- the temperature of CTKD ------------------------------------------------------------------------------------------

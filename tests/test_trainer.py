@@ -28,7 +28,7 @@ from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
 from taid import trainer as trainer_module
 from taid.config import Objective
 from taid.progress import StepProgress
-from taid.schedule import CurriculumTemperature
+from taid.schedule import AutoSchedule, CurriculumTemperature
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 PROMPT_COMPLETION = Dataset.from_list(
@@ -214,6 +214,38 @@ def test_the_cross_entropy_signal_moves_t_and_not_the_gradient(tmp_path, student
     for name in ("loss", "grad_norm"):
         assert runs["kl"][0][name] == runs["cross_entropy"][0][name]
     assert runs["kl"][2]["momentum"] != runs["cross_entropy"][2]["momentum"]
+
+
+def test_auto_moves_t_by_the_losses_of_the_run_and_is_evaluated_as_forward_kl(tmp_path, student_folder, teacher_folder):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "taid_schedule": "auto"}
+    trainer, steps, held_out = train(tmp_path, student_folder, teacher_folder, held_out=HELD_OUT, **options)
+    schedule = AutoSchedule(6)
+    state = schedule.initial_state()
+    for row in steps:
+        assert row["t"] == state.t
+        assert "momentum" not in row
+        state = schedule.advance(state, row["loss"])
+    assert trainer.t == state.t < 1
+    for row in held_out:
+        assert row["eval_loss"] == pytest.approx(row["eval_kl"], rel=1e-6)
+
+
+def test_auto_goes_on_from_a_checkpoint_and_not_from_one_of_the_papers_schedule(
+    tmp_path, student_folder, teacher_folder
+):
+    options = {"taid_schedule": "auto", "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    _, alone, _ = train(tmp_path / "auto", student_folder, teacher_folder, **options)
+    args = config(tmp_path / "auto", **options)
+    trainer = TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "auto" / "checkpoint-2"))
+    again = [row for row in trainer.state.log_history if "t" in row]
+    assert [(row["t"], row["loss"]) for row in again] == [(row["t"], row["loss"]) for row in alone]
+
+    train(tmp_path / "paper", student_folder, teacher_folder, **(options | {"taid_schedule": "paper"}))
+    args = config(tmp_path / "paper", **options)
+    trainer = TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION)
+    with pytest.raises(ValueError, match="taid_schedule was None, is 'auto'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "paper" / "checkpoint-2"))
 
 
 def test_evaluation_does_not_move_t(tmp_path, student_folder, teacher_folder):

@@ -9,11 +9,11 @@
 stories, and teaches a weak student of 280 k. `instructions`: that teacher is fine-tuned on instructions first, and
 teaches them. The others are of models.py's pairs, on passages of books that no model has read:
 
-    books                      every method
-    teacher_0.5M ... _6M       one student under teachers of four sizes
-    short, long                schedules of t, in 96 steps and in 768
-    epochs_1, _5, _20          so many times through ever fewer passages, in as many steps
-    answers                    instructions, answered too
+    books                           every method, and schedules of t
+    teacher_0.2M, _0.5M, _1M        the same student under smaller teachers
+    short, long                     in 48 steps and in 640
+    epochs_5, epochs_20             so many times through ever fewer passages, in as many steps
+    answers                         instructions, answered too
 
 Each makes rows to train on, to choose a learning rate by and to test on, and a recipe.yaml, and calls `taid compare`,
 which goes on where it was when it is called again. What comes of it goes beside this file: NAME.md, the table, and
@@ -55,9 +55,10 @@ EVERY = (
     "sft,forward_kl,reverse_kl,jsd,tvd,skew_forward_kl,skew_reverse_kl,adaptive_kl,dkd,ctkd,abkd,amid,taid,taid_linear"
 )
 SAMPLED = f"{EVERY},gkd,distillm,taid_sampled"
+SOME = "sft,forward_kl,reverse_kl,skew_forward_kl,taid,taid_linear,taid_auto"
 TRAINED, HELD_OUT = 1_024, 128  # rows of stories, and of instructions
 MOST_CHARACTERS = 400  # of an instruction and its answer
-STEPS, BATCH = 192, 8  # on books
+STEPS, BATCH, VALIDATION = 160, 8, 128  # on books; rows
 SCHEDULES = {
     "t_start_0": {"objective": "taid", "taid_t_start": 0.0},
     "t_start_0.2": {"objective": "taid", "taid_t_start": 0.2},
@@ -68,9 +69,9 @@ SCHEDULES = {
     "beta_0.9": {"objective": "taid", "taid_beta": 0.9},
     "t_0.9": {"objective": "taid", "taid_t_start": 0.9, "taid_t_end": 0.9},
     "t_0.7": {"objective": "taid", "taid_t_start": 0.7, "taid_t_end": 0.7},
-    "t_0.5": {"objective": "taid", "taid_t_start": 0.5, "taid_t_end": 0.5},
     "forward_kl_beta2_0.95": {"objective": "forward_kl", "adam_beta2": 0.95},
     "taid_beta2_0.95": {"objective": "taid", "adam_beta2": 0.95},
+    "taid_auto_beta2_0.95": {"objective": "taid", "taid_schedule": "auto", "adam_beta2": 0.95},
 }
 
 
@@ -124,42 +125,38 @@ def books(
 ) -> Setting:  # fmt: skip
     models = options.models
     write_rows(out / "train.jsonl", read_rows(models / "train.jsonl")[: steps * BATCH // epochs])
-    for name in ("validation", "test"):
-        shutil.copyfile(models / f"{name}.jsonl", out / f"{name}.jsonl")
+    write_rows(out / "validation.jsonl", read_rows(models / "validation.jsonl")[:VALIDATION])
+    shutil.copyfile(models / "test.jsonl", out / "test.jsonl")
     recipe = pair(models / "student", models / teacher) | {"max_length": 128, "num_train_epochs": epochs}
-    recipe |= {"per_device_train_batch_size": BATCH, "eval_steps": steps // 6, "logging_steps": steps // 12}
+    recipe |= {"per_device_train_batch_size": BATCH, "eval_steps": steps // 5, "logging_steps": 4}
     return recipe, {"objectives": methods, "learning_rates": "1e-3,3e-3,1e-2"} | more
 
 
-def schedules(out: Path, options: argparse.Namespace, *, steps: int) -> Setting:
+def schedules(out: Path, options: argparse.Namespace) -> Setting:
     (out / "schedules.yaml").write_text(yaml.safe_dump(SCHEDULES, sort_keys=False))
-    methods = ",".join(("forward_kl", "taid", "taid_linear", *SCHEDULES))
-    return books(out, options, methods=methods, steps=steps, variants=out / "schedules.yaml")
+    methods = ",".join((EVERY, "taid_auto", *SCHEDULES))
+    return books(out, options, methods=methods, variants=out / "schedules.yaml")
 
 
 def answers(out: Path, options: argparse.Namespace) -> Setting:
     models = options.models
     write_rows(out / "train.jsonl", read_rows(models / "instructions_taught.jsonl")[: STEPS * BATCH])
-    for name in ("validation", "test"):
-        shutil.copyfile(models / f"instructions_{name}.jsonl", out / f"{name}.jsonl")
+    write_rows(out / "validation.jsonl", read_rows(models / "instructions_validation.jsonl")[:VALIDATION])
+    shutil.copyfile(models / "instructions_test.jsonl", out / "test.jsonl")
     recipe = pair(models / "student", models / "instructed")
-    recipe |= {"per_device_train_batch_size": BATCH, "eval_steps": STEPS // 6}
-    return recipe, {"objectives": SAMPLED, "learning_rates": "1e-3,3e-3,1e-2", "generate": 64}
+    recipe |= {"per_device_train_batch_size": BATCH, "eval_steps": STEPS // 5, "logging_steps": 4}
+    return recipe, {"objectives": f"{SOME},jsd,gkd,taid_sampled", "learning_rates": "1e-3,3e-3,1e-2", "generate": 48}
 
 
-SOME = "forward_kl,reverse_kl,skew_forward_kl,skew_reverse_kl,taid,taid_linear"
 SETTINGS: dict[str, Callable[..., Setting]] = {
     "small": small,
     "stories": stories,
     "instructions": instructions,
-    "books": partial(books, methods=EVERY),
-    **{
-        f"teacher_{size}": partial(books, methods=SOME, teacher=f"teacher_{size}")
-        for size in ("0.5M", "1M", "3M", "6M")
-    },
-    "short": partial(schedules, steps=96),
-    "long": partial(schedules, steps=768),
-    **{f"epochs_{n}": partial(books, methods=f"sft,{SOME}", epochs=n) for n in (1, 5, 20)},
+    "books": schedules,
+    **{f"teacher_{size}": partial(books, methods=SOME, teacher=f"teacher_{size}") for size in ("0.2M", "0.5M", "1M")},
+    "short": partial(books, methods=SOME, steps=48),
+    "long": partial(books, methods=SOME, steps=640),
+    **{f"epochs_{n}": partial(books, methods=SOME, epochs=n) for n in (5, 20)},
     "answers": answers,
 }
 NEEDS = {"small": (), "stories": ("teacher", "student"), "instructions": ("teacher", "student", "rows")}

@@ -37,6 +37,7 @@ SIZES = {
     "teacher_1M": (128, 5, 352, 8),
     "teacher_3M": (224, 5, 608, 8),
 }
+RATES = {"teacher_1M": 1.5e-3, "teacher_3M": 1e-3}  # with that of TRAINING they end behind a teacher of 0.5 M
 TRAINING = {
     "objective": "sft", "num_train_epochs": 1, "per_device_train_batch_size": 32, "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine", "warmup_steps": 50, "max_length": 128, "bf16": False, "logging_steps": 50,
@@ -130,6 +131,7 @@ def main() -> None:
         if not (out / "new" / name / "model.safetensors").exists():
             new(out / "new" / name, SIZES[name], out / "read.jsonl")
         more = {"per_device_train_batch_size": 16} if name == "student" else {}
+        more |= {"learning_rate": RATES[name]} if name in RATES else {}
         rows = out / ("read.jsonl" if name == "student" else "taught.jsonl")
         train(out / "new" / name, rows, out / "validation.jsonl", out / name, **more)
     if options.instructions and not (out / "instructed" / "model.safetensors").exists():

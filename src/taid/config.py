@@ -17,7 +17,7 @@ import torch
 from trl import SFTConfig
 
 from taid import engines, sampling
-from taid.schedule import auto_alpha, check_range
+from taid.schedule import AutoSchedule, TAIDSchedule, auto_alpha, check_range
 from taid.server import check_url
 
 Objective = Literal[
@@ -35,6 +35,7 @@ Objective = Literal[
     "amid",
     "sft",
 ]
+Schedule = Literal["paper", "auto"]
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
 Sampling = Literal["none", "mixed", "adaptive"]
@@ -44,6 +45,7 @@ Quantization = Literal["bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": get_args(Objective),
+    "taid_schedule": get_args(Schedule),
     "taid_signal": get_args(Signal),
     "tokenizer_from": get_args(Side),
     "sampling": get_args(Sampling),
@@ -100,6 +102,13 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     objective: Objective = field(
         default="taid",
         metadata={"help": "What the student is trained on; all but 'sft' compare it with a teacher."},
+    )
+    taid_schedule: Schedule = field(
+        default="paper",
+        metadata={
+            "help": "TAID: how t moves. 'paper' is the paper's, with the options below; 'auto' has none: from 1 to "
+            "a little below it, by the loss."
+        },
     )
     taid_t_start: float = field(
         default=0.4,
@@ -395,6 +404,13 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
                 f"{self.max_steps:,}: set one of the two"
             )
         return steps
+
+    def schedule_for(self, total_steps: int) -> TAIDSchedule | AutoSchedule:
+        """How t moves in a run of `total_steps`."""
+        if self.taid_schedule == "auto":
+            return AutoSchedule(total_steps)
+        alpha = self.alpha_for(total_steps)
+        return TAIDSchedule(total_steps, self.taid_t_start, self.taid_t_end, alpha, self.taid_beta, self.taid_adaptive)
 
     def alpha_for(self, total_steps: int) -> float:
         """The step size of t in a run of `total_steps`."""

@@ -6,7 +6,14 @@ import logging
 from typing import Any
 
 from taid.config import TAIDConfig
-from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
+from taid.schedule import (
+    AutoSchedule,
+    AutoState,
+    CurriculumTemperature,
+    ScheduleState,
+    TAIDSchedule,
+    TemperatureState,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +38,8 @@ class MovingParameters:
 
     def __init__(self, args: TAIDConfig) -> None:
         self.args = args
-        self.schedule: TAIDSchedule | CurriculumTemperature | None = None
-        self.state: ScheduleState | TemperatureState | None = None
+        self.schedule: TAIDSchedule | AutoSchedule | CurriculumTemperature | None = None
+        self.state: ScheduleState | AutoState | TemperatureState | None = None
 
     def start(self, total_steps: int, *, say: bool) -> None:
         """Make the schedule of a run of so many optimizer steps; `say` what it will be."""
@@ -40,14 +47,13 @@ class MovingParameters:
         if args.kd_ratio == 0:
             return
         if args.objective == "taid":
-            self.schedule = TAIDSchedule(
-                total_steps, args.taid_t_start, args.taid_t_end, args.alpha_for(total_steps), args.taid_beta,
-                args.taid_adaptive,
-            )  # fmt: skip
-            self.state = self.schedule.initial_state()
+            schedule = args.schedule_for(total_steps)
+            self.schedule, self.state = schedule, schedule.initial_state()
             if say:
-                unmeant = args.taid_adaptive and not self.schedule.is_adaptive_in_effect
-                logger.log(logging.WARNING if unmeant else logging.INFO, self.schedule.regime())
+                unmeant = (
+                    isinstance(schedule, TAIDSchedule) and schedule.adaptive and not schedule.is_adaptive_in_effect
+                )
+                logger.log(logging.WARNING if unmeant else logging.INFO, schedule.regime())
         elif args.objective == "ctkd":
             self.schedule = CurriculumTemperature(total_steps)
             self.state = self.schedule.initial_state()
@@ -55,7 +61,12 @@ class MovingParameters:
     @property
     def t(self) -> float:
         """Where TAID's target stands in this optimizer step."""
-        return self.state.t if isinstance(self.state, ScheduleState) else self.args.taid_t_start
+        return self.state.t if isinstance(self.state, (ScheduleState, AutoState)) else self.args.taid_t_start
+
+    @property
+    def _last_t(self) -> float:
+        # What auto ends with is no more than a little sharpening: evaluated is forward KL, as of any other objective.
+        return 1.0 if self.args.taid_schedule == "auto" else self.args.taid_t_end
 
     @property
     def temperature(self) -> float:
@@ -71,7 +82,7 @@ class MovingParameters:
         args = self.args
         powers = {"alpha": args.abkd_alpha, "beta": args.abkd_beta}
         of_objective: dict[str, dict[str, float]] = {
-            "taid": {"t": self.t if training else args.taid_t_end, "mixture": args.taid_mixture},
+            "taid": {"t": self.t if training else self._last_t, "mixture": args.taid_mixture},
             "jsd": {"beta": args.jsd_beta},
             "skew_forward_kl": {"skew": args.skew},
             "skew_reverse_kl": {"skew": args.skew},
@@ -88,7 +99,8 @@ class MovingParameters:
         """Which of the loss's sums they move by."""
         if self.args.objective == "ctkd":
             return "temperature_gradient"
-        return "target_cross_entropy" if self.args.taid_signal == "cross_entropy" else "objective"
+        is_of_paper = isinstance(self.schedule, TAIDSchedule)
+        return "target_cross_entropy" if is_of_paper and self.args.taid_signal == "cross_entropy" else "objective"
 
     def advance(self, signal: float) -> None:
         """End an optimizer step, of which `signal` is the mean over trained tokens, over all processes."""
@@ -97,13 +109,15 @@ class MovingParameters:
 
     def logged(self) -> dict[str, float]:
         """What of them stands in the log of this optimizer step."""
-        if isinstance(self.state, ScheduleState):
+        if isinstance(self.state, (ScheduleState, AutoState)):
             return {"t": self.t}
         return {} if self.state is None else {"temperature": self.temperature}
 
     @property
     def options(self) -> list[str]:
         """The options that a checkpoint and its continuation must share."""
+        if isinstance(self.schedule, AutoSchedule):
+            return ["taid_schedule"]
         is_without_t = self.args.objective == "taid" and self.schedule is None
         return [] if is_without_t else _OPTIONS.get(self.args.objective, [])
 

@@ -49,7 +49,8 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor, m
     .. math:: KL(p_t \,\|\, q), \qquad p_t = softmax((1 - t)\, z_q' + t\, z_p)
 
     with ``z_q'`` the student's logits held constant, so that the gradient on ``z_q`` is ``q - p_t``. At ``t = 0`` loss
-    and gradient are exactly zero; at ``t = 1`` this is :func:`forward_kl`.
+    and gradient are exactly zero; at ``t = 1`` this is :func:`forward_kl`. In between the gradient is that of the Renyi
+    divergence of order t, ``log(sum p^t q^(1 - t)) / (t - 1)``, which divided by t is reverse KL in the limit 0.
 
     Args:
         student_logits: ``[..., V]``.

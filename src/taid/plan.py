@@ -30,7 +30,6 @@ from taid.footprint import ENGINES, PLACEMENTS, STATES, Footprint, Layout, Size,
 from taid.memory import Batch, Loss
 from taid.models import adapter_config, load_config, load_processing_class, load_tokenizer, sees, teacher_init_kwargs
 from taid.sampling import is_on
-from taid.schedule import TAIDSchedule
 from taid.trainer import TAIDTrainer
 
 _DISTINCT = 12.0  # ids of 50 draws from a large teacher, arXiv 2503.16870
@@ -394,10 +393,7 @@ def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> lis
     bound = "at most " if not rows.counted else "" if is_passes and not args.dataloader_drop_last else "about "
     lines += [f"run: {steps:,} steps, {bound}{tokens:,} tokens"]
     if args.objective == "taid" and args.kd_ratio > 0:
-        schedule = TAIDSchedule(
-            steps, args.taid_t_start, args.taid_t_end, args.alpha_for(steps), args.taid_beta, args.taid_adaptive
-        )
-        lines += [schedule.regime()]
+        lines += [args.schedule_for(steps).regime()]
     terms = _flops(recipe, student, teacher, mean)
     a_token = sum(terms.values())
     forward = 0.0 if teacher is None else 2 * teacher.used + teacher.attention(mean)

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from taid.plots import BLUE, BOLD, GREEN, INK, MUTED, VERMILLION, Line, Plot, Series, draw, panels, png_of
 from taid.run_folder import CONFIG, EVALUATION, METRICS, VERSIONS, read_metrics, write_atomically
-from taid.schedule import TAIDSchedule, auto_alpha
+from taid.schedule import AutoSchedule, TAIDSchedule, auto_alpha
 
 _METHODS = {
     "taid": "TAID",
@@ -38,7 +38,7 @@ _METHODS = {
     "sft": "Supervised fine-tuning",
 }
 IMPORTANT = (
-    "objective taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio sampling "
+    "objective taid_schedule taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio sampling "
     "model_name_or_path teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name "
     "eval_dataset_name learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps max_length seed output_dir"
@@ -137,10 +137,12 @@ class Run:
         return {prefix.removeprefix("eval_").removesuffix("_"): prefix for prefix in prefixes}
 
     @property
-    def schedule(self) -> TAIDSchedule | None:
+    def schedule(self) -> TAIDSchedule | AutoSchedule | None:
         """The schedule of t that the configuration describes; None while N is unknown."""
         if self.total_steps is None:
             return None
+        if self.config.get("taid_schedule") == "auto":
+            return AutoSchedule(self.total_steps)
         given = {name: self.config.get(f"taid_{name}") for name in ("t_start", "t_end", "alpha", "beta", "adaptive")}
         if given["alpha"] == "auto":
             given["alpha"] = auto_alpha(self.total_steps)
@@ -266,7 +268,9 @@ def _plot_t(run: Run) -> Plot:
     figure, (axes,) = panels(["t"], run.total_steps or run.last_step)
     lines = [Line(t, BLUE, f"t {t[-1][1]:.2f}")]
     alt, caption = f"t over the training steps: {_from_to(t)}", ""
-    if schedule is not None:
+    if isinstance(schedule, AutoSchedule):
+        caption = f"As configured, {schedule.regime()}"
+    elif schedule is not None:
         # The row of step k holds the t that was used in it, t_{k-1}, whose floor is that of step k - 2.
         floor = [(step, schedule.linear(max(step - 2, 0))) for step in (0, 2, schedule.total_steps)]
         lines.append(Line(floor, MUTED, "", dashed=True))

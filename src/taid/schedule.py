@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 def auto_alpha(total_steps: int) -> float:
@@ -126,6 +126,75 @@ class TAIDSchedule:
             f"{span} on the linear ramp: with alpha {self.alpha:g} the adaptive step is the larger one only in runs of "
             f"more than {self._needed_steps:,.0f} steps. For the paper's shape on a run of this length set "
             f"taid_alpha: auto ({auto_alpha(self.total_steps):.3g}); to ask for the ramp set taid_adaptive: false."
+        )
+
+
+@dataclass(frozen=True)
+class AutoState:
+    """Where :class:`AutoSchedule` stands before optimizer step `step`.
+
+    Attributes:
+        step: n, the number of optimizer steps done.
+        t: t_n, used in step n.
+    """
+
+    step: int
+    t: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as plain values; ``AutoState(**d)`` brings it back bit for bit."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class AutoSchedule:
+    r"""t from the teacher to a little before it: this project's rule, with nothing to set.
+
+    With :math:`J_n` the loss of step n over all its trained tokens::
+
+        t_0 = 1
+        t_n = 1 - ROOM * (n / N) * (1 - exp(-J_{n-1}))
+
+    The paper's t rises, and ends at forward KL. Far from the teacher nothing learns as fast as forward KL, so this one
+    begins there; and where t ends is what a run keeps: a last t below 1 costs KL(p || q) in proportion to (1 - t)^2,
+    and gains KL(q || p) in proportion to 1 - t. A student that stays far from its teacher is given more of it than one
+    that can follow, which has less to choose. docs/evidence.md has the measurements, and the rules that were worse.
+
+    Attributes:
+        total_steps: N, the optimizer steps of the whole run.
+
+    Raises:
+        ValueError: no step at all.
+    """
+
+    total_steps: int
+    ROOM: ClassVar[float] = 0.2  # t ends above 1 - ROOM, however far the student is
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+
+    def initial_state(self) -> AutoState:
+        """The state before the first step."""
+        return AutoState(step=0, t=1.0)
+
+    def advance(self, state: AutoState, loss: float) -> AutoState:
+        """Return the state after a step that had `state.t` and ended with `loss`, J_n in nats a token.
+
+        Raises:
+            ValueError: the loss is not finite; nothing sensible can follow from it.
+        """
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of step {state.step} is {loss}; t cannot move by it")
+        step = state.step + 1
+        distance = -math.expm1(-max(loss, 0.0))  # 0 at the teacher, towards 1 far from it
+        return AutoState(step=step, t=1 - self.ROOM * min(1.0, step / self.total_steps) * distance)
+
+    def regime(self) -> str:
+        """One sentence for the user: how t will move."""
+        return (
+            f"t falls from 1 over {self.total_steps:,} steps, to {1 - self.ROOM:g} at the lowest: the farther the "
+            "student stays from the teacher, the lower (taid_schedule: auto)."
         )
 
 
