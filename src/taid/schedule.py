@@ -168,7 +168,7 @@ class AutoSchedule:
     """
 
     total_steps: int
-    ROOM: ClassVar[float] = 0.2  # t ends above 1 - ROOM, however far the student is
+    ROOM: ClassVar[float] = 0.1  # t ends above 1 - ROOM, however far the student is
 
     def __post_init__(self) -> None:
         if self.total_steps < 1:
