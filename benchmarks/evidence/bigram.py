@@ -18,43 +18,66 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from taid import objectives, stdlib_text
+from taid.schedule import AutoSchedule
 from taid.standings import Interval
 
 IDS, WIDTH, STEPS, BATCH = 512, 12, 300, 256  # the most frequent tokens; of the student; of a run
 RATES, SEEDS = (5e-2, 1e-1, 2e-1, 4e-1), 5
-Schedule = Callable[[float], tuple[float | None, float]]  # progress, 0 to 1 -> t, or None for reverse KL; scale
+
+
+class Before(NamedTuple):
+    """What a schedule is told before a step."""
+
+    learned: float  # the share that is done of the sum of all learning rates
+    step: int
+    loss: float  # of the step before; 0 before the first
+
+
+Schedule = Callable[[Before], tuple[float | None, float]]  # t, or None for reverse KL; what the loss is multiplied by
 
 
 def rising(start: float, full: float = 1.0, *, scales: bool = False) -> Schedule:
     """t from `start` to 1, which it reaches when the share `full` of the learning is done."""
 
-    def schedule(progress: float) -> tuple[float, float]:
-        t = start + (1 - start) * min(1.0, progress / full)
+    def schedule(before: Before) -> tuple[float, float]:
+        t = start + (1 - start) * min(1.0, before.learned / full)
         return (1.0, t) if scales else (t, 1.0)
 
     return schedule
 
 
 def constant(t: float) -> Schedule:
-    return lambda progress: (t, 1.0)
+    return lambda before: (t, 1.0)
 
 
-def falling(end: float) -> Schedule:
-    return lambda progress: (1 - (1 - end) * progress, 1.0)
+def falling(start: float, end: float, *, scales: bool = False) -> Schedule:
+    def schedule(before: Before) -> tuple[float, float]:
+        t = start + (end - start) * before.learned
+        return (1.0, t) if scales else (t, 1.0)
+
+    return schedule
+
+
+def auto(before: Before) -> tuple[float, float]:
+    rule = AutoSchedule(STEPS)
+    state = rule.initial_state()
+    return (rule.advance(replace(state, step=before.step - 1), before.loss) if before.step else state).t, 1.0
 
 
 SCHEDULES: dict[str, Schedule] = {
     "forward KL (t = 1)": constant(1.0),
-    "reverse KL": lambda progress: (None, 1.0),
+    "reverse KL": lambda before: (None, 1.0),
     "t from 0.4 to 1": rising(0.4),
     "t from 0.4 to 1, scaled": rising(0.4, scales=True),
     "t from 0 to 1 at half-way": rising(0.0, 0.5),
@@ -63,8 +86,11 @@ SCHEDULES: dict[str, Schedule] = {
     "t = 0.9": constant(0.9),
     "t = 0.7": constant(0.7),
     "t = 0.5": constant(0.5),
-    "t from 1 to 0.9": falling(0.9),
-    "t from 1 to 0.8": falling(0.8),
+    "t from 1 to 0.9": falling(1.0, 0.9),
+    "t from 1 to 0.8": falling(1.0, 0.8),
+    "t from 1.5 to 1": falling(1.5, 1.0),
+    "t from 1.5 to 1, scaled": falling(1.5, 1.0, scales=True),
+    "auto": auto,
 }
 
 
@@ -102,6 +128,7 @@ def train(
     """Without a schedule, on labels."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=(0.9, beta2), weight_decay=0.0)
+    last = 0.0
     decay = [0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * decay[step]
@@ -111,9 +138,13 @@ def train(
             labels = torch.multinomial(z_p.exp(), 1, generator=generator)[:, 0]
             loss = nn.functional.cross_entropy(z_q, labels)
         else:
-            t, scale = schedule(sum(decay[:step]) / sum(decay))
-            terms = objectives.reverse_kl(z_q, z_p) if t is None else objectives.taid(z_q, z_p, t=t)
+            t, scale = schedule(Before(sum(decay[:step]) / sum(decay), step, last))
+            if t is None:
+                terms = objectives.reverse_kl(z_q, z_p)
+            else:  # as objectives.taid, but also for a t beyond 1
+                terms = objectives.forward_kl(z_q, (1 - t) * z_q.detach() + t * z_p)
             loss = scale * terms.mean()
+            last = float(terms.mean())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -3,20 +3,29 @@
     python benchmarks/evidence/figures.py            # writes both
     python benchmarks/evidence/figures.py --check    # says whether the tables are those of the numbers
 
-A table stands between `<!-- table NAME MEASURE ... -->` and `<!-- end -->`, and is that of NAME.json. `cross_entropy-`
-is the difference of cross_entropy to the baseline, seed by seed.
+A table of the page stands between one of these lines and `<!-- end -->`:
+
+    <!-- table NAME MEASURE ... -->                      every method of NAME.json
+    <!-- table NAME:METHOD,... MEASURE ... -->           these
+    <!-- settings NAME,... METHOD,... MEASURE ... -->    these methods in several settings
+    <!-- steps NAME METHOD,... -->                       how fast they learned, from NAME.curves.json
+
+`cross_entropy-` is the difference of cross_entropy to the baseline, seed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 from matplotlib.figure import Figure
 
 from taid.standings import MEASURES, Interval
@@ -24,7 +33,7 @@ from taid.standings import MEASURES, Interval
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "evidence.md"
-BLOCK = re.compile(r"(<!-- table (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|settings|steps) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {"taid": "#c2410c", "taid_linear": "#ea580c", "taid_sampled": "#fb923c", "forward_kl": "#111827"}
 
 
@@ -32,27 +41,105 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def table(name: str, measures: list[str]) -> str:
+def table(name: str, *measures: str) -> str:
     """Methods from the lowest cross-entropy on, then the student before and the teacher."""
+    name, _, chosen = name.partition(":")
     found = read(name)
     methods = dict(sorted(found["methods"].items(), key=lambda item: item[1]["measures"]["cross_entropy"]["mean"]))
-    head = ["method", "rate"]
-    for measure in measures:
-        words, _, _ = MEASURES[measure.rstrip("-")]
-        head.append(f"less {found['baseline']}'s" if measure.endswith("-") else words)
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for method, of in methods.items():
-        cells = [f"`{method}`", "" if of["learning_rate"] is None else f"{of['learning_rate']:g}"]
-        for measure in measures:
-            kind = of["differences"] if measure.endswith("-") else of["measures"]
-            cells.append(_text(kind.get(measure.rstrip("-")), measure))
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = [
+        [f"`{method}`", _rate(of), *(_cell(of, measure) for measure in measures)]
+        for method, of in methods.items()
+        if not chosen or method in chosen.split(",")
+    ]
     for model, of in found.get("beside", {}).items():
         numbers = of["held_out"] | of.get("generations", {})
-        cells = [f"({model})", ""]
-        cells += [_text({"mean": numbers.get(measure), "half_width_95": None}, measure) for measure in measures]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [_text({"mean": numbers.get(measure), "half_width_95": None}, measure) for measure in measures]
+        rows.append([f"({model})", "", *cells])
+    return _lines(["method", "rate", *_heads(measures, found["baseline"])], rows)
+
+
+def settings(names: str, methods: str, *measures: str) -> str:
+    """The same methods in one setting after the other."""
+    rows, baseline = [], ""
+    for name in names.split(","):
+        found = read(name)
+        baseline = found["baseline"]
+        for method in methods.split(","):
+            if method in found["methods"]:
+                of = found["methods"][method]
+                rows.append([name, f"`{method}`", _rate(of), *(_cell(of, measure) for measure in measures)])
+    return _lines(["setting", "method", "rate", *_heads(measures, baseline)], rows)
+
+
+def steps(name: str, methods: str) -> str:
+    """When each run reached the baseline's validation losses, and how far its loss strays from one log to the next."""
+    found, curves = read(name), json.loads((HERE / f"{name}.curves.json").read_text(encoding="utf-8"))
+    by_method = {
+        method: [run["run"] for run in found["runs"] if run["method"] == method] for method in methods.split(",")
+    }
+    last = curves[by_method[found["baseline"]][0]]["eval_cross_entropy"][-1][0]
+    marks = {
+        share: statistics.fmean(
+            _at(curves[run]["eval_cross_entropy"], share * last) for run in by_method[found["baseline"]]
+        )
+        for share in (0.5, 1.0)
+    }
+    rows = []
+    for method, runs in by_method.items():
+        cells = [f"`{method}`", _rate(found["methods"][method])]
+        for loss in marks.values():
+            reached = [_first(curves[run]["eval_cross_entropy"], loss) for run in runs]
+            known = [step for step in reached if step is not None]
+            missed = f", not by {len(runs) - len(known)}" if len(known) < len(runs) else ""
+            cells.append(f"{statistics.fmean(known):.0f}{missed}" if known else "never")
+        cells += [
+            f"{statistics.fmean(map(_stray, (curves[run][key] for run in runs))):.3f}" for key in ("loss", "grad_norm")
+        ]
+        rows.append(cells)
+    heads = [f"steps to {loss:.3f}" for loss in marks.values()]
+    return _lines(["method", "rate", *heads, "loss strays", "gradient norm strays"], rows)
+
+
+def _at(curve: list[list[float]], step: float) -> float:
+    return float(numpy.interp(step, *zip(*curve, strict=True)))
+
+
+def _first(curve: list[list[float]], loss: float) -> float | None:
+    """The first step at which the curve, linear from one evaluation to the next, is as low."""
+    for (step, high), (later, low) in itertools.pairwise(curve):
+        if low <= loss:
+            return step if high <= loss else step + (later - step) * (high - loss) / (high - low)
+    return None
+
+
+def _stray(series: list[list[float]]) -> float:
+    """The mean change from one logged value to the next, as a share of their mean, in the second half of a run."""
+    values = [value for _, value in series[len(series) // 2 :]]
+    return statistics.fmean(abs(b - a) for a, b in itertools.pairwise(values)) / statistics.fmean(values)
+
+
+def _heads(measures: tuple[str, ...], baseline: str) -> list[str]:
+    return [
+        f"less {baseline}'s" if m.endswith("-") and f"{m[:-1]}" in measures else _words(m, baseline) for m in measures
+    ]
+
+
+def _words(measure: str, baseline: str) -> str:
+    words = MEASURES[measure.rstrip("-")][0]
+    return f"{words}, less {baseline}'s" if measure.endswith("-") else words
+
+
+def _lines(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
+
+
+def _rate(of: dict[str, Any]) -> str:
+    return "" if of["learning_rate"] is None else f"{of['learning_rate']:g}"
+
+
+def _cell(of: dict[str, Any], measure: str) -> str:
+    return _text(of["differences" if measure.endswith("-") else "measures"].get(measure.rstrip("-")), measure)
 
 
 def _text(interval: dict[str, float] | None, measure: str) -> str:
@@ -64,7 +151,8 @@ def _text(interval: dict[str, float] | None, measure: str) -> str:
 
 def with_tables(page: str) -> str:
     """The page with each table made anew."""
-    return BLOCK.sub(lambda found: found[1] + table(found[2], found[3].split()) + found[4], page)
+    kinds = {"table": table, "settings": settings, "steps": steps}
+    return BLOCK.sub(lambda found: found[1] + kinds[found[2]](*found[3].split()) + found[4], page)
 
 
 def frontier(settings: dict[str, float]) -> Figure:
