@@ -15,7 +15,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from taid.schedule import CurriculumTemperature, ScheduleState, TAIDSchedule, TemperatureState
+from taid.schedule import (
+    AutoSchedule,
+    AutoState,
+    CurriculumTemperature,
+    ScheduleState,
+    TAIDSchedule,
+    TemperatureState,
+)
 
 if TYPE_CHECKING:
     from taid import objectives as objectives
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
     from taid.trainer import TAIDTrainer as TAIDTrainer
 
 __all__ = [
+    "AutoSchedule",
+    "AutoState",
     "CurriculumTemperature",
     "Head",
     "ScheduleState",
