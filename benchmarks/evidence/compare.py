@@ -146,7 +146,11 @@ def answers(out: Path, options: argparse.Namespace) -> Setting:
     shutil.copyfile(models / "instructions_test.jsonl", out / "test.jsonl")
     recipe = pair(models / "student", models / "instructed")
     recipe |= {"per_device_train_batch_size": BATCH, "eval_steps": STEPS // 5, "logging_steps": 4}
-    return recipe, {"objectives": f"{SOME},jsd,gkd,taid_sampled", "learning_rates": "1e-3,3e-3,1e-2,3e-2", "generate": 48}
+    return recipe, {
+        "objectives": f"{SOME},jsd,gkd,taid_sampled",
+        "learning_rates": "1e-3,3e-3,1e-2,3e-2",
+        "generate": 48,
+    }
 
 
 SETTINGS: dict[str, Callable[..., Setting]] = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -26,15 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from taid.methods import METHODS
 from taid.standings import MEASURES, Interval
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "evidence.md"
 BLOCK = re.compile(r"(<!-- (table|settings|steps) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-COLOURS = {"taid": "#c2410c", "taid_linear": "#ea580c", "taid_sampled": "#fb923c", "forward_kl": "#111827"}
+COLOURS = {
+    "forward_kl": "#111827", "skew_forward_kl": "#7c3aed", "sft": "#15803d", "taid": "#c2410c", "taid_linear": "#ea580c",
+    "taid_sampled": "#fb923c", "taid_auto": "#0369a1",
+}  # fmt: skip
+GREY = "#6b7280"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -157,28 +164,100 @@ def with_tables(page: str) -> str:
 
 def frontier(settings: dict[str, float]) -> Figure:
     """What each method gives up of KL(p || q) for KL(q || p), beside forward KL; who gives up more is left out."""
-    figure = Figure(figsize=(5.2 * len(settings), 4.4), dpi=150, layout="constrained")
-    for (name, most), axes in zip(settings.items(), figure.subplots(1, len(settings), squeeze=False)[0], strict=True):
+    figure = Figure(figsize=(10.4, 4.2 * math.ceil(len(settings) / 2)), dpi=150, layout="constrained")
+    panels = figure.subplots(math.ceil(len(settings) / 2), 2, squeeze=False).flat
+    for (name, most), axes in zip(settings.items(), panels, strict=True):
         found = read(name)
         axes.axhline(0, color="#d1d5db", linewidth=0.8)
         axes.axvline(0, color="#d1d5db", linewidth=0.8)
         for method, of in found["methods"].items():
             x, y = (of["differences"].get(m, {"mean": 0.0, "half_width_95": 0.0}) for m in ("kl", "reverse_kl"))
-            if x["mean"] > most:
+            if x["mean"] > most or method not in METHODS:
                 continue
-            colour = COLOURS.get(method, "#6b7280")
+            colour = COLOURS.get(method, GREY)
             halves = {"xerr": x["half_width_95"], "yerr": y["half_width_95"]}
             axes.errorbar(x["mean"], y["mean"], **halves, fmt="o", color=colour, markersize=4)
             axes.annotate(method, (x["mean"], y["mean"]), (4, 4), textcoords="offset points", color=colour, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("KL(p ‖ q) less forward KL's, nats a token", fontsize=9)
-        axes.set_ylabel("KL(q ‖ p) less forward KL's", fontsize=9)
-        axes.tick_params(labelsize=8)
+        _plain(axes, name, "KL(p ‖ q) less forward KL's, nats a token", "KL(q ‖ p) less forward KL's")
     return figure
 
 
-PICTURES = {"frontier.png": partial(frontier, {"stories": 0.06, "instructions": 0.25})}
+def teachers(settings: dict[str, str]) -> Figure:
+    """What a student of one size comes to under each teacher, by how good the teacher is."""
+    figure = Figure(figsize=(10.4, 4.2), dpi=150, layout="constrained")
+    for measure, axes in zip(("cross_entropy", "reverse_kl"), figure.subplots(1, 2), strict=True):
+        for method in ("forward_kl", "skew_forward_kl", "taid", "taid_auto"):
+            points = []
+            for name in settings:
+                found = read(name)
+                of = found["methods"][method]["measures"][measure]
+                points.append(
+                    (found["beside"]["teacher"]["held_out"]["cross_entropy"], of["mean"], of["half_width_95"])
+                )
+            x, y, halves = zip(*points, strict=True)
+            axes.errorbar(x, y, yerr=halves, fmt="o-", color=COLOURS.get(method, GREY), markersize=4, label=method)
+        axes.invert_xaxis()
+        axes.legend(fontsize=8, frameon=False)
+        for (_, size), (x, *_) in zip(settings.items(), points, strict=True):
+            axes.annotate(size, (x, 1.0), (0, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
+                          ha="center", fontsize=8, color=GREY)  # fmt: skip
+        _plain(axes, "", "the teacher's own cross-entropy, nats a token", f"the student's {MEASURES[measure][0]}")
+    return figure
+
+
+def rules(names: list[str]) -> Figure:
+    """The paper's rule and ours beside forward KL, in every setting."""
+    figure = Figure(figsize=(10.4, 0.5 * len(names) + 1.2), dpi=150, layout="constrained")
+    for measure, axes in zip(("kl", "reverse_kl"), figure.subplots(1, 2, sharey=True), strict=True):
+        axes.axvline(0, color=COLOURS["forward_kl"], linewidth=0.8)
+        for place, name in enumerate(names):
+            found = read(name)
+            for shift, method in ((-0.16, "taid"), (0.16, "taid_auto")):
+                of = found["methods"][method]["differences"][measure]
+                colour = COLOURS[method]
+                axes.errorbar(of["mean"], place + shift, xerr=of["half_width_95"], fmt="o", color=colour, markersize=4,
+                              label=method if place == 0 else None)  # fmt: skip
+        axes.set_yticks(range(len(names)), names)
+        _plain(axes, "", f"{MEASURES[measure][0]} less forward KL's, nats a token", "")
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def curves(names: list[str], methods: list[str]) -> Figure:
+    """The validation rows' KL to the teacher over the steps, the mean of all seeds."""
+    figure = Figure(figsize=(10.4, 3.8), dpi=150, layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names)), strict=True):
+        runs, found = read(name)["runs"], json.loads((HERE / f"{name}.curves.json").read_text(encoding="utf-8"))
+        for method in methods:
+            series = [found[run["run"]]["eval_kl"] for run in runs if run["method"] == method]
+            steps, values = zip(*(zip(*of, strict=True) for of in series), strict=True)
+            axes.plot(
+                steps[0], numpy.mean(values, axis=0), "o-", markersize=3, color=COLOURS.get(method, GREY), label=method
+            )
+        axes.legend(fontsize=8, frameon=False)
+        _plain(axes, name, "step", "KL(p ‖ q) on validation rows, nats a token")
+    return figure
+
+
+def _plain(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+
+
+TEACHERS = {"teacher_0.2M": "0.2 M", "teacher_0.5M": "0.5 M", "teacher_1M": "1 M", "books": "3 M"}
+JUDGED = ["books", *list(TEACHERS)[:3], "short", "long", "epochs_5", "epochs_20", "answers"]
+PICTURES = {
+    "frontier.png": partial(frontier, {"stories": 0.06, "instructions": 0.25, "books": 0.2, "answers": 0.2}),
+    "teachers.png": partial(teachers, TEACHERS),
+    "rules.png": partial(rules, JUDGED),
+    "curves.png": partial(
+        curves, ["books", "epochs_20"], ["sft", "forward_kl", "skew_forward_kl", "taid", "taid_auto"]
+    ),
+}
 
 
 def main() -> None:
