@@ -38,8 +38,8 @@ DOCS = HERE.parents[1] / "docs"
 PAGE = DOCS / "evidence.md"
 BLOCK = re.compile(r"(<!-- (table|settings|steps) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {
-    "forward_kl": "#111827", "skew_forward_kl": "#7c3aed", "sft": "#15803d", "taid": "#c2410c", "taid_linear": "#ea580c",
-    "taid_sampled": "#fb923c", "taid_auto": "#0369a1",
+    "forward_kl": "#111827", "skew_forward_kl": "#7c3aed", "sft": "#15803d", "taid": "#c2410c",
+    "taid_linear": "#ea580c", "taid_sampled": "#fb923c", "taid_auto": "#0369a1",
 }  # fmt: skip
 GREY = "#6b7280"
 
