@@ -674,3 +674,8 @@ def test_the_best_checkpoint_is_that_of_the_least_loss_or_kl(metric, greater):
 def test_a_quantized_teacher_is_not_cut_up(placement):
     with pytest.raises(ValueError, match=f"bnb_4bit and teacher_placement: {placement} do not go together"):
         made(teacher_quantization="bnb_4bit", teacher_placement=placement)
+
+
+def test_auto_has_no_other_mixture():
+    with pytest.raises(ValueError, match=r"taid_schedule: auto has targets beyond .* taid_mixture: -1 has not"):
+        made(taid_schedule="auto", taid_mixture=-1.0)

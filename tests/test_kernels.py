@@ -108,7 +108,7 @@ class Case:
 
 
 CASES = {
-    **{f"taid({t})": Case("taid", {"t": t}) for t in (0.1, 0.4, 0.9)},
+    **{f"taid({t})": Case("taid", {"t": t}) for t in (0.1, 0.4, 0.9, 1.5)},
     "forward_kl": Case("forward_kl"),
     "reverse_kl": Case("reverse_kl"),
     **{f"jsd({beta})": Case("jsd", {"beta": beta}) for beta in (0.1, 0.5, 0.9)},
@@ -638,7 +638,16 @@ def test_a_mask_of_the_teacher_alone_is_probability_zero(form, case):
         assert error_of_value(result.columns["temperature_gradient"], expected, 2 * case.scale) <= 2e-5
 
 
-@without(*INFINITE_WHERE_THE_STUDENT_IS_ZERO, "forward_kl", "skew_forward_kl(0.0)", "adaptive_kl", "dkd", "ctkd", "sft")
+@without(
+    *INFINITE_WHERE_THE_STUDENT_IS_ZERO,
+    "forward_kl",
+    "taid(1.5)",
+    "skew_forward_kl(0.0)",
+    "adaptive_kl",
+    "dkd",
+    "ctkd",
+    "sft",
+)
 def test_a_mask_of_the_student_alone_is_probability_zero(form, case):
     student, teacher = random_logits(5, 33)
 
@@ -652,7 +661,10 @@ def test_a_mask_of_the_student_alone_is_probability_zero(form, case):
 @pytest.mark.parametrize(
     ("name", "side"),
     [
-        *((name, "student") for name in ("forward_kl", "adaptive_kl(0.5)", "dkd(2.0, 0.5, 1.0)", "ctkd(0.7)")),
+        *(
+            (name, "student")
+            for name in ("forward_kl", "taid(1.5)", "adaptive_kl(0.5)", "dkd(2.0, 0.5, 1.0)", "ctkd(0.7)")
+        ),
         *((name, "teacher") for name in ("reverse_kl", "adaptive_kl(0.5)")),
     ],
 )
@@ -892,7 +904,7 @@ def test_in_float64_the_gradient_for_the_temperature_is_exact_to_1e_12():
         ("taid", 1.0, {"t": 0.5, "beta": 0.1}, "taid has no parameter 'beta' (it has: t, mixture)"),
         ("tvd", 1.0, {"t": 0.5}, "tvd has no parameter 't' (it has: none)"),
         ("sft", 1.0, {"t": 0.5}, "sft has no parameter 't' (it has: none)"),
-        ("taid", 1.0, {"t": 1.5}, "t must lie in [0, 1], got 1.5"),
+        ("taid", 1.0, {"t": 2.5}, "t must lie in [0, 2], got 2.5"),
         ("jsd", 1.0, {"beta": 0.0}, "beta must lie strictly between 0 and 1, got 0.0"),
         ("dkd", 1.0, {"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
     ],

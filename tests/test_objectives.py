@@ -146,7 +146,7 @@ def entropy(share):
 
 
 CASES = {
-    **{f"taid({t})": Case(partial(taid, t=t), partial(reference_taid, t=t)) for t in (0.1, 0.4, 0.9)},
+    **{f"taid({t})": Case(partial(taid, t=t), partial(reference_taid, t=t)) for t in (0.1, 0.4, 0.9, 1.5)},
     "forward_kl": Case(forward_kl, lambda log_q, log_p: reference_kl(log_p, log_q)),
     "reverse_kl": Case(reverse_kl, lambda log_q, log_p: reference_kl(log_q, log_p)),
     **{f"jsd({b})": Case(partial(jsd, beta=b), partial(reference_jsd, beta=b), entropy(b)) for b in (0.1, 0.5)},
@@ -203,6 +203,7 @@ CASES = {
 
 # Beside forward and reverse KL, on which there are tests of their own.
 INFINITE_WHERE_THE_STUDENT_IS_ZERO = [name for name in CASES if "mixture=" in name] + [
+    "taid(1.5)",
     "abkd(0.6, 0.0)",
     "amid(1.0, 0.1, 1.0, 0.0)",
 ]
@@ -355,7 +356,7 @@ def test_the_teacher_gets_no_gradient(case):
     assert not case.objective(student_logits, teacher_logits).requires_grad
 
 
-@pytest.mark.parametrize("t", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9, 1.5, 2.0])
 def test_the_gradient_of_taid_is_that_of_the_renyi_divergence_of_order_t(t):
     z_q, z_p = random_logits(5, 507)
 
@@ -368,7 +369,7 @@ def test_the_gradient_of_taid_is_that_of_the_renyi_divergence_of_order_t(t):
     assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.1, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("t", [0.0, 0.1, 0.4, 0.9, 1.0, 1.5, 2.0])
 def test_the_gradient_of_taid_is_q_minus_p_t_and_its_target_is_the_mixture_of_logits(t):
     student_logits, teacher_logits = random_logits(5, 507)
     z_q, z_p = student_logits.double(), teacher_logits.double()
@@ -927,8 +928,9 @@ def test_on_any_finite_logits_the_loss_is_finite_and_within_bounds_and_the_gradi
 @pytest.mark.parametrize(
     ("objective", "named"),
     [
-        *((partial(taid, t=t), f"t must lie in [0, 1], got {t}") for t in (-0.1, 1.5, math.nan)),
-        *((partial(interpolated_log_probs, t=t), f"t must lie in [0, 1], got {t}") for t in (-0.1, 1.5)),
+        *((partial(taid, t=t), f"t must lie in [0, 2], got {t}") for t in (-0.1, 2.5, math.nan)),
+        *((partial(taid, t=t, mixture=-1.0), f"t must lie in [0, 1], got {t}") for t in (-0.1, 1.5)),
+        *((partial(interpolated_log_probs, t=t), f"t must lie in [0, 2], got {t}") for t in (-0.1, 2.5)),
         *(
             (partial(jsd, beta=beta), f"beta must lie strictly between 0 and 1, got {beta}")
             for beta in (0.0, 1.0, -0.5)

@@ -129,7 +129,7 @@ def test_the_floor_is_the_schedule_of_the_configuration(tmp_path: Path) -> None:
 
 def test_the_schedule_without_options_has_no_floor(tmp_path: Path) -> None:
     text = page(run(tmp_path, training(100, 200), taid_schedule="auto"))
-    assert "As configured, t falls from 1 over 300 steps" in text
+    assert "As configured, t falls over 300 steps to 0.95" in text
     assert "linear floor" not in text
 
 

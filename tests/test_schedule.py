@@ -394,28 +394,34 @@ def test_a_state_survives_json_bit_for_bit_and_the_run_goes_on_as_if_it_had_neve
 # --- our own ----------------------------------------------------------------------------------------------------------
 
 
-def test_auto_falls_from_1_by_the_share_of_the_run_and_the_distance_that_is_left():
-    # 1 - 0.1 n / N (1 - exp(-J)), and exp(-log 4) = 1 / 4.
-    states = states_of(AutoSchedule(4), [math.log(4), math.log(2), math.log(4), 0.0])
+def test_auto_falls_from_as_far_beyond_the_teacher_as_the_student_is_near_to_a_little_before_it():
+    # 1 + exp(-log 4) = 1.25 to 0.95, whatever comes after the first loss.
+    states = states_of(AutoSchedule(4), [math.log(4), 0.0, 9.0, 0.5])
 
     assert [state.step for state in states] == [0, 1, 2, 3, 4]
-    assert [state.t for state in states] == pytest.approx([1.0, 0.98125, 0.975, 0.94375, 1.0], rel=1e-15)
+    assert [state.t for state in states] == pytest.approx([1.0, 1.175, 1.1, 1.025, 0.95], rel=1e-15)
+
+
+@pytest.mark.parametrize(("loss", "first"), [(0.0, 2.0), (1e6, 1.0)])
+def test_auto_begins_at_the_teacher_for_a_student_that_is_far_and_at_2_for_one_that_is_there(loss, first):
+    schedule = AutoSchedule(10**9)
+    assert schedule.advance(schedule.initial_state(), loss).t == pytest.approx(first, rel=1e-8)
 
 
 @settings(max_examples=75, deadline=None, derandomize=True)
 @given(st.integers(1, 50), st.lists(st.floats(0, 1e6), min_size=1, max_size=60))
-def test_auto_stays_between_its_room_and_the_teacher_and_survives_json(total_steps, losses):
-    schedule = AutoSchedule(total_steps)
-    states = states_of(schedule, losses)
+def test_auto_never_rises_after_its_first_step_and_survives_json(total_steps, losses):
+    states = states_of(AutoSchedule(total_steps), losses)
 
-    assert all(1 - AutoSchedule.ROOM <= state.t <= 1 for state in states)
+    assert all(later.t <= earlier.t for earlier, later in pairwise(states[1:]))
+    assert all(AutoSchedule.LAST - 1e-12 <= state.t <= 2 for state in states)
     assert [AutoState(**json.loads(json.dumps(state.to_dict()))) for state in states] == states
 
 
 def test_auto_takes_a_loss_below_zero_for_rounding_and_refuses_one_that_is_not_finite():
     schedule = AutoSchedule(4)
 
-    assert schedule.advance(schedule.initial_state(), -1e-9).t == 1.0
+    assert schedule.advance(schedule.initial_state(), -1e-9) == schedule.advance(schedule.initial_state(), 0.0)
     for loss in (math.nan, math.inf):
         with pytest.raises(ValueError, match=f"the loss of step 0 is {loss}; t cannot move by it"):
             schedule.advance(schedule.initial_state(), loss)
@@ -424,7 +430,7 @@ def test_auto_takes_a_loss_below_zero_for_rounding_and_refuses_one_that_is_not_f
 
 
 def test_auto_says_how_t_will_move():
-    assert "t falls from 1 over 1,500 steps, to 0.9 at the lowest" in AutoSchedule(1_500).regime()
+    assert "t falls over 1,500 steps to 0.95 from beyond the teacher" in AutoSchedule(1_500).regime()
 
 
 # --- the temperature of CTKD ------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Before(NamedTuple):
 
     learned: float  # the share that is done of the sum of all learning rates
     step: int
-    loss: float  # of the step before; 0 before the first
+    first: float  # the loss of the first step
 
 
 Schedule = Callable[[Before], tuple[float | None, float]]  # t, or None for reverse KL; what the loss is multiplied by
@@ -72,7 +72,7 @@ def falling(start: float, end: float, *, scales: bool = False) -> Schedule:
 def auto(before: Before) -> tuple[float, float]:
     rule = AutoSchedule(STEPS)
     state = rule.initial_state()
-    return (rule.advance(replace(state, step=before.step - 1), before.loss) if before.step else state).t, 1.0
+    return (rule.advance(replace(state, step=before.step - 1), before.first) if before.step else state).t, 1.0
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -128,7 +128,7 @@ def train(
     """Without a schedule, on labels."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=(0.9, beta2), weight_decay=0.0)
-    last = 0.0
+    first = 0.0
     decay = [0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * decay[step]
@@ -138,13 +138,13 @@ def train(
             labels = torch.multinomial(z_p.exp(), 1, generator=generator)[:, 0]
             loss = nn.functional.cross_entropy(z_q, labels)
         else:
-            t, scale = schedule(Before(sum(decay[:step]) / sum(decay), step, last))
+            t, scale = schedule(Before(sum(decay[:step]) / sum(decay), step, first))
             if t is None:
                 terms = objectives.reverse_kl(z_q, z_p)
             else:  # as objectives.taid, but also for a t beyond 1
                 terms = objectives.forward_kl(z_q, (1 - t) * z_q.detach() + t * z_p)
             loss = scale * terms.mean()
-            last = float(terms.mean())
+            first = first if step else float(terms.mean())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -106,8 +106,8 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
     taid_schedule: Schedule = field(
         default="paper",
         metadata={
-            "help": "TAID: how t moves. 'paper' is the paper's, with the options below; 'auto' has none: from 1 to "
-            "a little below it, by the loss."
+            "help": "TAID: how t moves. 'paper' is the paper's, with the options below; 'auto' has none: from "
+            "beyond the teacher to a little before it."
         },
     )
     taid_t_start: float = field(
@@ -371,6 +371,11 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
 
     def _check_combinations(self) -> None:
+        if self.taid_schedule == "auto" and self.taid_mixture != 1.0:
+            raise ValueError(
+                f"taid_schedule: auto has targets beyond the teacher, which taid_mixture: {self.taid_mixture:g} has "
+                "not: leave one of the two away"
+            )
         if self.abkd_alpha == self.abkd_beta == 0:
             raise ValueError("abkd_alpha and abkd_beta must not both be 0; (1, 0) is forward KL, (0, 1) reverse KL")
         sampling.check_options(self)

@@ -49,13 +49,15 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor, m
     .. math:: KL(p_t \,\|\, q), \qquad p_t = softmax((1 - t)\, z_q' + t\, z_p)
 
     with ``z_q'`` the student's logits held constant, so that the gradient on ``z_q`` is ``q - p_t``. At ``t = 0`` loss
-    and gradient are exactly zero; at ``t = 1`` this is :func:`forward_kl`. In between the gradient is that of the Renyi
-    divergence of order t, ``log(sum p^t q^(1 - t)) / (t - 1)``, which divided by t is reverse KL in the limit 0.
+    and gradient are exactly zero; at ``t = 1`` this is :func:`forward_kl`. Beyond 1 the target lies behind the teacher,
+    as seen from the student. At every other t the gradient is that of the Renyi divergence of order t, ``log(sum p^t
+    q^(1 - t)) / (t - 1)``, which divided by t is reverse KL in the limit 0, and infinite above 1 where q alone is 0.
 
     Args:
         student_logits: ``[..., V]``.
         teacher_logits: ``[..., V]``.
-        t: where the target stands between student (0) and teacher (1); a number or a 0-dim tensor.
+        t: where the target stands, from the student (0) over the teacher (1) to 2; a number or a 0-dim tensor. At most
+            1 with another ``mixture``.
         mixture: which mean of the two the target is: alpha of AMiD's alpha-mixture, of which t is then the share
             (see :func:`amid`). 1 is TAID's, -1 the mean of the probabilities.
 
@@ -63,7 +65,7 @@ def taid(student_logits: Tensor, teacher_logits: Tensor, *, t: float | Tensor, m
         The loss of each token, ``[...]``, float32, nats.
 
     Raises:
-        ValueError: ``t`` is a number outside [0, 1], ``mixture`` is not finite, or the shapes differ.
+        ValueError: ``t`` is a number out of range, ``mixture`` is not finite, or the shapes differ.
 
     Reference: Shing et al., "TAID", ICLR 2025, arXiv 2501.16937, eq. 3 and 4. The official code minimises the
     cross-entropy of ``p_t``, which has the same gradient and another value; it mixes in the logits' own dtype.
@@ -85,9 +87,10 @@ def interpolated_log_probs(
 
     See :func:`taid` for the arguments and the formula.
     """
-    if not isinstance(t, Tensor) and not 0.0 <= t <= 1.0:
-        raise ValueError(f"t must lie in [0, 1], got {t}")
     _check_mixture(mixture)
+    last = 2 if mixture == 1.0 else 1
+    if not isinstance(t, Tensor) and not 0.0 <= t <= last:
+        raise ValueError(f"t must lie in [0, {last}], got {t}")
     _require_same_shape(student_logits, teacher_logits)
     if mixture != 1.0:
         return _mixture_of_logits(student_logits.detach(), teacher_logits, mixture, t)[0]

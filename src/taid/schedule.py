@@ -136,10 +136,12 @@ class AutoState:
     Attributes:
         step: n, the number of optimizer steps done.
         t: t_n, used in step n.
+        distance: J_0 in nats a token; None before the first step.
     """
 
     step: int
     t: float
+    distance: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain values; ``AutoState(**d)`` brings it back bit for bit."""
@@ -148,17 +150,18 @@ class AutoState:
 
 @dataclass(frozen=True)
 class AutoSchedule:
-    r"""t from the teacher to a little before it: this project's rule, with nothing to set.
+    r"""t from beyond the teacher to a little before it: this project's rule, with nothing to set.
 
-    With :math:`J_n` the loss of step n over all its trained tokens::
+    The first step has the teacher itself as its target, so that its loss is the distance :math:`J_0 = KL(p \,\|\, q)`
+    between student and teacher. From there on, t falls::
 
-        t_0 = 1
-        t_n = 1 - ROOM * (n / N) * (1 - exp(-J_{n-1}))
+        t_0 = 1;   n > 0:  t_n = LAST + (1 + exp(-J_0) - LAST) * (1 - n / N)
 
-    The paper's t rises, and ends at forward KL. Far from the teacher nothing learns as fast as forward KL, so this one
-    begins there; and where t ends is what a run keeps: a last t below 1 costs KL(p || q) in proportion to (1 - t)^2,
-    and gains KL(q || p) in proportion to 1 - t. A student that stays far from its teacher is given more of it than one
-    that can follow, which has less to choose. docs/evidence.md has the measurements, and the rules that were worse.
+    Where the paper's target comes from the student's side, this one comes from behind the teacher: a target that
+    exaggerates what the teacher has and the student has not takes it there sooner. That holds for a student that is
+    near enough; one that is far (exp(-J_0) near 0) begins at the teacher. LAST, a little below 1, costs KL(p || q)
+    next to nothing, which is at its minimum there, and gains KL(q || p). docs/evidence.md has the measurements, and the
+    rules that were worse.
 
     Attributes:
         total_steps: N, the optimizer steps of the whole run.
@@ -168,7 +171,7 @@ class AutoSchedule:
     """
 
     total_steps: int
-    ROOM: ClassVar[float] = 0.1  # t ends above 1 - ROOM, however far the student is
+    LAST: ClassVar[float] = 0.95
 
     def __post_init__(self) -> None:
         if self.total_steps < 1:
@@ -176,7 +179,7 @@ class AutoSchedule:
 
     def initial_state(self) -> AutoState:
         """The state before the first step."""
-        return AutoState(step=0, t=1.0)
+        return AutoState(step=0, t=1.0, distance=None)
 
     def advance(self, state: AutoState, loss: float) -> AutoState:
         """Return the state after a step that had `state.t` and ended with `loss`, J_n in nats a token.
@@ -186,15 +189,16 @@ class AutoSchedule:
         """
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {state.step} is {loss}; t cannot move by it")
-        step = state.step + 1
-        distance = -math.expm1(-max(loss, 0.0))  # 0 at the teacher, towards 1 far from it
-        return AutoState(step=step, t=1 - self.ROOM * min(1.0, step / self.total_steps) * distance)
+        distance = max(loss, 0.0) if state.distance is None else state.distance
+        first, step = 1 + math.exp(-distance), state.step + 1
+        left = max(0.0, 1 - step / self.total_steps)
+        return AutoState(step=step, t=self.LAST + (first - self.LAST) * left, distance=distance)
 
     def regime(self) -> str:
         """One sentence for the user: how t will move."""
         return (
-            f"t falls from 1 over {self.total_steps:,} steps, to {1 - self.ROOM:g} at the lowest: the farther the "
-            "student stays from the teacher, the lower (taid_schedule: auto)."
+            f"t falls over {self.total_steps:,} steps to {self.LAST:g} from beyond the teacher, between 1 and 2: the "
+            "nearer the student, the farther (taid_schedule: auto)."
         )
 
 

@@ -289,16 +289,18 @@ INLINE void taid(
       __builtin_prefetch((char *)z_q + v * size, 0, 2);
       __builtin_prefetch((char *)z_p + v * size, 0, 2);
     }
-    float s_q = 0, s_p = 0, s_t = 0, s_qx = 0, m_t = 0;
-#pragma omp simd reduction(+ : s_q, s_p, s_t, s_qx)
+    float s_q = 0, s_p = 0, s_t = 0, s_qx = 0, m_t = 0, highest = 0;
+#pragma omp simd reduction(+ : s_q, s_p, s_t, s_qx) reduction(max : highest)
     for (long v = 0; v < n; v++) {
       const float x = x_b[v] - m_q, w = w_b[v] - m_p, e = exp_(x);
       s_q += e_q[v] = e;
       s_qx += e * x;
       s_p += e_p[v] = exp_(w);
-      s_t += e_t[v] = exp_(mixed(x, w, t));
+      const float z = mixed(x, w, t);
+      highest = z > highest ? z : highest;  // above 0 for t > 1 only
+      s_t += e_t[v] = exp_(z);
     }
-    if (s_t < 1e-17f) {  // the likeliest tokens of the two are so far apart that exponentials relative to 0 are lost
+    if (s_t < 1e-17f || highest > 60.0f) {  // the two are so far apart that exponentials relative to 0 are lost
       m_t = LOG_ZERO;
       s_t = 0;
 #pragma omp simd reduction(max : m_t)
