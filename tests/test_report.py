@@ -131,6 +131,15 @@ def test_the_schedule_without_options_has_no_floor(tmp_path: Path) -> None:
     text = page(run(tmp_path, training(100, 200), taid_schedule="auto"))
     assert "As configured, t falls over 300 steps to 0.95" in text
     assert "linear floor" not in text
+    assert "at most 0.6" in text
+
+
+def test_the_settings_that_tell_most_are_without_those_of_another_schedule(tmp_path: Path) -> None:
+    options = {"taid_schedule": "auto", "taid_alpha": 5e-4, "taid_t_start": 0.4}
+    assert report.read_run(run(tmp_path, training(100), **options)).important[:2] == ["objective", "taid_schedule"]
+    assert not {"taid_alpha", "taid_t_start"} & set(report.read_run(tmp_path).important)
+    run(tmp_path, training(100), **(options | {"taid_schedule": "paper"}))
+    assert {"taid_alpha", "taid_t_start"} <= set(report.read_run(tmp_path).important)
 
 
 def test_last_values_carry_their_units(tmp_path: Path) -> None:

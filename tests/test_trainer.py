@@ -24,7 +24,7 @@ from transformers import (
 )  # fmt: skip
 from trl import SFTConfig, SFTTrainer
 
-from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives, run_folder
+from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, identity, objectives, run_folder
 from taid import trainer as trainer_module
 from taid.config import Objective
 from taid.progress import StepProgress
@@ -244,8 +244,14 @@ def test_auto_goes_on_from_a_checkpoint_and_not_from_one_of_the_papers_schedule(
     train(tmp_path / "paper", student_folder, teacher_folder, **(options | {"taid_schedule": "paper"}))
     args = config(tmp_path / "paper", **options)
     trainer = TAIDTrainer(str(student_folder), str(teacher_folder), args, train_dataset=PROMPT_COMPLETION)
-    with pytest.raises(ValueError, match="taid_schedule was None, is 'auto'"):
+    with pytest.raises(ValueError, match="taid_schedule was 'paper', is 'auto'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "paper" / "checkpoint-2"))
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_schedules_is_one_of_the_papers():
+    identity.require_same({"taid_alpha": 0.5}, {"taid_schedule": "paper", "taid_alpha": 0.5})
+    with pytest.raises(ValueError, match="another run: taid_schedule was 'paper', is 'auto'. Resume"):
+        identity.require_same({"taid_alpha": 0.5}, {"taid_schedule": "auto", "taid_alpha": 0.5})
 
 
 def test_evaluation_does_not_move_t(tmp_path, student_folder, teacher_folder):

@@ -139,10 +139,7 @@ def train(
             loss = nn.functional.cross_entropy(z_q, labels)
         else:
             t, scale = schedule(Before(sum(decay[:step]) / sum(decay), step, first))
-            if t is None:
-                terms = objectives.reverse_kl(z_q, z_p)
-            else:  # as objectives.taid, but also for a t beyond 1
-                terms = objectives.forward_kl(z_q, (1 - t) * z_q.detach() + t * z_p)
+            terms = objectives.reverse_kl(z_q, z_p) if t is None else objectives.taid(z_q, z_p, t=t)
             loss = scale * terms.mean()
             first = first if step else float(terms.mean())
         optimizer.zero_grad()

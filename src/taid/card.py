@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from taid import speed, tables
-from taid.report import IMPORTANT, Run, opening, read_run
+from taid.report import Run, opening, read_run
 from taid.run_folder import EVALUATION, write_atomically
 
 CARD = "README.md"
@@ -217,12 +217,12 @@ def _data(run: Run) -> str:
 
 
 def _recipe(run: Run) -> str:
-    names = [name for name in IMPORTANT if name not in _NOT_PUBLIC]
+    names = [name for name in run.important if name not in _NOT_PUBLIC]
     names += _ADAPTER if run.config.get("use_peft") else ()
     names += ("packing", "packing_strategy") if run.config.get("packing") else ()
     names += ("streaming", "dataset_weights", "train_tokens") if run.config.get("streaming") else ()
     if (run.config.get("max_steps") or -1) > 0 or run.config.get("train_tokens"):
-        names.remove("num_train_epochs")
+        names = [name for name in names if name != "num_train_epochs"]
     rows = [(f"`{name}`", _public(run.config[name])) for name in names if run.config.get(name) is not None]
     return _table(("option", "value"), rows)
 
@@ -230,7 +230,7 @@ def _recipe(run: Run) -> str:
 def _curve(run: Run) -> str:
     if run.objective != "taid" or not run.series("t"):
         return ""
-    return "t, from the student (0) to the teacher (1), over the training steps:\n\n![t over the training steps](t.png)"
+    return "t: 0 is the student, 1 the teacher, over the training steps:\n\n![t over the training steps](t.png)"
 
 
 def _section(title: str, parts: list[str]) -> str:

@@ -371,7 +371,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
             raise ValueError("average_tokens_across_devices: false is not possible: the loss is global by contract")
 
     def _check_combinations(self) -> None:
-        if self.taid_schedule == "auto" and self.taid_mixture != 1.0:
+        if self.objective == "taid" and self.taid_schedule == "auto" and self.taid_mixture != 1.0:
             raise ValueError(
                 f"taid_schedule: auto has targets beyond the teacher, which taid_mixture: {self.taid_mixture:g} has "
                 "not: leave one of the two away"

@@ -217,9 +217,7 @@ def _write(output_dir: Path, results: list[Result]) -> Path:
     if t_png.exists():
         caption = "In the run of TAID. Dashed: the linear floor."
         pictures.append(
-            Plot(
-                "t, from the student (0) to the teacher (1)", "t over the steps.", caption, t_png.read_bytes(), "t.png"
-            )
+            Plot("t: 0 is the student, 1 the teacher", "t over the steps.", caption, t_png.read_bytes(), "t.png")
         )
     for picture in pictures:
         run_folder.write_atomically(output_dir / str(picture.file), picture.png)

@@ -39,6 +39,8 @@ def of(trainer: TAIDTrainer) -> dict[str, Any]:
 
 def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise a ValueError that names what a checkpoint and the run that resumes it do not share."""
+    if "taid_schedule" in now:
+        before = {"taid_schedule": "paper"} | before  # checkpoints from before there was a choice
     differing = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted({*now, *before})

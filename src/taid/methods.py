@@ -19,7 +19,7 @@ from taid.config import DataArguments, Objective, TAIDConfig, in_yaml, nearest, 
 # `taid_linear` is the paper's ablation, `taid_auto` our schedule; GKD and DistiLLM let the student write answers too.
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"objective": name} for name in get_args(Objective)},
-    "taid_linear": {"objective": "taid", "taid_adaptive": False},
+    "taid_linear": {"objective": "taid", "taid_schedule": "paper", "taid_adaptive": False},
     "taid_auto": {"objective": "taid", "taid_schedule": "auto"},
     "gkd": {"objective": "jsd", "sampling": "mixed"},
     "distillm": {"objective": "skew_forward_kl", "sampling": "adaptive"},

@@ -18,7 +18,7 @@ from taid.schedule import (
 logger = logging.getLogger(__name__)
 
 _OPTIONS = {
-    "taid": "taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal taid_mixture".split(),
+    "taid": "taid_schedule taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal taid_mixture".split(),
     "jsd": ["jsd_beta"],
     "skew_forward_kl": ["skew"],
     "skew_reverse_kl": ["skew"],
@@ -116,8 +116,6 @@ class MovingParameters:
     @property
     def options(self) -> list[str]:
         """The options that a checkpoint and its continuation must share."""
-        if isinstance(self.schedule, AutoSchedule):
-            return ["taid_schedule"]
         is_without_t = self.args.objective == "taid" and self.schedule is None
         return [] if is_without_t else _OPTIONS.get(self.args.objective, [])
 

@@ -37,6 +37,7 @@ _METHODS = {
     "amid": "Alpha-mixture distillation",
     "sft": "Supervised fine-tuning",
 }
+_OF_PAPER = "taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal".split()
 IMPORTANT = (
     "objective taid_schedule taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio sampling "
     "model_name_or_path teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name "
@@ -128,6 +129,12 @@ class Run:
         """N; None where neither versions.json nor the configuration tells."""
         told = (self.versions.get("total_steps"), self.config.get("max_steps"))
         return next((value for value in told if isinstance(value, int) and value > 0), None)
+
+    @property
+    def important(self) -> list[str]:
+        """The settings that tell most, without those that had no effect."""
+        unused = _OF_PAPER if self.config.get("taid_schedule") == "auto" else []
+        return [name for name in IMPORTANT if name in self.config and name not in unused]
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -269,7 +276,8 @@ def _plot_t(run: Run) -> Plot:
     lines = [Line(t, BLUE, f"t {t[-1][1]:.2f}")]
     alt, caption = f"t over the training steps: {_from_to(t)}", ""
     if isinstance(schedule, AutoSchedule):
-        caption = f"As configured, {schedule.regime()}"
+        alt += f"; at most {max(value for _, value in t):.4g}"
+        caption = f"As configured, {schedule.regime()} The first step is at 1, to measure how far that is."
     elif schedule is not None:
         # The row of step k holds the t that was used in it, t_{k-1}, whose floor is that of step k - 2.
         floor = [(step, schedule.linear(max(step - 2, 0))) for step in (0, 2, schedule.total_steps)]
@@ -290,7 +298,7 @@ def _plot_t(run: Run) -> Plot:
         alt += f"; the linear floor rises from {floor[0][1]:g} to {schedule.t_end:g}"
         caption = f"As configured, {schedule.regime()} Dashed: the linear floor. Shaded: how far t is ahead of it."
     draw(axes, lines, smooth=False)
-    return Plot("t, from the student (0) to the teacher (1)", f"{alt}.", caption, png_of(figure), "t.png")
+    return Plot("t: 0 is the student, 1 the teacher", f"{alt}.", caption, png_of(figure), "t.png")
 
 
 def _plot_training(run: Run) -> Plot:
@@ -374,7 +382,7 @@ def _page(run: Run, plots: list[Plot]) -> str:
         columns=columns,
         values=values,
         tasks=_task_rows(run),
-        important=[(name, _plain(run.config[name])) for name in IMPORTANT if name in run.config],
+        important=[(name, _plain(run.config[name])) for name in run.important],
         config=[(name, _plain(value)) for name, value in run.config.items()],
         versions=[(name, _plain(value)) for name, value in run.versions.items()] or [(VERSIONS, "unknown")],
     )

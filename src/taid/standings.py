@@ -380,7 +380,7 @@ def _plot_curves(found: Standings, folder: Path) -> list[Plot]:
     plots, colours = [], _colours(found)
     for key, title, unit in (
         ("eval_cross_entropy", "While they learn", "validation cross-entropy\nnats per token"),
-        ("t", "t, from the student (0) to the teacher (1)", "t"),
+        ("t", "t: 0 is the student, 1 the teacher", "t"),
     ):
         curves = {of.method: _mean_curve(of, folder, key) for of in found.methods}
         curves = {method: series for method, series in curves.items() if len(series) > 1}

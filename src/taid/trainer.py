@@ -75,7 +75,8 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     Held-out evaluation gives, in nats a token over all held-out tokens: ``eval_cross_entropy``, ``eval_kl`` (forward KL
     to the teacher), ``eval_teacher_cross_entropy`` and ``eval_loss``, the training loss with TAID's target at
-    ``taid_t_end``: a loss at a moving t could not be compared from one evaluation to the next.
+    ``taid_t_end``, under ``taid_schedule: auto`` at 1: a loss at a moving t could not be compared from one evaluation
+    to the next.
 
     Args:
         model: the student, loaded or by name.
