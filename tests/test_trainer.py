@@ -250,7 +250,7 @@ def test_auto_goes_on_from_a_checkpoint_and_not_from_one_of_the_papers_schedule(
 
 def test_a_checkpoint_from_before_there_was_a_choice_of_schedules_is_one_of_the_papers():
     identity.require_same({"taid_alpha": 0.5}, {"taid_schedule": "paper", "taid_alpha": 0.5})
-    with pytest.raises(ValueError, match="another run: taid_schedule was 'paper', is 'auto'. Resume"):
+    with pytest.raises(ValueError, match=r"another run: taid_schedule was 'paper', is 'auto'\. Resume"):
         identity.require_same({"taid_alpha": 0.5}, {"taid_schedule": "auto", "taid_alpha": 0.5})
 
 

@@ -147,8 +147,8 @@ def answers(out: Path, options: argparse.Namespace) -> Setting:
     recipe = pair(models / "student", models / "instructed")
     recipe |= {"per_device_train_batch_size": BATCH, "eval_steps": STEPS // 5, "logging_steps": 4}
     return recipe, {
-        "objectives": f"{SOME},taid_linear,jsd,gkd,taid_sampled",
-        "learning_rates": "1e-3,3e-3,1e-2,3e-2",
+        "objectives": f"{SOME},jsd,gkd,taid_sampled",
+        "learning_rates": "3e-3,1e-2,3e-2",
         "generate": 32,
     }
 
@@ -160,7 +160,7 @@ SETTINGS: dict[str, Callable[..., Setting]] = {
     "books": schedules,
     **{f"teacher_{size}": partial(books, methods=FEW, teacher=f"teacher_{size}") for size in ("0.2M", "0.5M", "1M")},
     "short": partial(books, methods=SOME, steps=48),
-    "long": partial(books, methods="forward_kl,taid,taid_auto", steps=640),
+    "long": partial(books, methods="forward_kl,taid,taid_auto", steps=640, learning_rates="1e-3,3e-3,1e-2"),
     **{f"epochs_{n}": partial(books, methods=SOME, epochs=n) for n in (5, 20)},
     "answers": answers,
 }
