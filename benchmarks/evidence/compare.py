@@ -11,7 +11,7 @@ teaches them. The others are of models.py's pairs, on passages of books that no 
 
     books                           every method, and schedules of t
     teacher_0.2M, _0.5M, _1M        the same student under smaller teachers
-    short, long                     in 48 steps and in 640
+    short, long                     in 48 steps and in 320
     epochs_5, epochs_20             so many times through ever fewer passages, in as many steps
     answers                         instructions, answered too
 
@@ -160,7 +160,7 @@ SETTINGS: dict[str, Callable[..., Setting]] = {
     "books": schedules,
     **{f"teacher_{size}": partial(books, methods=FEW, teacher=f"teacher_{size}") for size in ("0.2M", "0.5M", "1M")},
     "short": partial(books, methods=SOME, steps=48),
-    "long": partial(books, methods="forward_kl,taid,taid_auto", steps=640, learning_rates="1e-3,3e-3,1e-2"),
+    "long": partial(books, methods="forward_kl,taid,taid_auto", steps=320, learning_rates="1e-3,3e-3,1e-2"),
     **{f"epochs_{n}": partial(books, methods=SOME, epochs=n) for n in (5, 20)},
     "answers": answers,
 }
