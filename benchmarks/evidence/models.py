@@ -141,7 +141,7 @@ def main() -> None:
             split_instructions(options.instructions, parts, MOST_CHARACTERS)
         rows, held_out = out / "instructions_taught.jsonl", out / "instructions_validation.jsonl"
         largest = [name for name in SIZES if (out / name / "model.safetensors").exists()][-1]
-        train(out / largest, rows, held_out, out / "instructed", num_train_epochs=3, learning_rate=1e-3, max_length=256)
+        train(out / largest, rows, held_out, out / "instructed", learning_rate=1e-3, max_length=256)
 
 
 if __name__ == "__main__":
