@@ -7,6 +7,7 @@ A table of the page stands between one of these lines and `<!-- end -->`:
 
     <!-- table NAME MEASURE ... -->                      every method of NAME.json
     <!-- table NAME:METHOD,... MEASURE ... -->           these
+    <!-- table NAME@BASELINE:METHOD,... MEASURE ... -->  less another method's than forward KL's
     <!-- settings NAME,... METHOD,... MEASURE ... -->    these methods in several settings
     <!-- steps NAME METHOD,... -->                       how fast they learned, from NAME.curves.json
 
@@ -42,10 +43,22 @@ COLOURS = {
     "taid_linear": "#ea580c", "taid_sampled": "#fb923c", "taid_auto": "#0369a1",
 }  # fmt: skip
 GREY = "#6b7280"
+_NATS = ("cross_entropy", "kl", "reverse_kl")
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    name, _, baseline = name.partition("@")
+    found: dict[str, Any] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    if baseline:
+        of_seed = {run["seed"]: run["held_out"] for run in found["runs"] if run["method"] == baseline}
+        found |= {"baseline": baseline, "beside": {}}
+        for method, of in found["methods"].items():
+            runs = [run for run in found["runs"] if run["method"] == method]
+            less = {m: Interval.of([run["held_out"][m] - of_seed[run["seed"]][m] for run in runs]) for m in _NATS}
+            of["differences"] = {
+                m: {"mean": i.mean, "half_width_95": i.half} for m, i in less.items() if method != baseline
+            }
+    return found
 
 
 def table(name: str, *measures: str) -> str:
