@@ -1,4 +1,4 @@
-"""Tables and pictures of docs/evidence.md, made of the numbers beside this file.
+"""Tables of docs/evidence.md and the README, and pictures, made of the numbers beside this file.
 
     python benchmarks/evidence/figures.py            # writes both
     python benchmarks/evidence/figures.py --check    # says whether the tables are those of the numbers
@@ -36,7 +36,7 @@ from taid.standings import MEASURES, Interval
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-PAGE = DOCS / "evidence.md"
+PAGES = [DOCS / "evidence.md", DOCS.parent / "README.md"]
 BLOCK = re.compile(r"(<!-- (table|settings|steps) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {
     "forward_kl": "#111827", "skew_forward_kl": "#7c3aed", "sft": "#15803d", "taid": "#c2410c",
@@ -190,7 +190,16 @@ def frontier(settings: dict[str, float]) -> Figure:
             colour = COLOURS.get(method, GREY)
             halves = {"xerr": x["half_width_95"], "yerr": y["half_width_95"]}
             axes.errorbar(x["mean"], y["mean"], **halves, fmt="o", color=colour, markersize=4)
-            axes.annotate(method, (x["mean"], y["mean"]), (4, 4), textcoords="offset points", color=colour, fontsize=8)
+            place = {"taid_auto": (-4, 5, "right"), "forward_kl": (4, -10, "left")}.get(method, (4, 4, "left"))
+            axes.annotate(
+                method,
+                (x["mean"], y["mean"]),
+                place[:2],
+                textcoords="offset points",
+                ha=place[2],
+                color=colour,
+                fontsize=8,
+            )
         _plain(axes, name, "KL(p ‖ q) less forward KL's, nats a token", "KL(q ‖ p) less forward KL's")
     return figure
 
@@ -233,7 +242,7 @@ def rules(names: list[str]) -> Figure:
         axes.set_yticks(range(len(names)), names)
         _plain(axes, "", f"{MEASURES[measure][0]} less forward KL's, nats a token", "")
     axes.invert_yaxis()
-    axes.legend(fontsize=8, frameon=False)
+    figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
 
@@ -264,7 +273,7 @@ def _plain(axes: Axes, title: str, x: str, y: str) -> None:
 TEACHERS = {"teacher_0.2M": "0.2 M", "teacher_0.5M": "0.5 M", "teacher_1M": "1 M", "books": "3 M"}
 JUDGED = ["books", *list(TEACHERS)[:3], "short", "long", "epochs_5", "epochs_20", "answers"]
 PICTURES = {
-    "frontier.png": partial(frontier, {"stories": 0.06, "instructions": 0.25, "books": 0.2, "answers": 0.2}),
+    "frontier.png": partial(frontier, {"stories": 0.06, "instructions": 0.25, "books": 0.45, "answers": 0.3}),
     "teachers.png": partial(teachers, TEACHERS),
     "rules.png": partial(rules, JUDGED),
     "curves.png": partial(
@@ -276,10 +285,15 @@ PICTURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    page = PAGE.read_text(encoding="utf-8")
-    if parser.parse_args().check:
-        sys.exit(0 if with_tables(page) == page else f"{PAGE}: a table is not that of its numbers: run figures.py")
-    PAGE.write_text(with_tables(page), encoding="utf-8")
+    check = parser.parse_args().check
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if not check:
+            path.write_text(with_tables(page), encoding="utf-8")
+        elif with_tables(page) != page:
+            sys.exit(f"{path}: a table is not that of its numbers: run figures.py")
+    if check:
+        return
     for name, draw in PICTURES.items():
         draw().savefig(DOCS / "pictures" / name, facecolor="white")
 
