@@ -141,7 +141,7 @@ def train(
             t, scale = schedule(Before(sum(decay[:step]) / sum(decay), step, first))
             terms = objectives.reverse_kl(z_q, z_p) if t is None else objectives.taid(z_q, z_p, t=t)
             loss = scale * terms.mean()
-            first = first if step else float(terms.mean())
+            first = first if step else float(terms.detach().mean())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
