@@ -941,7 +941,7 @@ def refused(message, objective="taid", changes=None, **parameters):
         refused("taid needs its parameter 't'"),
         refused("taid has no parameter 'beta' (it has: t, mixture)", t=0.5, beta=0.1),
         refused("kd_ratio must lie in [0, 1], got 1.5", t=0.5, kd_ratio=1.5),
-        refused("t must lie in [0, 1], got -0.1", t=-0.1),
+        refused("t must lie in [0, 2], got -0.1", t=-0.1),
         refused("beta must lie strictly between 0 and 1, got 1.0", "jsd", beta=1.0),
         refused("temperature must be a positive number, got 0.0", "ctkd", temperature=0.0),
     ],
