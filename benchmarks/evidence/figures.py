@@ -25,14 +25,13 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taid.methods import METHODS
-from taid.standings import MEASURES, Interval
+from taid.standings import MEASURES, Interval, Standing, Standings
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -43,21 +42,20 @@ COLOURS = {
     "taid_linear": "#ea580c", "taid_sampled": "#fb923c", "taid_auto": "#0369a1",
 }  # fmt: skip
 GREY = "#6b7280"
-_NATS = ("cross_entropy", "kl", "reverse_kl")
 
 
-def read(name: str) -> dict[str, Any]:
+def read(name: str) -> Standings:
+    """NAME, or NAME@BASELINE for differences to another method than it was compared with."""
     name, _, baseline = name.partition("@")
-    found: dict[str, Any] = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-    if baseline:
-        of_seed = {run["seed"]: run["held_out"] for run in found["runs"] if run["method"] == baseline}
-        found |= {"baseline": baseline, "beside": {}}
-        for method, of in found["methods"].items():
-            runs = [run for run in found["runs"] if run["method"] == method]
-            less = {m: Interval.of([run["held_out"][m] - of_seed[run["seed"]][m] for run in runs]) for m in _NATS}
-            of["differences"] = {
-                m: {"mean": i.mean, "half_width_95": i.half} for m, i in less.items() if method != baseline
-            }
+    found = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    return Standings.of(
+        found["runs"], baseline=baseline or found["baseline"], rows=found["rows"], select=found["selected_by"],
+        grid=found["grid"], beside={} if baseline else found["beside"],
+    )  # fmt: skip
+
+
+def read_curves(name: str) -> dict[str, dict[str, list[list[float]]]]:
+    found: dict[str, dict[str, list[list[float]]]] = json.loads((HERE / f"{name}.curves.json").read_text("utf-8"))
     return found
 
 
@@ -65,59 +63,58 @@ def table(name: str, *measures: str) -> str:
     """Methods from the lowest cross-entropy on, then the student before and the teacher."""
     name, _, chosen = name.partition(":")
     found = read(name)
-    methods = dict(sorted(found["methods"].items(), key=lambda item: item[1]["measures"]["cross_entropy"]["mean"]))
     rows = [
-        [f"`{method}`", _rate(of), *(_cell(of, measure) for measure in measures)]
-        for method, of in methods.items()
-        if not chosen or method in chosen.split(",")
+        [f"`{of.method}`", _rate(of), *(_cell(of, measure) for measure in measures)]
+        for of in sorted(found.methods, key=lambda of: of.measures["cross_entropy"].mean)
+        if not chosen or of.method in chosen.split(",")
     ]
-    for model, of in found.get("beside", {}).items():
-        numbers = of["held_out"] | of.get("generations", {})
-        cells = [_text({"mean": numbers.get(measure), "half_width_95": None}, measure) for measure in measures]
-        rows.append([f"({model})", "", *cells])
-    return _lines(["method", "rate", *_heads(measures, found["baseline"])], rows)
+    for model, numbers in found.beside.items():
+        values = numbers["held_out"] | numbers.get("generations", {})
+        known = {measure: Interval(value, None) for measure, value in values.items() if value is not None}
+        rows.append([f"({model})", "", *(_text(known.get(measure), measure) for measure in measures)])
+    return _lines(["method", "rate", *_heads(measures, found.baseline)], rows)
 
 
 def settings(names: str, methods: str, *measures: str) -> str:
     """The same methods in one setting after the other."""
-    rows, baseline = [], ""
-    for name in names.split(","):
-        found = read(name)
-        baseline = found["baseline"]
-        for method in methods.split(","):
-            if method in found["methods"]:
-                of = found["methods"][method]
-                rows.append([name, f"`{method}`", _rate(of), *(_cell(of, measure) for measure in measures)])
+    standings = {name: read(name) for name in names.split(",")}
+    rows = [
+        [name, f"`{of.method}`", _rate(of), *(_cell(of, measure) for measure in measures)]
+        for name, found in standings.items()
+        for method in methods.split(",")
+        for of in found.methods
+        if of.method == method
+    ]
+    (baseline,) = {found.baseline for found in standings.values()}
     return _lines(["setting", "method", "rate", *_heads(measures, baseline)], rows)
 
 
 def steps(name: str, methods: str) -> str:
     """When each run reached the baseline's validation losses, and how far its loss strays from one log to the next."""
-    found, curves = read(name), json.loads((HERE / f"{name}.curves.json").read_text(encoding="utf-8"))
-    by_method = {
-        method: [run["run"] for run in found["runs"] if run["method"] == method] for method in methods.split(",")
-    }
-    last = curves[by_method[found["baseline"]][0]]["eval_cross_entropy"][-1][0]
-    marks = {
-        share: statistics.fmean(
-            _at(curves[run]["eval_cross_entropy"], share * last) for run in by_method[found["baseline"]]
-        )
-        for share in (0.5, 0.8)
-    }
+    found, curves = read(name), read_curves(name)
+
+    def of_runs(method: str, key: str) -> list[list[list[float]]]:
+        return [curves[run["run"]][key] for run in _method(found, method).runs]
+
+    baseline = of_runs(found.baseline, "eval_cross_entropy")
+    last = baseline[0][-1][0]
+    marks = [statistics.fmean(_at(curve, share * last) for curve in baseline) for share in (0.5, 0.8)]
     rows = []
-    for method, runs in by_method.items():
-        cells = [f"`{method}`", _rate(found["methods"][method])]
-        for loss in marks.values():
-            reached = [_first(curves[run]["eval_cross_entropy"], loss) for run in runs]
+    for method in methods.split(","):
+        cells = [f"`{method}`", _rate(_method(found, method))]
+        for loss in marks:
+            reached = [_first(curve, loss) for curve in of_runs(method, "eval_cross_entropy")]
             known = [step for step in reached if step is not None]
-            missed = f", not by {len(runs) - len(known)}" if len(known) < len(runs) else ""
+            missed = f", not by {len(reached) - len(known)}" if len(known) < len(reached) else ""
             cells.append(f"{statistics.fmean(known):.0f}{missed}" if known else "never")
-        cells += [
-            f"{statistics.fmean(map(_stray, (curves[run][key] for run in runs))):.3f}" for key in ("loss", "grad_norm")
-        ]
+        cells += [f"{statistics.fmean(map(_stray, of_runs(method, key))):.3f}" for key in ("loss", "grad_norm")]
         rows.append(cells)
-    heads = [f"steps to {loss:.3f}" for loss in marks.values()]
+    heads = [f"steps to {loss:.3f}" for loss in marks]
     return _lines(["method", "rate", *heads, "loss strays", "gradient norm strays"], rows)
+
+
+def _method(found: Standings, method: str) -> Standing:
+    return next(of for of in found.methods if of.method == method)
 
 
 def _at(curve: list[list[float]], step: float) -> float:
@@ -139,34 +136,32 @@ def _stray(series: list[list[float]]) -> float:
 
 
 def _heads(measures: tuple[str, ...], baseline: str) -> list[str]:
-    return [
-        f"less {baseline}'s" if m.endswith("-") and f"{m[:-1]}" in measures else _words(m, baseline) for m in measures
-    ]
-
-
-def _words(measure: str, baseline: str) -> str:
-    words = MEASURES[measure.rstrip("-")][0]
-    return f"{words}, less {baseline}'s" if measure.endswith("-") else words
+    heads = []
+    for measure in measures:
+        name = measure.rstrip("-")
+        parts = [MEASURES[name][0]] if name == measure or name not in measures else []
+        heads.append(", ".join([*parts, *([f"less {baseline}'s"] if name != measure else [])]))
+    return heads
 
 
 def _lines(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
+    return "".join(f"{line}\n" for line in (
+        f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(cells)} |" for cells in rows)
+    ))  # fmt: skip
 
 
-def _rate(of: dict[str, Any]) -> str:
-    return "" if of["learning_rate"] is None else f"{of['learning_rate']:g}"
+def _rate(of: Standing) -> str:
+    return "" if of.learning_rate is None else f"{of.learning_rate:g}"
 
 
-def _cell(of: dict[str, Any], measure: str) -> str:
-    return _text(of["differences" if measure.endswith("-") else "measures"].get(measure.rstrip("-")), measure)
+def _cell(of: Standing, measure: str) -> str:
+    return _text((of.differences if measure.endswith("-") else of.measures).get(measure.rstrip("-")), measure)
 
 
-def _text(interval: dict[str, float] | None, measure: str) -> str:
-    if interval is None or interval["mean"] is None:
+def _text(interval: Interval | None, measure: str) -> str:
+    if interval is None:
         return ""
-    is_difference, digits = measure.endswith("-"), MEASURES[measure.rstrip("-")][1]
-    return Interval(interval["mean"], interval["half_width_95"]).text(digits, sign=is_difference)
+    return interval.text(MEASURES[measure.rstrip("-")][1], sign=measure.endswith("-"))
 
 
 def with_tables(page: str) -> str:
@@ -183,22 +178,17 @@ def frontier(settings: dict[str, float]) -> Figure:
         found = read(name)
         axes.axhline(0, color="#d1d5db", linewidth=0.8)
         axes.axvline(0, color="#d1d5db", linewidth=0.8)
-        for method, of in found["methods"].items():
-            x, y = (of["differences"].get(m, {"mean": 0.0, "half_width_95": 0.0}) for m in ("kl", "reverse_kl"))
-            if x["mean"] > most or method not in METHODS:
+        for of in found.methods:
+            x, y = (of.differences.get(measure, Interval(0.0, 0.0)) for measure in ("kl", "reverse_kl"))
+            if x.mean > most or of.method not in METHODS:
                 continue
-            colour = COLOURS.get(method, GREY)
-            halves = {"xerr": x["half_width_95"], "yerr": y["half_width_95"]}
-            axes.errorbar(x["mean"], y["mean"], **halves, fmt="o", color=colour, markersize=4)
-            place = {"taid_auto": (-4, 5, "right"), "forward_kl": (4, -10, "left")}.get(method, (4, 4, "left"))
+            colour = COLOURS.get(of.method, GREY)
+            axes.errorbar(x.mean, y.mean, xerr=x.half, yerr=y.half, fmt="o", color=colour, markersize=4)
+            *place, side = {"taid_auto": (-4, 5, "right"), "forward_kl": (4, -10, "left")}.get(
+                of.method, (4, 4, "left")
+            )
             axes.annotate(
-                method,
-                (x["mean"], y["mean"]),
-                place[:2],
-                textcoords="offset points",
-                ha=place[2],
-                color=colour,
-                fontsize=8,
+                of.method, (x.mean, y.mean), place, textcoords="offset points", ha=side, color=colour, fontsize=8
             )
         _plain(axes, name, "KL(p ‖ q) less forward KL's, nats a token", "KL(q ‖ p) less forward KL's")
     return figure
@@ -206,22 +196,18 @@ def frontier(settings: dict[str, float]) -> Figure:
 
 def teachers(settings: dict[str, str]) -> Figure:
     """What a student of one size comes to under each teacher, by how good the teacher is."""
+    standings = [read(name) for name in settings]
+    x = [found.beside["teacher"]["held_out"]["cross_entropy"] for found in standings]
     figure = Figure(figsize=(10.4, 4.2), dpi=150, layout="constrained")
     for measure, axes in zip(("cross_entropy", "reverse_kl"), figure.subplots(1, 2), strict=True):
         for method in ("forward_kl", "skew_forward_kl", "taid", "taid_auto"):
-            points = []
-            for name in settings:
-                found = read(name)
-                of = found["methods"][method]["measures"][measure]
-                points.append(
-                    (found["beside"]["teacher"]["held_out"]["cross_entropy"], of["mean"], of["half_width_95"])
-                )
-            x, y, halves = zip(*points, strict=True)
+            students = [_method(found, method).measures[measure] for found in standings]
+            y, halves = [of.mean for of in students], [of.half for of in students]
             axes.errorbar(x, y, yerr=halves, fmt="o-", color=COLOURS.get(method, GREY), markersize=4, label=method)
         axes.invert_xaxis()
         axes.legend(fontsize=8, frameon=False)
-        for (_, size), (x, *_) in zip(settings.items(), points, strict=True):
-            axes.annotate(size, (x, 1.0), (0, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
+        for size, place in zip(settings.values(), x, strict=True):
+            axes.annotate(size, (place, 1.0), (0, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
                           ha="center", fontsize=8, color=GREY)  # fmt: skip
         _plain(axes, "", "the teacher's own cross-entropy, nats a token", f"the student's {MEASURES[measure][0]}")
     return figure
@@ -235,9 +221,8 @@ def rules(names: list[str]) -> Figure:
         for place, name in enumerate(names):
             found = read(name)
             for shift, method in ((-0.16, "taid"), (0.16, "taid_auto")):
-                of = found["methods"][method]["differences"][measure]
-                colour = COLOURS[method]
-                axes.errorbar(of["mean"], place + shift, xerr=of["half_width_95"], fmt="o", color=colour, markersize=4,
+                of = _method(found, method).differences[measure]
+                axes.errorbar(of.mean, place + shift, xerr=of.half, fmt="o", color=COLOURS[method], markersize=4,
                               label=method if place == 0 else None)  # fmt: skip
         axes.set_yticks(range(len(names)), names)
         _plain(axes, "", f"{MEASURES[measure][0]} less forward KL's, nats a token", "")
@@ -250,13 +235,10 @@ def curves(names: list[str], methods: list[str]) -> Figure:
     """The validation rows' KL to the teacher over the steps, the mean of all seeds."""
     figure = Figure(figsize=(10.4, 3.8), dpi=150, layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names)), strict=True):
-        runs, found = read(name)["runs"], json.loads((HERE / f"{name}.curves.json").read_text(encoding="utf-8"))
+        found, logged = read(name), read_curves(name)
         for method in methods:
-            series = [found[run["run"]]["eval_kl"] for run in runs if run["method"] == method]
-            steps, values = zip(*(zip(*of, strict=True) for of in series), strict=True)
-            axes.plot(
-                steps[0], numpy.mean(values, axis=0), "o-", markersize=3, color=COLOURS.get(method, GREY), label=method
-            )
+            mean = numpy.mean([logged[run["run"]]["eval_kl"] for run in _method(found, method).runs], axis=0)
+            axes.plot(*mean.T, "o-", markersize=3, color=COLOURS.get(method, GREY), label=method)
         axes.legend(fontsize=8, frameon=False)
         _plain(axes, name, "step", "KL(p ‖ q) on validation rows, nats a token")
     return figure
@@ -271,11 +253,11 @@ def _plain(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 TEACHERS = {"teacher_0.2M": "0.2 M", "teacher_0.5M": "0.5 M", "teacher_1M": "1 M", "books": "3 M"}
-JUDGED = ["books", *list(TEACHERS)[:3], "short", "long", "epochs_5", "epochs_20", "answers"]
+RULED = ["books", *list(TEACHERS)[:3], "short", "long", "epochs_5", "epochs_20", "answers"]
 PICTURES = {
     "frontier.png": partial(frontier, {"stories": 0.06, "instructions": 0.25, "books": 0.45, "answers": 0.3}),
     "teachers.png": partial(teachers, TEACHERS),
-    "rules.png": partial(rules, JUDGED),
+    "rules.png": partial(rules, RULED),
     "curves.png": partial(
         curves, ["books", "epochs_20"], ["sft", "forward_kl", "skew_forward_kl", "taid", "taid_auto"]
     ),
