@@ -17,6 +17,7 @@ from taid.schedule import (
 
 logger = logging.getLogger(__name__)
 
+_WITH_T = (ScheduleState, AutoState)
 _OPTIONS = {
     "taid": "taid_schedule taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal taid_mixture".split(),
     "jsd": ["jsd_beta"],
@@ -50,10 +51,7 @@ class MovingParameters:
             schedule = args.schedule_for(total_steps)
             self.schedule, self.state = schedule, schedule.initial_state()
             if say:
-                unmeant = (
-                    isinstance(schedule, TAIDSchedule) and schedule.adaptive and not schedule.is_adaptive_in_effect
-                )
-                logger.log(logging.WARNING if unmeant else logging.INFO, schedule.regime())
+                logger.log(logging.INFO if schedule.is_as_asked else logging.WARNING, schedule.regime())
         elif args.objective == "ctkd":
             self.schedule = CurriculumTemperature(total_steps)
             self.state = self.schedule.initial_state()
@@ -61,7 +59,7 @@ class MovingParameters:
     @property
     def t(self) -> float:
         """Where TAID's target stands in this optimizer step."""
-        return self.state.t if isinstance(self.state, (ScheduleState, AutoState)) else self.args.taid_t_start
+        return self.state.t if isinstance(self.state, _WITH_T) else self.args.taid_t_start
 
     @property
     def _last_t(self) -> float:
@@ -109,7 +107,7 @@ class MovingParameters:
 
     def logged(self) -> dict[str, float]:
         """What of them stands in the log of this optimizer step."""
-        if isinstance(self.state, (ScheduleState, AutoState)):
+        if isinstance(self.state, _WITH_T):
             return {"t": self.t}
         return {} if self.state is None else {"temperature": self.temperature}
 

@@ -39,7 +39,7 @@ _METHODS = {
 }
 _OF_PAPER = "taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal".split()
 IMPORTANT = (
-    "objective taid_schedule taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal kd_ratio sampling "
+    f"objective taid_schedule {' '.join(_OF_PAPER)} kd_ratio sampling "
     "model_name_or_path teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name "
     "eval_dataset_name learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps max_length seed output_dir"

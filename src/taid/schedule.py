@@ -110,6 +110,11 @@ class TAIDSchedule:
         return self.adaptive and self.t_start < self.t_end and self.total_steps > self._needed_steps * (1 + 1e-9)
 
     @property
+    def is_as_asked(self) -> bool:
+        """False where the adaptive step was asked for and has no effect."""
+        return self.is_adaptive_in_effect or not self.adaptive
+
+    @property
     def _needed_steps(self) -> float:
         return 2 * (self.t_end - self.t_start) / (self.alpha * (1 - self.t_start)) if self.t_start < 1 else 0.0
 
@@ -172,6 +177,7 @@ class AutoSchedule:
 
     total_steps: int
     LAST: ClassVar[float] = 0.95
+    is_as_asked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.total_steps < 1:
