@@ -52,7 +52,8 @@ from safetensors.torch import load_file
 
 from step import _machine
 from stories import write_rows
-from taid import cache, manifest, run_folder
+from taid.artifacts import run_folder
+from taid.teachers import cache, cache_manifest
 
 RESULTS = Path(__file__).parent / "results" / "kills.md"
 SECTIONS = {"engines": "Training, in one process and in two", "cache": "Captures, and training from a cache"}
@@ -72,8 +73,8 @@ SHORT = {
 }  # fmt: skip
 # The command line with shards of about four rows, so that a kill finds shards on disk and rows that are not yet there.
 SMALL_SHARDS = (
-    "import sys, taid.cache; taid.cache.Writer.__init__.__defaults__ = (150_000, 120.0); from taid.cli import main; "
-    "sys.exit(main(sys.argv[1:]))"
+    "import sys, taid.teachers.cache; taid.teachers.cache.Writer.__init__.__defaults__ = (150_000, 120.0); "
+    "from taid.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
 
@@ -239,7 +240,7 @@ def shards(folder: Path) -> str:
 
 def damaged_shards(folder: Path) -> list[str]:
     paths = sorted(folder.glob("shards/*.safetensors"))
-    of_cache = manifest.identity(manifest.read(folder)) if paths else ""
+    of_cache = cache_manifest.identity(cache_manifest.read(folder)) if paths else ""
     return [f"{path}: not whole after a kill" for path in paths if not cache.is_whole(path, of_cache)]
 
 

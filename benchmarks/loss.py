@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from taid.fused import fused_distillation_loss
-from taid.kernels import products, row_stage
-from taid.kernels.head_products import HeadProducts, chunk_rows
-from taid.kernels.native import _library
-from taid.kernels.rows import COLUMNS, Finish, RowTask
+from taid.losses.fused import fused_distillation_loss
+from taid.losses.kernels import products, row_stage
+from taid.losses.kernels.c_rows import _library
+from taid.losses.kernels.head_matmul import HeadProducts, chunk_rows
+from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
 
 
 class Shape(NamedTuple):

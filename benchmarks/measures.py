@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from taid import stdlib_text, tables
+from taid import stdlib_text
+from taid.artifacts import tables
 
 ROWS: dict[stdlib_text.Split, int] = {"train": 2_400, "held_out": 120}
 LINES, PROMPT, CHARACTERS = 12, 4, 900

@@ -60,7 +60,7 @@ def worker(arguments: list[str], out: Path) -> None:
     from transformers import TrainerCallback
     from transformers.trainer import DEFAULT_CALLBACKS
 
-    import taid.trainer  # noqa: F401
+    import taid.training.trainer  # noqa: F401
     from taid.__main__ import run
 
     before = peak("VmRSS")
@@ -83,7 +83,7 @@ def write_pair(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from taid.tiny import tokenizer
+    from taid.planning.tiny import tokenizer
 
     words = tokenizer(ordinary=VOCABULARY - 1, special=["<|endoftext|>"], eos_token="<|endoftext|>")
     for role, sizes in MODELS.items():
@@ -108,7 +108,7 @@ def options(folder: Path, case: dict[str, object]) -> list[str]:
 
 def measured(folder: Path, case: dict[str, object]) -> list[int]:
     """The peak of each process."""
-    from taid.engines import _file
+    from taid.training.engines import _file
 
     for path in folder.glob("[0-9].json"):
         path.unlink()
@@ -156,9 +156,9 @@ def main() -> None:
 
 def planned(folder: Path, case: dict[str, object]) -> dict[str, float]:
     """What `taid plan` says that a process holds."""
-    from taid.cli import _planned
-    from taid.footprint import Layout, size
-    from taid.plan import footprint_of
+    from taid.cli.main import _planned
+    from taid.planning.footprint import Layout, size
+    from taid.planning.plan import footprint_of
 
     recipe, _ = _planned(options(folder, case), "plan")
     student, teacher = size(recipe.config("student"), peft_config=recipe.adapter), size(recipe.config("teacher"))

@@ -7,8 +7,9 @@ that is drawn, `taid train` runs alone, on 2 and 4 processes of each engine, and
 know nothing of each other, which is what the machine can give. Tokens a second are those of metrics.jsonl, without the
 first steps; ratios are to the run alone of the same round.
 
-Once an optimizer step the sums of its loss are added up over the processes (taid.sums.MicroBatches.total), and t moves
-by them. In a run of its own the steps take turns, drawn in threes, the same on all processes:
+Once an optimizer step the sums of its loss are added up over the processes
+(taid.training.sums.MicroBatches.total), and t moves by them. In a run of its own the steps take turns, drawn in
+threes, the same on all processes:
 
 - one as it is,
 - one in which each process keeps its own sums,
@@ -59,8 +60,8 @@ def watched(out: Path, arguments: list[str]) -> int:
     from torch import distributed
     from transformers import TrainerCallback, trainer
 
-    from taid import sums
     from taid.__main__ import run
+    from taid.training import sums
 
     draw, kinds, total = random.Random(0), list[str](), sums.MicroBatches.total
     steps: list[dict[str, Any]] = []
@@ -120,7 +121,7 @@ def tokens_per_second(recipe: Path, engine: str, processes: int) -> float:
 
 def in_turns(recipe: Path, engine: str, processes: int, steps: int) -> list[list[dict[str, Any]]]:
     """What each process saw of each step."""
-    from taid import engines
+    from taid.training import engines
 
     out = recipe.parent / f"{engine}_{processes}"
     out.mkdir()

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from transformers import Qwen2Config
 
-from taid.cache_format import Format
-from taid.footprint import size
+from taid.planning.footprint import size
+from taid.teachers.cache_format import Format
 
 RESULTS = Path(__file__).parent / "results" / "scaling.md"
 TOKENS, FLOPS = 8_192, 0.4 * 989e12

@@ -34,10 +34,11 @@ def resident() -> tuple[int, int]:
 def worker(model: Path, placement: str, out: Path) -> None:
     import torch
 
-    from taid import TAIDConfig, engines
-    from taid.models import load_model
-    from taid.teacher import LocalTeacher
-    from taid.vocabulary import Vocabulary
+    from taid import TAIDConfig
+    from taid.models.loading import load_model
+    from taid.models.vocabulary import Vocabulary
+    from taid.teachers.teacher import LocalTeacher
+    from taid.training import engines
 
     args = TAIDConfig(output_dir=str(out), use_cpu=True, bf16=False, teacher_placement=placement)
     before, peak, is_over = resident(), (0, 0), threading.Event()

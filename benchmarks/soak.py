@@ -62,7 +62,7 @@ def watched(out: Path, arguments: list[str]) -> int:
     """`taid` with these arguments, and a callback that writes what it sees to `out`."""
     from transformers import TrainerCallback, trainer
 
-    from taid import cli
+    from taid.cli import main as cli
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -110,7 +110,7 @@ def write_pair(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from taid import tiny
+    from taid.planning import tiny
 
     draw, end = random.Random(0), ids - 1
     tokenizer = tiny.tokenizer(ordinary=end, special=["<eos>"], eos_token="<eos>", pad_token="<eos>")

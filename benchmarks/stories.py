@@ -24,7 +24,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from taid import run_folder
+from taid.artifacts import run_folder
 
 STORIES, HELD_OUT = 3_072, 256
 RUNS = {

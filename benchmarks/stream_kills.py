@@ -52,9 +52,9 @@ RECIPE = {
 # The command line, with a line for each batch: the step, and the numbers of its rows.
 RECORDING = """
 import json, os, re, sys
-from taid.cli import main
-from taid.sequences import sequences, shifted
-from taid.trainer import TAIDTrainer
+from taid.cli.main import main
+from taid.teachers.sequences import sequences, shifted
+from taid.training.trainer import TAIDTrainer
 training_step = TAIDTrainer.training_step
 def recording(self, model, inputs, *rest):
     starts = [s.ids[:16] for s in sequences(inputs, shifted(inputs["labels"]))]
@@ -191,12 +191,12 @@ def kills_of(
 
 
 def place_behind(path: Path, row: int) -> list[int]:
-    """Where a row of a file of lines, or of a .parquet file, ends, as `taid.sources.Files` says it."""
+    """Where a row of a file of lines, or of a .parquet file, ends, as `taid.data.stream_sources.Files` says it."""
     if path.suffix == ".parquet":
         return [0, row, row - 1]
-    from taid import data
+    from taid.data import loading
 
-    with data.opened(path) as file:
+    with loading.opened(path) as file:
         return [0, sum(len(next(file)) for _ in range(row)), row]
 
 

@@ -37,8 +37,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from step import SIZES, STEPS, WARM_UP, _machine, _model, _tokenizer, _trained, sft
 from stories import RECIPE, generate
-from taid import TAIDConfig, TAIDTrainer, data, demo
-from taid.capture import capture, rows_of
+from taid import TAIDConfig, TAIDTrainer, demo
+from taid.data import loading
+from taid.training.capture import capture, rows_of
 
 RESULTS = Path(__file__).parent / "results" / "teacher.md"
 FORMATS: dict[str, dict[str, Any]] = {
@@ -76,7 +77,7 @@ def quality(student: Path | None, teacher: Path | None, out: Path) -> str:
         if not (rows / "held_out.jsonl").exists():
             generate(teacher, rows)
         train_rows, held_out = (
-            data.load_rows(str(rows / f"{split}.jsonl"), config=None, split="train", text_field="text")
+            loading.load_rows(str(rows / f"{split}.jsonl"), config=None, split="train", text_field="text")
             for split in ("train", "held_out")
         )
     of_teacher = AutoConfig.from_pretrained(teacher)

@@ -34,8 +34,8 @@ from PIL import Image
 from torch import Tensor
 
 from taid import TAIDSchedule, objectives
-from taid.plots import BLUE, BOLD, GREEN, GRID, MUTED, SMALL, VERMILLION, png_of
-from taid.schedule import auto_alpha
+from taid.artifacts.plots import BLUE, BOLD, GREEN, GRID, MUTED, SMALL, VERMILLION, png_of
+from taid.losses.schedules import auto_alpha
 
 IDS = 201
 CENTRES, WIDTH, WEIGHTS = (60, 140), 8, (0.6, 0.4)

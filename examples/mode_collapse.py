@@ -56,7 +56,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from taid import TAIDSchedule
-from taid.plots import BLUE, BOLD, GREEN, GRID, INK, MUTED, SMALL, VERMILLION
+from taid.artifacts.plots import BLUE, BOLD, GREEN, GRID, INK, MUTED, SMALL, VERMILLION
 
 Array = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from taid import TAIDSchedule, objectives
-from taid.plots import BLUE, BOLD, GREEN, GRID, INK, MUTED, SMALL, VERMILLION
+from taid.artifacts.plots import BLUE, BOLD, GREEN, GRID, INK, MUTED, SMALL, VERMILLION
 
 TOKENS = 15
 

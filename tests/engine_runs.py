@@ -8,12 +8,13 @@ import sys
 import traceback
 from pathlib import Path
 
-from taid import cli, engines
+from taid.cli.main import main
+from taid.training import engines
 
 if __name__ == "__main__":
     for number, arguments in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         try:
-            status = cli.main(arguments)
+            status = main.main(arguments)
         except BaseException:
             traceback.print_exc()
             sys.exit(1)

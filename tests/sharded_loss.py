@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from taid.fused import fused_distillation_loss
-from taid.heads import OutputHead
+from taid.losses.fused import fused_distillation_loss
+from taid.models.output_head import OutputHead
 
 
 def model(width: int, seed: int, tied: bool) -> LlamaForCausalLM:

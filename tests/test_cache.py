@@ -14,14 +14,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import taid.cache
-import taid.capture
-import taid.manifest
-from taid import TAIDConfig, TAIDTrainer, run_folder
-from taid.cache import Cache, Writer
-from taid.cache_format import Format
-from taid.capture import capture
-from taid.sequences import sequences, shifted
+import taid.teachers.cache
+import taid.teachers.cache_manifest
+import taid.training.capture
+from taid import TAIDConfig, TAIDTrainer
+from taid.artifacts import run_folder
+from taid.teachers.cache import Cache, Writer
+from taid.teachers.cache_format import Format
+from taid.teachers.sequences import sequences, shifted
+from taid.training.capture import capture
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 ROWS = [{"prompt": TEXT[: 4 + 3 * i], "completion": TEXT[4 + 3 * i : 20 + 9 * i]} for i in range(8)]
@@ -228,7 +229,7 @@ def test_a_full_disk_stops_it_with_a_message_and_leaves_whole_shards(
     tmp_path, student_folder, teacher_folder, monkeypatch
 ):
     folder, written = tmp_path / "cache", []
-    save_file = taid.cache.save_file
+    save_file = taid.teachers.cache.save_file
 
     def save(tensors, path, metadata=None):
         if len(written) == 3:
@@ -238,7 +239,7 @@ def test_a_full_disk_stops_it_with_a_message_and_leaves_whole_shards(
         save_file(tensors, path, metadata)
 
     trainer = trainer_of(tmp_path / "out", student_folder, teacher_folder)
-    monkeypatch.setattr(taid.cache, "save_file", save)
+    monkeypatch.setattr(taid.teachers.cache, "save_file", save)
     monkeypatch.setattr(Writer.__init__, "__defaults__", (1, 120.0))
     with pytest.raises(OSError, match=r"no space left.*same command again"):
         capture(trainer, folder)
@@ -264,7 +265,7 @@ def test_a_cache_larger_than_the_disk_is_refused_before_it_begins(
 
 
 def manifest(folder, **changes):
-    taid.manifest.write(folder, taid.manifest.read(folder) | changes)
+    taid.teachers.cache_manifest.write(folder, taid.teachers.cache_manifest.read(folder) | changes)
 
 
 def edit(folder, old, new):
@@ -332,8 +333,8 @@ FIELDS = {
 def test_a_cache_of_another_run_is_refused_with_the_field_and_both_values(
     field, cache, tmp_path, student_folder, teacher_folder, monkeypatch
 ):
-    manifest_of = taid.capture.manifest_of
-    monkeypatch.setattr(taid.capture, "manifest_of", lambda *a, **k: manifest_of(*a, **k) | {field: "another"})
+    manifest_of = taid.training.capture.manifest_of
+    monkeypatch.setattr(taid.training.capture, "manifest_of", lambda *a, **k: manifest_of(*a, **k) | {field: "another"})
     before = Cache(cache).manifest[field]
     message = re.escape(f"{FIELDS[field]} was {before!r} at its capture and is 'another' now. Remedy: ")
     with pytest.raises(ValueError, match=message):
@@ -357,7 +358,7 @@ def test_a_flipped_bit_in_the_data_is_found_when_it_is_read_and_repaired(
     with pytest.raises(ValueError, match=f"row 0 of shard .*{path.name} is damaged; `taid cache --repair`"):
         trainer.train()
     capture(trainer_of(tmp_path / "out", student_folder, teacher_folder), cache, repair=True)
-    assert taid.cache.is_whole(shard(cache), taid.manifest.identity(Cache(cache).manifest))
+    assert taid.teachers.cache.is_whole(shard(cache), taid.teachers.cache_manifest.identity(Cache(cache).manifest))
     trainer_of(tmp_path / "again", student_folder, None, teacher_cache=str(cache)).train()
 
 
@@ -535,7 +536,7 @@ def test_every_process_knows_of_every_data_set_even_without_a_share(tmp_path, st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(trainer.accelerator), "num_processes", 2)
         patch.setattr(type(trainer.accelerator), "process_index", 1)
-        found = taid.capture.rows_of(trainer)
+        found = taid.training.capture.rows_of(trainer)
     assert {name: len(keys) for name, keys in found.items()} == {"train": 4, "a": 0, "b": 1}
 
 

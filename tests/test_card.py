@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 
-from taid.card import write_card
-from taid.cli import main
+from taid.artifacts.model_card import write_card
+from taid.cli.main import main
 
 CONFIG = {
     "objective": "taid", "taid_t_start": 0.4, "model_name_or_path": "org/small",

@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 
-from taid import cli
-from taid.cli import main
+from taid.cli import main as cli
+from taid.cli.main import main
 
 HEAVY = "torch transformers trl datasets accelerate peft numpy matplotlib safetensors tokenizers".split()
 
@@ -77,7 +77,7 @@ def train(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 )
 def test_what_needs_no_model_imports_nothing_heavy(argv):
     program = (
-        "import sys\nfrom taid.cli import main\n"
+        "import sys\nfrom taid.cli.main import main\n"
         f"try:\n    main({argv!r})\nexcept SystemExit:\n    pass\n"
         f"print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
@@ -347,7 +347,7 @@ def test_an_error_of_the_training_itself_is_not_hidden(options, train, monkeypat
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a kernel failed")
 
-    monkeypatch.setattr("taid.trainer.TAIDTrainer.compute_loss", fail)
+    monkeypatch.setattr("taid.training.trainer.TAIDTrainer.compute_loss", fail)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         train(options)
 

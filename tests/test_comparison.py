@@ -20,12 +20,14 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
-from taid import arguments as arguments_module
-from taid import cli, comparison, standings
-from taid.arguments import parse
-from taid.methods import Run, arguments_of
-from taid.run_folder import read_metrics
-from taid.standings import Interval, Standings
+from taid.artifacts.run_folder import read_metrics
+from taid.cli.main import main
+from taid.comparison import results as standings
+from taid.comparison import runner
+from taid.comparison.plan import Run, arguments_of
+from taid.comparison.results import Interval, Standings
+from taid.config import parsing as arguments_module
+from taid.config.parsing import parse
 
 OWN = ["--objectives", "forward_kl,taid,sft", "--seeds", "2", "--learning_rates", "1e-3,1e-2"]
 
@@ -133,7 +135,7 @@ def test_the_student_before_and_the_teacher_are_measured_once_as_taid_evaluate_d
     student, teacher = options["model_name_or_path"], options["teacher_model_name_or_path"]
     written = tmp_path / "evaluation.json"
     rows = ["--data", str(recipe.parent / "test.jsonl"), "--max_length", "32", "--use_cpu"]
-    assert cli.main(["evaluate", student, "--teacher", teacher, *rows, "--output", str(written)]) == 0
+    assert main.main(["evaluate", student, "--teacher", teacher, *rows, "--output", str(written)]) == 0
     expected = json.loads(written.read_text())["held_out"]
 
     beside = json.loads((output / "comparison.json").read_text())["beside"]
@@ -270,7 +272,7 @@ def test_what_makes_no_sense_is_said_before_anything_is_trained(recipe, tmp_path
     more = [part.format(**files_of) for part in more]
     start = arguments(recipe, tmp_path / "out", "--objectives", "sft", "--seeds", "1")
 
-    status = cli.main(["compare", *start, *more])
+    status = main.main(["compare", *start, *more])
 
     assert status == 2
     assert words in capsys.readouterr().err
@@ -280,14 +282,14 @@ def test_what_makes_no_sense_is_said_before_anything_is_trained(recipe, tmp_path
 def test_learning_rates_ask_for_rows_that_did_not_choose_them(recipe, tmp_path, capsys):
     arguments_ = ["compare", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), *OWN]
 
-    assert cli.main(arguments_) == 2
+    assert main.main(arguments_) == 2
     assert "so the table needs others: give them as --test" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
 
-    assert cli.main(["compare", *arguments(recipe, tmp_path, "--objectives", "sft", "--seeds", "1")]) == 2
+    assert main.main(["compare", *arguments(recipe, tmp_path, "--objectives", "sft", "--seeds", "1")]) == 2
     assert "holds files that are no comparison" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -315,23 +317,23 @@ def test_variants_are_named_and_their_options_checked(recipe, tmp_path, capsys):
         ("a: {taid_alpha: null}", "a: taid_alpha is null: give a number, text"),
     ):
         variants.write_text(content)
-        assert cli.main([*start, content.split(":")[0]]) == 2
+        assert main.main([*start, content.split(":")[0]]) == 2
         assert words in capsys.readouterr().err
     variants.write_text("low: {taid_t_start: 0.2}\nhigh: {taid_t_start: 0.4}\n")
-    assert cli.main([*start, "sft,taid"]) == 2  # and not without them, unseen
+    assert main.main([*start, "sft,taid"]) == 2  # and not without them, unseen
     assert f"--variants {variants}: add those of low, high that are meant to --objectives" in capsys.readouterr().err
 
 
 def test_names_of_methods_may_have_blanks_around_them(recipe, tmp_path, capsys):
     start = arguments(recipe, tmp_path, "--objectives", "sft, taid", "--baseline", "jsd")
 
-    assert cli.main(["compare", *start]) == 2
+    assert main.main(["compare", *start]) == 2
     assert "--baseline jsd is none of the methods: sft, taid" in capsys.readouterr().err
 
 
 def test_help_has_every_option_of_a_comparison_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["compare", "--help"])
+        main.main(["compare", "--help"])
 
     own = capsys.readouterr().out.split("Comparison:")[1].split("Objective and teacher:")[0]
     usage = arguments_module._COMMANDS["compare"][0]
@@ -371,7 +373,7 @@ def test_a_file_of_a_comparison_that_is_damaged_is_named(recipe, done, tmp_path,
     (output / name).write_text(content)
     before = files(output)
 
-    assert cli.main(["compare", *arguments(recipe, output, *OWN)]) == 2
+    assert main.main(["compare", *arguments(recipe, output, *OWN)]) == 2
     assert f"{output / name} {words}" in capsys.readouterr().err
     assert files(output) == before
 
@@ -387,11 +389,11 @@ def test_a_cache_that_was_deleted_is_made_again(tmp_path):
     made = []
     workers = SimpleNamespace(do=lambda jobs: made.extend(name for name, _, _ in jobs))
 
-    comparison._with_cache(plan, SimpleNamespace(streaming=False), args, workers)
+    runner._with_cache(plan, SimpleNamespace(streaming=False), args, workers)
     assert made == ["cache"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "manifest.json").write_text("{}")
-    comparison._with_cache(plan, SimpleNamespace(streaming=False), args, workers)
+    runner._with_cache(plan, SimpleNamespace(streaming=False), args, workers)
     assert made == ["cache"]
 
 
@@ -399,7 +401,7 @@ def test_a_run_begins_anew_where_nothing_can_be_resumed_whatever_the_recipe_says
     recipe = {"sampling": "none", "seq_kd": False, "resume_from_checkpoint": "true"}
     plan = SimpleNamespace(folder=tmp_path, arguments=[], recipe=recipe)
 
-    ((name, _, (given, *_)),) = comparison._trainings(
+    ((name, _, (given, *_)),) = runner._trainings(
         plan, [Run("taid", 0, None, {})], ["--resume_from_checkpoint", "true"]
     )
 
@@ -415,8 +417,8 @@ def test_what_was_generated_to_other_prompts_does_not_stay_in_a_result(tmp_path,
         Path(argv[-1]).write_text(json.dumps({"held_out": {"student": {"cross_entropy": 1.0}}}))
         return 0
 
-    monkeypatch.setattr(cli, "main", evaluate)
-    comparison._test(["model"], result, 0)
+    monkeypatch.setattr(main, "main", evaluate)
+    runner._test(["model"], result, 0)
 
     found = json.loads(result.read_text())
     assert found["held_out"] == {"cross_entropy": 1.0}
@@ -430,7 +432,7 @@ def test_a_run_that_the_system_killed_is_said_to_be_killed(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     code = (
-        "from pathlib import Path; from taid.workers import Workers; from deadly import die\n"
+        "from pathlib import Path; from taid.comparison.workers import Workers; from deadly import die\n"
         "Workers(Path('logs'), 1).do([('a', die, ())])"
     )
     (tmp_path / "logs").mkdir()
@@ -492,7 +494,7 @@ def test_a_difference_is_taken_seed_by_seed_and_so_is_free_of_what_seeds_do_to_b
     taid = found.methods[1]
     assert math.isclose(taid.differences["cross_entropy"].mean, -0.09, rel_tol=1e-9)
     assert math.isclose(taid.differences["cross_entropy"].half, 4.302652729911275 * 0.01 / math.sqrt(3), rel_tol=1e-9)
-    assert taid.measures["cross_entropy"].half > 20
+    assert taid.evaluation.metrics["cross_entropy"].half > 20
 
 
 def test_the_opening_names_the_lowest_and_those_that_the_seeds_cannot_tell_from_it():

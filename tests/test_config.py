@@ -11,8 +11,8 @@ import pytest
 import yaml
 from trl import SFTConfig
 
-from taid.arguments import parse
-from taid.config import TAIDConfig, resolved
+from taid.config.parsing import parse
+from taid.config.training import TAIDConfig, resolved
 
 # A new name here is a new promise to users: it needs a test, a recipe or example that uses it, and a changelog line.
 OWN_FIELDS = """

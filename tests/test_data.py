@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from taid.data import load_rows
+from taid.data.loading import load_rows
 
 PROMPT = {"prompt": "What is 2 + 2?", "completion": " 4"}
 USER, ASSISTANT = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}

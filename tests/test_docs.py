@@ -43,9 +43,13 @@ from matplotlib.image import imread
 from trl import SFTConfig
 
 import taid
-from taid import arguments, cli, data, judge, objectives
-from taid.arguments import parse
-from taid.config import TAIDConfig
+from taid import objectives
+from taid.cli import main
+from taid.config import parsing as arguments
+from taid.config.parsing import parse
+from taid.config.training import TAIDConfig
+from taid.data import loading
+from taid.evaluation import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("*.md", "docs/**/*.md", "recipes/*.md")
@@ -108,16 +112,22 @@ def signatures() -> list[str]:
 
 
 def modules_named(path: Path) -> dict[str, str]:
-    """Module -> its line in the fenced tree of a page: the lines below `src/taid/` that are indented deeper."""
+    """Path below `src/taid/` -> its line in the fenced tree of a page; packages are the lines that end with a slash."""
     lines = iter((ROOT / path).read_text(encoding="utf-8").splitlines())
     root = next((line for line in lines if line.split()[:1] == ["src/taid/"]), None)
     assert root is not None, f"{path} has no line `src/taid/` with the modules below it"
-    depth, named = len(root) - len(root.lstrip()), {}
+    parents, named = [(len(root) - len(root.lstrip()), "")], dict[str, str]()
     for line in lines:
-        if not line.strip() or len(line) - len(line.lstrip()) <= depth:
+        depth = len(line) - len(line.lstrip())
+        if not line.strip() or depth <= parents[0][0]:
             break
+        while depth <= parents[-1][0]:
+            parents.pop()
         name, *words = line.split()
-        if name.endswith(".py"):
+        if name.endswith("/") and not words:
+            parents.append((depth, parents[-1][1] + name))
+        elif name.endswith(".py"):
+            name = parents[-1][1] + name
             assert name not in named, f"{path} names {name} twice"
             named[name] = " ".join(words)
     return named
@@ -126,7 +136,10 @@ def modules_named(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("path", [Path("README.md"), Path("docs/design.md")], ids=str)
 def test_a_file_tree_is_the_files(path):
     named = modules_named(path)
-    assert sorted(named) == sorted(file.name for file in (ROOT / "src" / "taid").glob("*.py"))
+    package = ROOT / "src" / "taid"
+    files = [file.relative_to(package).as_posix() for file in package.rglob("*.py")]
+    shown = [file for file in files if file.count("/") < 2 and not file.endswith("/__init__.py")]
+    assert sorted(named) == sorted(shown)
     assert [name for name, words in named.items() if not words] == []
 
 
@@ -267,7 +280,7 @@ def check_json(block: Block) -> None:
         judge.read_prompts("prompts.jsonl")
         return
     for number, line in enumerate(block.text.splitlines(), start=1):
-        data.RowCheck("text")(json.loads(line), f"line {number}")
+        loading.RowCheck("text")(json.loads(line), f"line {number}")
 
 
 def check_text(block: Block) -> None:
@@ -335,7 +348,7 @@ def check_taid(words: list[str]) -> None:
         assert command == "--help" or options_of(command)
         return
     if command not in arguments._COMMANDS:
-        cli._parser().parse_args(words)
+        main._parser().parse_args(words)
         return
     if "--config" in rest and not Path(rest[rest.index("--config") + 1]).exists():
         del rest[rest.index("--config") : rest.index("--config") + 2]
@@ -371,7 +384,7 @@ def options_of(command: str) -> set[str]:
 
 
 def commands_of_taid() -> dict[str, argparse.ArgumentParser]:
-    return next(a.choices for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return next(a.choices for a in main._parser()._actions if isinstance(a, argparse._SubParsersAction))
 
 
 CHECKS = {

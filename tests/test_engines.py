@@ -17,8 +17,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import BatchSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from taid import cli, engines, rows, run_folder
-from taid.cache import Cache
+from taid.artifacts import run_folder
+from taid.cli.main import main
+from taid.data import tokenized
+from taid.teachers.cache import Cache
+from taid.training import engines
 
 pytestmark = pytest.mark.cli
 
@@ -315,7 +318,7 @@ def test_a_run_that_loses_a_process_stops_everywhere_and_says_so(folder):
 )
 def test_a_start_that_cannot_be_made_is_named(arguments, message, capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert cli.main(["train", *arguments]) == 2
+    assert main.main(["train", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -324,7 +327,7 @@ def test_a_file_that_is_none_of_accelerates_is_named(text, tmp_path, capsys, mon
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
-    assert cli.main(["train", f"--accelerate_config={path}", "--num_processes=2"]) == 2
+    assert main.main(["train", f"--accelerate_config={path}", "--num_processes=2"]) == 2
     assert capsys.readouterr().err.startswith(f"taid: error: --accelerate_config {path}: ")
 
 
@@ -344,7 +347,7 @@ def test_a_teacher_whose_products_cannot_be_cut_is_named(folder, tmp_path, make_
 
 def test_a_student_is_not_sharded_as_it_is_read(folder, capsys):
     more = '--model_init_kwargs={"distributed_config": {"fsdp_size": 2}}'
-    assert cli.main(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", "unused", more]) == 2
+    assert main.main(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", "unused", more]) == 2
     assert "may give tp_size and tp_plan, not fsdp_size: a student is sharded by" in capsys.readouterr().err
 
 
@@ -358,13 +361,13 @@ def test_a_student_by_tensor_parallelism_is_for_ddp():
 def test_zero_without_deepspeed_is_named(capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
-    assert cli.main(["train", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
+    assert main.main(["train", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
     assert capsys.readouterr().err == "taid: error: zero3 needs DeepSpeed: pip install 'taid[zero]'\n"
 
 
 def test_a_recipe_does_not_start_processes(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("accelerate_config: fsdp2\n")
-    assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert main.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
     assert "unknown key 'accelerate_config': processes are started on the command line" in capsys.readouterr().err
 
 
@@ -399,14 +402,14 @@ def test_heads_that_cannot_be_dealt_out_are_named(make_model):
 
 def test_a_process_that_was_started_starts_no_others(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert cli.main(["train", "--accelerate_config", "ddp"]) == 2
+    assert main.main(["train", "--accelerate_config", "ddp"]) == 2
     assert "--accelerate_config starts processes of `taid train` and" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", range(1, 10))
 @pytest.mark.parametrize(("size", "processes"), [(1, 2), (2, 2), (3, 4)])
 def test_full_batches_give_each_row_once_and_each_process_as_much(count, size, processes):
-    batches = rows.FullBatches(BatchSampler(range(count), size, drop_last=False), processes, filler=count)
+    batches = tokenized.FullBatches(BatchSampler(range(count), size, drop_last=False), processes, filler=count)
     given = list(batches)
     assert len(given) == len(batches)
     assert {len(batch) for batch in given} == {size}
@@ -448,7 +451,7 @@ def test_a_checkpoint_that_fails_leaves_the_one_before_and_is_cleared_away(tmp_p
 
 def test_one_of_several_processes_ends_with_its_status_and_is_not_taken_apart():
     program = (
-        "import atexit, sys; from taid import __main__, cli\n"
+        "import atexit, sys; from taid import __main__; from taid.cli import main as cli\n"
         "class Held:\n    def __del__(self): print('taken apart')\n"
         "held = Held(); atexit.register(print, 'at exit'); cli.main = lambda _: 3; print('done')\n"
         "sys.exit(__main__.run([]))"

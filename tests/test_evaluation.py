@@ -27,13 +27,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from taid import TAIDConfig, TAIDTrainer, run_folder, tasks
-from taid.cli import main
-from taid.config import Quantization
-from taid.held_out import bytes_of, held_out
-from taid.models import load_model
-from taid.tables import held_out_tables
-from taid.tasks import PAPER, Tasks
+from taid import TAIDConfig, TAIDTrainer
+from taid.artifacts import run_folder
+from taid.artifacts.tables import held_out_tables
+from taid.cli.main import main
+from taid.config.training import Quantization
+from taid.evaluation import lm_eval_tasks as tasks
+from taid.evaluation.held_out import bytes_of, held_out
+from taid.evaluation.lm_eval_tasks import PAPER, Tasks
+from taid.models.loading import load_model
 from test_measures import by_hand as distributions_by_hand
 
 WORDS = "fox dog token loss falls rises small large teacher student Paris France one time".split()
@@ -292,7 +294,7 @@ def test_what_fewer_bits_change_of_a_teacher_is_what_they_change_by_hand(
 def test_a_teacher_in_as_many_bits_as_before_changes_by_nothing(
     dtype, tmp_path, monkeypatch, student_folder, teacher_folder, rows
 ):
-    monkeypatch.setattr("taid.engines.quantized", lambda name, compute: None)
+    monkeypatch.setattr("taid.training.engines.quantized", lambda name, compute: None)
     options = ("--teacher", teacher_folder, "--teacher_quantization", "bnb_4bit", "--dtype", dtype, "--batch_size", 3)
     assert evaluate(student_folder, *options, "--data", rows(tmp_path / "r.jsonl"), "--output", tmp_path / "e") == 0
     found = json.loads((tmp_path / "e").read_text())["held_out"]["teacher"]

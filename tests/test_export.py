@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from taid import TAIDConfig, TAIDTrainer
-from taid.cli import main
+from taid.cli.main import main
 from taid.export import MARK, NEW_TOKENS, PROMPTS, export
 
 HERE = Path(__file__).parent

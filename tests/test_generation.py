@@ -12,11 +12,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from taid import TAIDConfig, generation
-from taid.cli import main
-from taid.data import load_rows
-from taid.evaluation import measure
-from taid.generation import distinct, exact_match, generate, prompted, rouge_l, self_bleu
+from taid import TAIDConfig
+from taid.cli.main import main
+from taid.data.loading import load_rows
+from taid.evaluation import answers as generation
+from taid.evaluation.answers import distinct, exact_match, generate, prompted, rouge_l, self_bleu
+from taid.evaluation.evaluate import measure
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from taid import objectives
-from taid.fused import fused_distillation_loss
-from taid.heads import OutputHead
+from taid.losses.fused import fused_distillation_loss
+from taid.models.output_head import OutputHead
 
 COMMON = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-import taid.judge
-import taid.server
+import taid.evaluation.judge
+import taid.teachers.server
 from prompt_server import PromptServer, cut_short, dropped, slow, status
-from taid.cli import main
-from taid.judge import API_KEY, Judge, answer, grade_in, grading_messages, read_prompts
+from taid.cli.main import main
+from taid.evaluation.judge import API_KEY, Judge, answer, grade_in, grading_messages, read_prompts
 
 ROWS = [
     {"prompt": "Who learns from whom?", "category": "facts", "reference": "The student from the teacher."},
@@ -22,7 +22,7 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(taid.server, "_BACKOFF", 0.0)
+    monkeypatch.setattr(taid.teachers.server, "_BACKOFF", 0.0)
 
 
 class JudgeServer(PromptServer):
@@ -200,7 +200,7 @@ def answered(monkeypatch):
         asked.append(arguments)
         return answer(*arguments)
 
-    monkeypatch.setattr(taid.judge, "answer", spy)
+    monkeypatch.setattr(taid.evaluation.judge, "answer", spy)
     return asked
 
 
@@ -311,7 +311,7 @@ def test_a_file_of_answers_that_was_edited_is_named(line, serve, judge, tmp_path
 def test_without_any_grade_there_is_no_score(serve, judge, student, tokenizer):
     found = judge(serve(lambda messages: "Hm.")).grade(student, tokenizer)
     assert (found["score"], found["graded"], found["ungraded"], found["by_turn"]) == (None, 0, 4, {})
-    shown = taid.judge.grade_table(found)
+    shown = taid.evaluation.judge.grade_table(found)
     assert list(shown.columns[1].cells) == [""]
     assert "4 without a grade" in shown.caption
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from taid import objectives
-from taid.kernels import native, row_stage
-from taid.kernels.native import native_rows
-from taid.kernels.rows import COLUMNS, Finish, RowTask, rows
+from taid.losses.kernels import c_rows, row_stage
+from taid.losses.kernels.c_rows import native_rows
+from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, rows
 from test_objectives import (
     INF,
     LOGIT,
@@ -152,7 +152,7 @@ def without(*names):
 
 @pytest.fixture(params=[rows, native_rows], ids=["plain", "native"])
 def form(request):
-    if request.param is native_rows and native._library() is None:
+    if request.param is native_rows and c_rows._library() is None:
         pytest.skip("there is no C compiler, or TAID_NATIVE=0 asks for the plain form")
     return request.param
 
@@ -935,7 +935,7 @@ def test_where_there_is_a_compiler_float32_tiles_on_a_cpu_go_through_c(monkeypat
     def refuse(*args, **kwargs):
         raise AssertionError("the plain form was called")
 
-    monkeypatch.setattr(native, "rows", refuse)
+    monkeypatch.setattr(c_rows, "rows", refuse)
     student, teacher = random_logits(7, 507)
 
     run(row_stage, CASES["taid(0.4)"].task(), student, teacher, labels_for(student))
@@ -947,45 +947,45 @@ def test_where_there_is_a_compiler_float32_tiles_on_a_cpu_go_through_c(monkeypat
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, and a compiler that takes half a second."""
-    if native._library() is None:
+    if c_rows._library() is None:
         pytest.skip("there is no C compiler, or TAID_NATIVE=0 asks for the plain form")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_FLAGS", ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"])
+    monkeypatch.setattr(c_rows, "_FLAGS", ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"])
     return tmp_path / "taid"
 
 
 def test_the_library_is_built_once_and_leaves_nothing_else_in_the_cache(cache):
-    library = native._built()
+    library = c_rows._built()
     built_at = library.stat().st_mtime_ns
 
-    assert native._built() == library
+    assert c_rows._built() == library
     assert library.stat().st_mtime_ns == built_at
     assert list(cache.iterdir()) == [library]
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5_000, 20_000, -100])
 def test_a_damaged_library_is_built_anew(cache, kept):
-    library = native._built()
+    library = c_rows._built()
     whole = library.read_bytes()
     library.write_bytes(whole[:kept])
 
-    again = native._built()
+    again = c_rows._built()
 
     ctypes.CDLL(str(again))
     assert len(again.read_bytes()) == len(whole)
 
 
 def test_other_flags_or_another_source_are_another_library(cache, monkeypatch):
-    first = native._built()
-    monkeypatch.setattr(native, "_FLAGS", ["-std=gnu11", "-O1", "-fPIC", "-fopenmp"])
+    first = c_rows._built()
+    monkeypatch.setattr(c_rows, "_FLAGS", ["-std=gnu11", "-O1", "-fPIC", "-fopenmp"])
 
-    assert native._built() != first
+    assert c_rows._built() != first
 
 
 SCRIPT = """
 import torch
-from taid.kernels import native
-from taid.kernels.rows import COLUMNS, Finish, RowTask
+from taid.losses.kernels import native
+from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
 
 native._FLAGS = ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"]
 torch.manual_seed(0)
@@ -1024,11 +1024,11 @@ def test_where_the_library_cannot_be_built_the_plain_form_gives_the_same_values(
     student, teacher = random_logits(3, 507)
     labels = labels_for(student)
     here = run(rows, CASES["taid(0.4)"].task(0.7), student, teacher, labels)
-    library = native._library.__wrapped__
+    library = c_rows._library.__wrapped__
 
     assert library() is None
 
-    monkeypatch.setattr(native, "_library", library)
+    monkeypatch.setattr(c_rows, "_library", library)
     result = run(native_rows, CASES["taid(0.4)"].task(0.7), student, teacher, labels)
     assert torch.equal(result.gradient, here.gradient)
     assert all(torch.equal(result.columns[name], here.columns[name]) for name in COLUMNS)
@@ -1041,11 +1041,11 @@ def test_without_a_home_directory_the_plain_form_takes_over(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
 
-    assert native._library.__wrapped__() is None
+    assert c_rows._library.__wrapped__() is None
 
 
 def test_two_processes_that_build_at_once_both_get_a_whole_library(tmp_path):
-    if native._library() is None:
+    if c_rows._library() is None:
         pytest.skip("there is no C compiler, or TAID_NATIVE=0 asks for the plain form")
     processes = [started(tmp_path) for _ in range(2)]
 
@@ -1068,25 +1068,25 @@ def compiler(folder, script):
 def test_a_compiler_may_speak_in_any_encoding(cache, tmp_path, monkeypatch):
     script = '[ "$1" = --version ] && exec cc --version\nprintf "warnung: \\351\\n" >&2\nexec cc "$@"'
     monkeypatch.setenv("CC", compiler(tmp_path, script))
-    assert native._library.__wrapped__() is not None
+    assert c_rows._library.__wrapped__() is not None
 
 
 def test_a_library_without_the_kernel_is_none(cache, tmp_path, monkeypatch):
     script = '[ "$1" = --version ] && exec cc --version\nfor last; do :; done\ncase "$*" in\n*-c*) eval "out=\\${$#}"; '
     script += 'echo "int nothing;" | exec cc -fPIC -x c -c - -o "$out" ;;\n*) exec cc "$@" ;;\nesac'
     monkeypatch.setenv("CC", compiler(tmp_path, script))
-    assert native._library.__wrapped__() is None
+    assert c_rows._library.__wrapped__() is None
 
 
 def test_a_link_that_leads_nowhere_is_replaced(cache):
-    library = native._built()
+    library = c_rows._built()
     library.unlink()
     library.symlink_to(cache / "gone")
-    assert native._built().is_file()
+    assert c_rows._built().is_file()
 
 
 def test_a_killed_build_leaves_nothing_in_the_cache(tmp_path):
-    if native._library() is None:
+    if c_rows._library() is None:
         pytest.skip("there is no C compiler, or TAID_NATIVE=0 asks for the plain form")
     slow = compiler(tmp_path, '[ "$1" = --version ] || sleep 5\nexec cc "$@"')
     process = started(tmp_path, CC=slow, TMPDIR=str(tmp_path))

@@ -8,10 +8,18 @@ import types
 import pytest
 import torch
 
-from taid import measures
-from taid.fused import Head
-from taid.kernels.head_products import HeadProducts
-from taid.measures import BINS, TokenSums, agreement, calibration_bins, calibration_error, head_mass, tail_mass
+from taid.evaluation import metrics
+from taid.evaluation.metrics import (
+    BINS,
+    TokenSums,
+    agreement,
+    calibration_bins,
+    calibration_error,
+    head_mass,
+    tail_mass,
+)
+from taid.losses.fused import Head
+from taid.losses.kernels.head_matmul import HeadProducts
 
 ALONE = types.SimpleNamespace(reduce=lambda total, _: total)
 
@@ -42,7 +50,7 @@ def by_hand(student, teacher, labels, order=None):
 
 
 def measured(student, teacher, labels, **options):
-    sums = measures.token_sums(student, teacher, labels, **options)
+    sums = metrics.token_sums(student, teacher, labels, **options)
     found = {name: (value / sums["trained"]).item() for name, value in sums.items() if name != "calibration"}
     found.pop("trained")
     return found | {"calibration_error": calibration_error(sums["calibration"])}
@@ -79,7 +87,7 @@ def test_a_common_offset_of_a_tokens_logits_changes_nothing():
 
 
 def test_without_a_teacher_only_calibration_is_summed():
-    assert set(measures.token_sums(logits(), None, torch.arange(64))) == {"trained", "calibration"}
+    assert set(metrics.token_sums(logits(), None, torch.arange(64))) == {"trained", "calibration"}
 
 
 # --- head and tail mass -----------------------------------------------------------------------------------------------
@@ -211,8 +219,8 @@ def of_heads(found, labels, ids=97):
 @pytest.mark.parametrize("rows", [1, 7, 16, 1000])
 @pytest.mark.parametrize("kind", HEADS)
 def test_chunks_of_any_size_give_the_plain_formula(kind, rows, monkeypatch):
-    monkeypatch.setattr(measures, "_chunk_rows", lambda V, device: rows)
-    monkeypatch.setattr(measures, "block_rows", lambda V: 5)
+    monkeypatch.setattr(metrics, "_chunk_rows", lambda V, device: rows)
+    monkeypatch.setattr(metrics, "block_rows", lambda V: 5)
     found, labels = pair(kind)
     sums = TokenSums()
     sums(*found, labels, 97)
@@ -261,7 +269,7 @@ def test_beside_hidden_states_and_heads_only_tiles_are_held(monkeypatch):
         return {}
 
     monkeypatch.setattr(HeadProducts, "project", projected)
-    monkeypatch.setattr(measures, "token_sums", summed)
+    monkeypatch.setattr(metrics, "token_sums", summed)
     TokenSums()(hidden, Head(weight), hidden, Head(weight), torch.zeros(1, 4096, dtype=torch.long), 32_000)
     assert sum(parts) == 4096 * 32_000 * 4
     assert max(tiles) <= 65 * 2**20

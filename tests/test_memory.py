@@ -16,10 +16,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from taid.footprint import Footprint, Layout, size
-from taid.fused import Head, fused_distillation_loss
-from taid.heads import OutputHead
-from taid.memory import Batch, Loss, _Held, trace_student, trace_teacher
+from taid.losses.fused import Head, fused_distillation_loss
+from taid.models.output_head import OutputHead
+from taid.planning.activation_trace import Batch, Loss, _Held, trace_student, trace_teacher
+from taid.planning.footprint import Footprint, Layout, size
 
 WIDE = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 16}
 VOCABULARY = 512

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from taid import engines
-from taid.config import TAIDConfig
-from taid.models import load_model, load_pair, load_tokenizer, output_rows
+from taid.config.training import TAIDConfig
+from taid.models.loading import load_model, load_pair, load_tokenizer, output_rows
+from taid.training import engines
 
 WEIGHTS = "model.safetensors"
 

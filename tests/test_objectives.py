@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from taid.objectives import (
+from taid.losses.objectives import (
     abkd,
     adaptive_kl,
     amid,

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3MoeConfig,
 )  # fmt: skip
 
-from taid.cli import main
-from taid.footprint import size
+from taid.cli.main import main
+from taid.planning.footprint import size
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from taid.fused import fused_distillation_loss
-from taid.kernels import products
+from taid.losses.fused import fused_distillation_loss
+from taid.losses.kernels import products
 
 has_one_dnn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch brings no oneDNN"

@@ -23,11 +23,11 @@ from transformers import (
     Qwen3MoeConfig,
 )  # fmt: skip
 
-from taid import tiny
-from taid.arguments import parse
-from taid.cli import main
-from taid.config import Objective
-from taid.footprint import size
+from taid.cli.main import main
+from taid.config.parsing import parse
+from taid.config.training import Objective
+from taid.planning import tiny
+from taid.planning.footprint import size
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "recipes"
@@ -239,7 +239,7 @@ def test_what_needs_a_gpu_or_reaches_out_is_left_out(recipe, run, option):
 
 
 def test_a_dry_run_is_of_one_process(recipe, run, monkeypatch):
-    monkeypatch.setattr("taid.config.TAIDConfig.world_size", 2)
+    monkeypatch.setattr("taid.config.training.TAIDConfig.world_size", 2)
     status, said = run("train", "--config", recipe(), "--dry_run")
     assert (status, said.err) == (
         2, "taid: error: --dry_run is for one process: start it without accelerate launch\n"

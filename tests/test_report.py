@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from taid import plots, report
-from taid.report import write_report
+from taid.artifacts import plots, report
+from taid.artifacts.report import write_report
 
 NAMES = {"model_name_or_path": "org/small", "teacher_model_name_or_path": "org/large"}
 EVALUATIONS = [

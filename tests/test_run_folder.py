@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import save_file
 from transformers.trainer_utils import rotate_checkpoints
 
-from taid import run_folder
-from taid.run_folder import (
+from taid.artifacts import run_folder
+from taid.artifacts.run_folder import (
     append_metrics,
     check_free,
     claimed,
@@ -134,7 +134,7 @@ def test_clear_removes_a_linked_checkpoint_but_not_what_it_links_to(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from taid.run_folder import claimed
+from taid.artifacts.run_folder import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -13,8 +13,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prompt_server import PromptServer
-from taid import run_folder
-from taid.cache import Cache
+from taid.artifacts import run_folder
+from taid.teachers.cache import Cache
 
 pytestmark = pytest.mark.cli
 
@@ -112,8 +112,8 @@ def test_a_run_leaves_its_report_and_a_configuration_that_repeats_it(recipe, tmp
 
 # The command line with shards of one row, so that there is something on disk when it is killed.
 SMALL_SHARDS = (
-    "import sys, taid.cache; taid.cache.Writer.__init__.__defaults__ = (1, 120.0); from taid.cli import main; "
-    "sys.exit(main(sys.argv[1:]))"
+    "import sys, taid.teachers.cache; taid.teachers.cache.Writer.__init__.__defaults__ = (1, 120.0); "
+    "from taid.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
 

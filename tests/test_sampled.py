@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from taid import Head, distillation_loss, fused_distillation_loss
-from taid.sparse import Sampled
+from taid.losses.sparse_logits import Sampled
 
 SEED = 7
 

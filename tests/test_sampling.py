@@ -28,10 +28,11 @@ from transformers import (
 )
 
 from prompt_server import PromptServer
-from taid import TAIDConfig, TAIDTrainer, objectives, report, run_folder
-from taid.arguments import parse
-from taid.sampling import FILE, Row, Sampling, Threshold, _Shared, require_prompts, row_of
-from taid.vocabulary import Vocabulary
+from taid import TAIDConfig, TAIDTrainer, objectives
+from taid.artifacts import report, run_folder
+from taid.config.parsing import parse
+from taid.models.vocabulary import Vocabulary
+from taid.training.on_policy import FILE, Row, Sampling, Threshold, _Shared, require_prompts, row_of
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 TIMING = ("tokens_per_second", "seconds")
@@ -692,12 +693,12 @@ def test_two_processes_sample_the_same_micro_batches_and_what_one_process_sample
 
 
 def test_a_recipe_samples_in_its_dry_run(recipe, tmp_path, capsys):
-    from taid import cli
+    from taid.cli.main import main
 
     path = recipe(tmp_path / "run", sampling="adaptive", seq_kd=True, sampling_buffer_size=1000)
     _, _, args = parse(["--config", str(path)])
     assert (args.sampling, args.sampling_buffer_size) == ("adaptive", 1000)
-    assert cli.main(["train", "--config", str(path), "--dry_run"]) == 0
+    assert main.main(["train", "--config", str(path), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "dry run passed" in out
     assert "without the time in which answers are sampled" in out

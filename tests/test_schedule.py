@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taid.schedule import (
+from taid.losses.schedules import (
     AutoSchedule,
     AutoState,
     CurriculumTemperature,

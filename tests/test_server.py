@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-import taid.server
+import taid.teachers.server
 from prompt_server import (
     PromptServer,
     a_position_missing,
@@ -30,14 +30,15 @@ from prompt_server import (
     too_few,
     wrong_json,
 )
-from taid import TAIDConfig, TAIDTrainer, run_folder
-from taid.cache import Cache
-from taid.capture import capture
-from taid.sequences import shifted
-from taid.server import API_KEY, Server
-from taid.sparse import TopK
-from taid.teacher import ServedTeacher
-from taid.vocabulary import Vocabulary
+from taid import TAIDConfig, TAIDTrainer
+from taid.artifacts import run_folder
+from taid.losses.sparse_logits import TopK
+from taid.models.vocabulary import Vocabulary
+from taid.teachers.cache import Cache
+from taid.teachers.sequences import shifted
+from taid.teachers.server import API_KEY, Server
+from taid.teachers.teacher import ServedTeacher
+from taid.training.capture import capture
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 DATA = Dataset.from_list([{"prompt": TEXT[: 4 + i], "completion": TEXT[4 + i : 20 + 5 * i]} for i in range(12)])
@@ -46,7 +47,7 @@ HELD_OUT = Dataset.from_list([{"prompt": TEXT[i : i + 9], "completion": TEXT[i +
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(taid.server, "_BACKOFF", 0.0)
+    monkeypatch.setattr(taid.teachers.server, "_BACKOFF", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_training_from_a_server_is_training_from_a_cache_of_top_k(
 
 
 def test_requests_hold_several_rows_and_several_are_under_way(serve, tmp_path, student_folder, monkeypatch):
-    monkeypatch.setattr("taid.teacher._TOKENS", 60)
+    monkeypatch.setattr("taid.teachers.teacher._TOKENS", 60)
     server = serve(fault=slow(0.1))
     options = {"gradient_accumulation_steps": 3, "max_steps": 2, "taid_alpha": 1e-9}
     trainer = trainer_of(tmp_path / "run", student_folder, student_folder, teacher_server_url=server.url, **options)
@@ -305,7 +306,7 @@ def test_odd_refusals_are_one_line(body, serve):
 
 
 def test_a_server_may_not_send_us_to_sleep_for_hours(serve, monkeypatch, caplog):
-    monkeypatch.setattr(taid.server, "_LONGEST_WAIT", 0.0)
+    monkeypatch.setattr(taid.teachers.server, "_LONGEST_WAIT", 0.0)
     server = serve(fault=status(429, times=2, headers={"Retry-After": "3600"}))
     Server(server.url).prompt_log_probs([[1, 2, 3]], 4)
     assert caplog.text.count("the teacher's server: status 429; trying again in") == 2
@@ -401,9 +402,9 @@ def test_a_server_that_dies_stops_the_run_with_a_message(serve, tmp_path, studen
 def test_a_run_that_stops_does_not_wait_for_answers_that_hang(serve):
     program = (
         "import sys, torch\n"
-        "from taid.server import Server\n"
-        "from taid.teacher import ServedTeacher\n"
-        "from taid.vocabulary import Vocabulary\n"
+        "from taid.teachers.server import Server\n"
+        "from taid.teachers.teacher import ServedTeacher\n"
+        "from taid.models.vocabulary import Vocabulary\n"
         "teacher = ServedTeacher(Server(sys.argv[1], timeout=600), Vocabulary(tuple(range(300))), 8)\n"
         "ids = torch.arange(40).view(8, 5)\n"
         "teacher.prefetch([{'input_ids': ids, 'attention_mask': torch.ones_like(ids), 'labels': ids}])\n"

@@ -10,8 +10,8 @@ from itertools import cycle
 import pytest
 from rich.console import Console
 
-from taid import speed
-from taid.cli import main
+from taid.cli.main import main
+from taid.evaluation import inference_speed
 
 FIGURES = {
     "parameters": 100, "parameters_without_embeddings": 60, "disk_bytes": 4_000_000, "weight_bytes": 400,
@@ -36,12 +36,12 @@ def asked(monkeypatch):
         halved = {"parameters": 50, "first_token_seconds": 0.1} if factor == 2 else {}
         return FIGURES | halved | packed | times | {"machine": MACHINE}, None
 
-    monkeypatch.setattr(speed, "_in_a_process", figures)
+    monkeypatch.setattr(inference_speed, "_in_a_process", figures)
     return subjects
 
 
 def test_the_models_take_turns_and_what_cannot_be_had_is_tried_once(asked):
-    speed.measure("s", "t", rounds=3)
+    inference_speed.measure("s", "t", rounds=3)
     assert (
         asked
         == ["teacher", "student", "student, 8 bits", "student, 4 bits"] + ["teacher", "student", "student, 8 bits"] * 2
@@ -49,29 +49,29 @@ def test_the_models_take_turns_and_what_cannot_be_had_is_tried_once(asked):
 
 
 def test_a_row_is_the_median_of_its_rounds_and_ratios_are_to_the_teacher(asked):
-    card = speed.measure("s", "t", rounds=3)
+    card = inference_speed.measure("s", "t", rounds=3)
     teacher, student, eight, four = card["rows"]
     assert (teacher["tokens_per_second"], student["tokens_per_second"]) == (20.0, 30.0)
     assert student["rounds"]["tokens_per_second"] == [20.0, 180.0, 30.0]
-    assert speed.ratio(student, card["rows"], "tokens_per_second") == 1.5
-    assert speed.ratio(student, card["rows"], "parameters") == 0.5
-    assert speed.ratio(teacher, card["rows"], "parameters") is None
+    assert inference_speed.ratio(student, card["rows"], "tokens_per_second") == 1.5
+    assert inference_speed.ratio(student, card["rows"], "parameters") == 0.5
+    assert inference_speed.ratio(teacher, card["rows"], "parameters") is None
     assert (eight["parameters"], eight["parameters_without_embeddings"]) == (50, 60), "not the packed numbers"
     assert eight["disk_bytes"] is None
-    assert speed.ratio(eight, card["rows"], "disk_bytes") is None
+    assert inference_speed.ratio(eight, card["rows"], "disk_bytes") is None
     assert four == {"name": "student, 4 bits", "bits": 4, "not_available": "no | kernel for this device"}
     assert json.loads(json.dumps(card)) == card
 
 
 def test_without_a_teacher_there_are_no_ratios(asked):
-    card = speed.measure("s", rounds=1)
+    card = inference_speed.measure("s", rounds=1)
     assert [row["name"] for row in card["rows"]] == ["student", "student, 8 bits", "student, 4 bits"]
-    assert "x)" not in speed.markdown(card).partition("\n\n")[0]
+    assert "x)" not in inference_speed.markdown(card).partition("\n\n")[0]
 
 
 def test_the_tables_have_every_row_and_every_figure(asked):
-    card = speed.measure("s", "t", rounds=3)
-    lines = speed.markdown(card).splitlines()
+    card = inference_speed.measure("s", "t", rounds=3)
+    lines = inference_speed.markdown(card).splitlines()
     assert lines[2] == "| teacher | 0.0001 | 6e-05 | 4 | 0.0004 | 0.0009 | 0.0005 | 200 | 20 |"
     assert lines[3] == (
         "| student | 5e-05 (0.50x) | 6e-05 (1.00x) | 4 (1.00x) | 0.0004 (1.00x) | 0.0009 (1.00x) | 0.0005 (1.00x) "
@@ -82,7 +82,7 @@ def test_the_tables_have_every_row_and_every_figure(asked):
     assert note in lines[7]
     assert "a machine, float32, 2 threads, torch 2.13.0" in lines[7]
     console = Console(width=120, record=True)
-    console.print(speed.table(card))
+    console.print(inference_speed.table(card))
     text = console.export_text()
     assert "…" not in text, "nothing is cut"
     for words in ("teacher", "student, 8 bits", "30", "(1.50x)", "4 bits: not available: no | kernel", "tokens/s"):
@@ -91,7 +91,7 @@ def test_the_tables_have_every_row_and_every_figure(asked):
 
 @pytest.mark.cli
 def test_real_models_are_measured_in_processes_of_their_own(student_folder, teacher_folder, make_model):
-    card = speed.measure(str(student_folder), str(teacher_folder), use_cpu=True, rounds=1)
+    card = inference_speed.measure(str(student_folder), str(teacher_folder), use_cpu=True, rounds=1)
     rows = {row["name"]: row for row in card["rows"]}
     for name, folder, model in (
         ("student", student_folder, make_model(300)),
@@ -120,10 +120,10 @@ def test_what_cannot_be_measured_is_named(tmp_path, make_model, tokenizer):
     with pytest.raises(
         ValueError, match=r"speed of student .*short cannot be measured: .* 64 positions, and 128 \+ 64"
     ):
-        speed.measure(str(tmp_path / "short"), use_cpu=True, rounds=1)
+        inference_speed.measure(str(tmp_path / "short"), use_cpu=True, rounds=1)
     (tmp_path / "short" / "adapter_config.json").touch()
     with pytest.raises(ValueError, match=r"is an adapter, which is slower .* taid export"):
-        speed.measure(str(tmp_path / "short"), use_cpu=True, rounds=1)
+        inference_speed.measure(str(tmp_path / "short"), use_cpu=True, rounds=1)
 
 
 def test_evaluate_shows_and_writes_the_card(asked, tmp_path, capsys):
@@ -131,5 +131,5 @@ def test_evaluate_shows_and_writes_the_card(asked, tmp_path, capsys):
     assert main(["evaluate", "s", "--teacher", "t", "--speed", "--output", str(output)]) == 0
     card = json.loads(output.read_text())["speed"]
     assert [row["name"] for row in card["rows"]] == ["teacher", "student", "student, 8 bits", "student, 4 bits"]
-    assert output.with_suffix(".speed.md").read_text() == speed.markdown(card)
+    assert output.with_suffix(".speed.md").read_text() == inference_speed.markdown(card)
     assert "Size and speed" in capsys.readouterr().out

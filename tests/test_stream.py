@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import pack_dataset
 
 from prompt_server import PromptServer
-from taid import TAIDConfig, TAIDTrainer, data, run_folder, stream
-from taid.cli import main
-from taid.sequences import sequences, shifted
+from taid import TAIDConfig, TAIDTrainer
+from taid.artifacts import run_folder
+from taid.cli.main import main
+from taid.data import loading, stream
+from taid.teachers.sequences import sequences, shifted
 
 WORDS = "one two three four five six seven"
 
@@ -34,7 +36,7 @@ def texts(number, name="a", first=0):
 
 def write(path, rows):
     """Write texts in the format that the path's name says."""
-    suffix = data.file_type(path)
+    suffix = loading.file_type(path)
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": rows, "source": ["made up"] * len(rows)}), path, row_group_size=7)
         return path
@@ -134,8 +136,8 @@ def test_to_go_on_reads_one_chunk_again_and_not_what_was_before(tmp_path, monkey
     _, place = read(opened(path), 4_004)
     late = opened(path)
     parsed = []
-    json_row = data.json_row
-    monkeypatch.setattr(data, "json_row", lambda line, at: parsed.append(at) or json_row(line, at))
+    json_row = loading.json_row
+    monkeypatch.setattr(loading, "json_row", lambda line, at: parsed.append(at) or json_row(line, at))
     assert read(late, 1, place)[0] == ["a4004: one two"]
     assert parsed[0] == f"{path}, line 4001"
     assert len(parsed) <= 3 * stream.CHUNK
@@ -258,7 +260,7 @@ def test_a_parquet_file_that_is_damaged_in_its_rows_is_named(tmp_path):
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a \\ud83d\\ude00"}\n{"text": "a \\ud83d"}\n')
-    for read_all in (lambda: read(opened(path), 2), lambda: data.load_rows(str(path))):
+    for read_all in (lambda: read(opened(path), 2), lambda: loading.load_rows(str(path))):
         with pytest.raises(ValueError, match=r"a\.jsonl, line 2: half of a surrogate pair, '\\ud83d': remove it"):
             read_all()
 
@@ -462,9 +464,9 @@ def test_rows_that_are_left_out_of_a_stream_are_counted_once(tmp_path, train, ca
 # What `taid` does, with a line for each batch that is trained on, of the step and its rows' token ids; then a SIGKILL.
 RECORD = """
 import json, os, signal, sys
-from taid.cli import main
-from taid.sequences import sequences, shifted
-from taid.trainer import TAIDTrainer
+from taid.cli.main import main
+from taid.teachers.sequences import sequences, shifted
+from taid.training.trainer import TAIDTrainer
 training_step = TAIDTrainer.training_step
 def recording(self, model, inputs, *rest):
     rows = [s.ids.tolist() for s in sequences(inputs, shifted(inputs["labels"]))]

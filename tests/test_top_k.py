@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from taid import Head, distillation_loss, fused_distillation_loss, objectives
-from taid.sparse import TopK
+from taid.losses.sparse_logits import TopK
 
 DIVERGENCES = {
     "taid": {"t": 0.4},

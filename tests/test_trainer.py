@@ -24,11 +24,13 @@ from transformers import (
 )  # fmt: skip
 from trl import SFTConfig, SFTTrainer
 
-from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, identity, objectives, run_folder
-from taid import trainer as trainer_module
-from taid.config import Objective
-from taid.progress import StepProgress
-from taid.schedule import AutoSchedule, CurriculumTemperature
+from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives
+from taid.artifacts import run_folder
+from taid.config.training import Objective
+from taid.losses.schedules import AutoSchedule, CurriculumTemperature
+from taid.training import resume
+from taid.training import trainer as trainer_module
+from taid.training.callbacks import StepProgress
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 PROMPT_COMPLETION = Dataset.from_list(
@@ -249,9 +251,9 @@ def test_auto_goes_on_from_a_checkpoint_and_not_from_one_of_the_papers_schedule(
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_of_schedules_is_one_of_the_papers():
-    identity.require_same({"taid_alpha": 0.5}, {"taid_schedule": "paper", "taid_alpha": 0.5})
+    resume.require_same({"taid_alpha": 0.5}, {"taid_schedule": "paper", "taid_alpha": 0.5})
     with pytest.raises(ValueError, match=r"another run: taid_schedule was 'paper', is 'auto'\. Resume"):
-        identity.require_same({"taid_alpha": 0.5}, {"taid_schedule": "auto", "taid_alpha": 0.5})
+        resume.require_same({"taid_alpha": 0.5}, {"taid_schedule": "auto", "taid_alpha": 0.5})
 
 
 def test_evaluation_does_not_move_t(tmp_path, student_folder, teacher_folder):

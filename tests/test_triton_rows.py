@@ -19,8 +19,8 @@ if not INTERPRETED and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"], INTERPRETED = "1", True
 pytest.importorskip("triton", reason="there is no triton for this platform")
 
-from taid.kernels import triton_rows  # noqa: E402
-from taid.kernels.rows import COLUMNS, Finish, RowTask, rows  # noqa: E402
+from taid.losses.kernels import triton_rows  # noqa: E402
+from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, rows  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 PARAMETERS = {
@@ -311,7 +311,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from taid.kernels.triton_rows import _TO_TARGET, _Gradient, _row_kernel, _Tile
+from taid.losses.kernels.triton_rows import _TO_TARGET, _Gradient, _row_kernel, _Tile
 
 names = _row_kernel.arg_names
 tile = _Tile("*fp32", "i32", "constexpr", "fp32", "constexpr")

@@ -21,11 +21,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from taid import TAIDConfig, TAIDTrainer, card, images, objectives, run_folder, tiny, vision
-from taid.capture import capture
-from taid.cli import main
-from taid.data import load_rows
-from taid.vocabulary import Vocabulary
+from taid import TAIDConfig, TAIDTrainer, objectives
+from taid.artifacts import model_card, run_folder
+from taid.cli.main import main
+from taid.data import images, vision_collator
+from taid.data.loading import load_rows
+from taid.models.vocabulary import Vocabulary
+from taid.planning import tiny
+from taid.training.capture import capture
 from vision_models import ARCHITECTURES, make_processor, make_vision_model
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
@@ -83,7 +86,7 @@ def collator(architecture="llava", teacher=None, processor=None, max_length=None
     processor = processor or make_processor(architecture)
     of_trl = DataCollatorForVisionLanguageModeling(processor, max_length=max_length, **options)
     vocabulary = Vocabulary.of(processor.tokenizer, 10_000)
-    return vision.Collator(of_trl, teacher or processor, vocabulary, skip=skip)
+    return vision_collator.Collator(of_trl, teacher or processor, vocabulary, skip=skip)
 
 
 # --- one number a step ------------------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ def test_the_card_of_an_adapter_opens_it(tmp_path, monkeypatch):
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
-    text = card.write_card(tmp_path / "run", overwrite=True).read_text()
+    text = model_card.write_card(tmp_path / "run", overwrite=True).read_text()
     assert "pipeline_tag: image-text-to-text" in text
     program = text.split("```python\n")[1].split("\n\ninputs")[0].split("\n\nmessages")[0]
     monkeypatch.chdir(tmp_path)
@@ -215,7 +218,7 @@ def test_held_out_rows_may_be_text_alone(tmp_path):
 
 
 def test_rows_that_fill_a_batch_are_not_trained_on():
-    rows = [{**ROWS[0], images.PLACE: "row 0"}, {**ROWS[3], images.PLACE: vision.UNTRAINED}]
+    rows = [{**ROWS[0], images.PLACE: "row 0"}, {**ROWS[3], images.PLACE: vision_collator.UNTRAINED}]
     labels = collator()(rows)["labels"]
     assert (labels[0] != -100).any()
     assert (labels[1] == -100).all()
@@ -280,18 +283,20 @@ def test_a_teacher_with_other_pixels_gets_its_own_of_the_same_images(tmp_path):
     batch = collator("llava", processor=ours, teacher=theirs)([dict(row) for row in ROWS])
     flat = [image for row in ROWS for image in row["images"]]
     torch.testing.assert_close(
-        vision.for_teacher(batch)["pixel_values"], theirs.image_processor(flat, return_tensors="pt")["pixel_values"]
+        vision_collator.for_teacher(batch)["pixel_values"],
+        theirs.image_processor(flat, return_tensors="pt")["pixel_values"],
     )
     torch.testing.assert_close(
-        vision.for_student(batch)["pixel_values"], ours.image_processor(flat, return_tensors="pt")["pixel_values"]
+        vision_collator.for_student(batch)["pixel_values"],
+        ours.image_processor(flat, return_tensors="pt")["pixel_values"],
     )
-    assert set(vision.for_student(batch)) == set(vision.for_teacher(batch))
+    assert set(vision_collator.for_student(batch)) == set(vision_collator.for_teacher(batch))
 
     trainer = make(tmp_path, teachers=theirs, objective="forward_kl", max_steps=1, learning_rate=1e-9)
     labels = (batch := trainer.data_collator([trainer.train_dataset[i] for i in range(8)])).pop("labels")[:, 1:]
     with torch.no_grad():
-        student = trainer.model(**vision.for_student(batch)).logits[:, :-1]
-        teacher = trainer.teacher.model(**vision.for_teacher(batch)).logits[:, :-1]
+        student = trainer.model(**vision_collator.for_student(batch)).logits[:, :-1]
+        teacher = trainer.teacher.model(**vision_collator.for_teacher(batch)).logits[:, :-1]
     expected = objectives.forward_kl(student[labels != -100], teacher[labels != -100]).mean().item()
     assert first_loss(trainer) == pytest.approx(expected, rel=1e-5)
 
@@ -313,7 +318,7 @@ def test_a_teacher_with_other_pixels_is_given_the_students_template(kind):
 def test_the_same_processor_is_asked_once():
     batch = collator("qwen2_vl", teacher=make_processor("qwen2_vl"))([dict(row) for row in ROWS])
     assert not any(name.startswith("teacher_") for name in batch)
-    assert vision.for_teacher(batch) is batch
+    assert vision_collator.for_teacher(batch) is batch
 
 
 def test_a_teacher_whose_images_take_another_number_of_tokens_is_refused_and_the_row_named():
@@ -326,7 +331,7 @@ def test_a_teacher_whose_images_take_another_number_of_tokens_is_refused_and_the
 
 def test_a_token_that_the_teacher_does_not_know_is_named():
     processor = make_processor("llava")
-    collate = vision.Collator(
+    collate = vision_collator.Collator(
         DataCollatorForVisionLanguageModeling(processor), processor, Vocabulary(tuple(range(1, 301))), skip=False
     )
     collate.shared_ids = collate.shared_ids[collate.shared_ids != processor.image_token_id]
@@ -713,7 +718,7 @@ def test_a_miniature_takes_what_the_large_models_processor_makes(architecture):
     assert small.config.get_text_config().num_hidden_layers == 2
     batch = collator(architecture, processor=processor)([dict(row) for row in ROWS])
     with torch.no_grad():
-        seen = small(**vision.for_student({k: v for k, v in batch.items() if k != "labels"})).logits
+        seen = small(**vision_collator.for_student({k: v for k, v in batch.items() if k != "labels"})).logits
         batch["pixel_values"] = -batch["pixel_values"]
         otherwise = small(**{k: v for k, v in batch.items() if k != "labels"}).logits
     assert (seen - otherwise).abs().max() > 1e-6

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from taid.vocabulary import Vocabulary, adopt_tokenizer
+from taid.models.vocabulary import Vocabulary, adopt_tokenizer
 
 REAL = Path("/work/shared/tokenizers")
 TEXT = "The student asks: what is 12 + 3? The teacher answers, it is 15.\n"

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from taid import objectives, stdlib_text
-from taid.schedule import AutoSchedule
-from taid.standings import Interval
+from taid.comparison.results import Interval
+from taid.losses.schedules import AutoSchedule
 
 IDS, WIDTH, STEPS, BATCH = 512, 12, 300, 256  # the most frequent tokens; of the student; of a run
 RATES, SEEDS = (5e-2, 1e-1, 2e-1, 4e-1), 5

@@ -30,8 +30,8 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from taid.methods import METHODS
-from taid.standings import MEASURES, Interval, Standing, Standings
+from taid.comparison.plan import METHODS
+from taid.comparison.results import MEASURES, Interval, Standing, Standings
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"

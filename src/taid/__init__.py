@@ -6,7 +6,7 @@ The flow, from the command line to the gradient:
                                                   trainer._end_step -> schedule.TAIDSchedule.advance -> t
 
 Public names: :class:`TAIDTrainer`, :class:`TAIDConfig`, the schedules, :func:`fused_distillation_loss` with its
-:class:`Head`, its plain form :func:`distillation_loss`, and the functions of :mod:`taid.objectives`, which define what
+:class:`Head`, its plain form :func:`distillation_loss`, and the functions of ``taid.objectives``, which define what
 all the others compute. Importing taid imports no torch: each name is loaded when it is first used.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from taid.schedule import (
+from taid.losses.schedules import (
     AutoSchedule,
     AutoState,
     CurriculumTemperature,
@@ -25,12 +25,12 @@ from taid.schedule import (
 )
 
 if TYPE_CHECKING:
-    from taid import objectives as objectives
-    from taid.config import TAIDConfig as TAIDConfig
-    from taid.fused import Head as Head
-    from taid.fused import distillation_loss as distillation_loss
-    from taid.fused import fused_distillation_loss as fused_distillation_loss
-    from taid.trainer import TAIDTrainer as TAIDTrainer
+    from taid.config.training import TAIDConfig as TAIDConfig
+    from taid.losses import objectives as objectives
+    from taid.losses.fused import Head as Head
+    from taid.losses.fused import distillation_loss as distillation_loss
+    from taid.losses.fused import fused_distillation_loss as fused_distillation_loss
+    from taid.training.trainer import TAIDTrainer as TAIDTrainer
 
 __all__ = [
     "AutoSchedule",
@@ -48,17 +48,17 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Head": "taid.fused",
-    "TAIDConfig": "taid.config",
-    "TAIDTrainer": "taid.trainer",
-    "distillation_loss": "taid.fused",
-    "fused_distillation_loss": "taid.fused",
+    "Head": "taid.losses.fused",
+    "TAIDConfig": "taid.config.training",
+    "TAIDTrainer": "taid.training.trainer",
+    "distillation_loss": "taid.losses.fused",
+    "fused_distillation_loss": "taid.losses.fused",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "objectives":
-        return importlib.import_module("taid.objectives")
+        return importlib.import_module("taid.losses.objectives")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'taid' has no attribute {name!r}")

@@ -4,12 +4,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from taid import cli, engines
+from taid.cli import main
+from taid.training import engines
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status. One of several processes ends here."""
-    status = cli.main(arguments)
+    status = main.main(arguments)
     if "LOCAL_RANK" in os.environ:
         engines.leave(status)
     return status

@@ -26,12 +26,13 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from taid import report, run_folder, stdlib_text
-from taid.config import Objective, TAIDConfig
-from taid.models import load_model, load_tokenizer
-from taid.plots import BLUE, GREEN, INK, MUTED, Line, Plot, draw, panels, png_of
-from taid.progress import StepProgress
-from taid.trainer import TAIDTrainer
+from taid import stdlib_text
+from taid.artifacts import report, run_folder
+from taid.artifacts.plots import BLUE, GREEN, INK, MUTED, Line, Plot, draw, panels, png_of
+from taid.config.training import Objective, TAIDConfig
+from taid.models.loading import load_model, load_tokenizer
+from taid.training.callbacks import StepProgress
+from taid.training.trainer import TAIDTrainer
 
 METHODS: dict[Objective, str] = {"sft": "SFT", "forward_kl": "forward KL", "taid": "TAID"}
 WINDOW = 256  # tokens a row

@@ -25,8 +25,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from taid import run_folder
-from taid.models import (
+from taid.artifacts import run_folder
+from taid.models.loading import (
     load_config,
     load_model,
     load_processing_class,

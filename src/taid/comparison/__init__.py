@@ -1,0 +1,1 @@
+"""``taid compare``: methods x seeds of one recipe, tuned alike."""

@@ -1,0 +1,10 @@
+"""What the process loads once that :mod:`taid.comparison.workers` forks its own from."""
+
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in cli.main: it warns of a kernel that it lacks
+
+from taid.evaluation import evaluate  # noqa: E402
+from taid.training import trainer  # noqa: E402
+
+__all__ = ["evaluate", "trainer"]

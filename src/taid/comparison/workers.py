@@ -1,0 +1,110 @@
+"""Jobs in processes of their own, forked from one that has the libraries: each begins at once, and from nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+# A name, and a function of a module with what it is given.
+Job = tuple[str, Callable[..., None], tuple[Any, ...]]
+
+
+class Workers:
+    """Does jobs in processes, so many at a time, and stops at the first that fails.
+
+    Args:
+        logs: a folder for what each of them prints, NAME.log.
+        processes: how many at a time; they share out the processor's cores, and the GPUs.
+    """
+
+    def __init__(self, logs: Path, processes: int) -> None:
+        self.logs, self.processes = logs, processes
+        has_forks = "forkserver" in multiprocessing.get_all_start_methods()
+        self.context: Any = multiprocessing.get_context("forkserver" if has_forks else "spawn")
+        if has_forks:
+            self.context.set_forkserver_preload(["taid.comparison.preload"])
+        # Read when the libraries are loaded, in the process that is forked.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+    def do(self, jobs: list[Job]) -> None:
+        """Return when all are done.
+
+        Raises:
+            ValueError: one has failed; says why. The others are told to stop, and save.
+        """
+        waiting, running, done = deque(jobs), dict[int, tuple[Any, str, int, Any]](), 0
+        before = signal.signal(signal.SIGTERM, _stop) if threading.current_thread() is threading.main_thread() else None
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.processes:
+                    name, work, given = waiting.popleft()
+                    place = min(set(range(self.processes)) - {place for _, _, place, _ in running.values()})
+                    ours, theirs = self.context.Pipe(duplex=False)
+                    log = self.logs / f"{name}.log"
+                    process = self.context.Process(target=_begin, args=(ours, log, place, work, given), name=name)
+                    process.start()
+                    ours.close()
+                    running[process.sentinel] = process, name, place, theirs
+                for sentinel in [of for of in connection.wait(list(running)) if isinstance(of, int)]:
+                    process, name, _, theirs = running.pop(sentinel)
+                    process.join()
+                    theirs.close()
+                    if process.exitcode:
+                        raise ValueError(f"{name} has failed: {self._why(name, process.exitcode)}")
+                    done += 1
+                    print(f"[{done}/{len(jobs)}] {name}", flush=True)
+        finally:
+            for process, _, _, _ in running.values():
+                process.terminate()
+            for process, _, _, _ in running.values():
+                process.join()
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+    def _why(self, name: str, status: int) -> str:
+        log = self.logs / f"{name}.log"
+        if status < 0:  # its log says nothing of it
+            why = " (the system does so where memory runs out: try fewer --processes)" if status == -9 else ""
+            return f"it was killed by signal {-status}{why} ({log})"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"status {status}"]
+        return f"{lines[-1].removeprefix('taid: error: ')} ({log})"
+
+
+def _stop(*_: Any) -> None:
+    raise SystemExit(128 + signal.SIGTERM)  # jobs are told to stop, and save
+
+
+def _begin(parent: Any, log: Path, place: int, work: Callable[..., None], given: tuple[Any, ...]) -> None:
+    """In the process of a job: it ends with the one that asked for it, and writes to its log."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError, EOFError):
+            parent.recv()
+        os._exit(1)  # nobody waits for it; another comparison may be at the same run already
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    threading.Thread(target=watch, daemon=True).start()
+    import torch
+
+    if devices := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[place % devices]  # read when CUDA is first used
+    logging.basicConfig(format="%(message)s")
+    try:
+        work(*given)
+    except Exception as error:  # to be the last line of the log, whatever it is made of
+        traceback.print_exc()
+        sys.exit(f"taid: error: {' '.join(str(error).split())}")

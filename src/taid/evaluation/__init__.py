@@ -1,0 +1,1 @@
+"""``taid evaluate``: what a model is worth."""

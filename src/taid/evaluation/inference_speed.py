@@ -1,0 +1,329 @@
+"""``taid evaluate --speed``: how large and how fast a student is beside its teacher, and quantized.
+
+Each figure of a row comes from a process of its own that holds nothing but that model, so that neither memory nor
+threads are another's. The rows take turns, a round at a time: what disturbs the machine disturbs all of them alike.
+What is given is the median over the rounds.
+
+`python -m taid.evaluation.inference_speed` is that process. Its one argument is what to measure, as JSON; its last
+line is the figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 64, 5
+# Names in the JSON, headings with units, and by what a figure is divided for the table.
+COLUMNS = (
+    ("parameters", "parameters, M", 1e6),
+    ("parameters_without_embeddings", "without embeddings, M", 1e6),
+    ("disk_bytes", "on disk, MB", 1e6),
+    ("weight_bytes", "weights, MB", 1e6),
+    ("memory_bytes", "memory, MB", 1e6),
+    ("model_memory_bytes", "of it the model, MB", 1e6),
+    ("first_token_seconds", "first token, ms", 1e-3),
+    ("tokens_per_second", "tokens/s", 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a row is about: a model, and the bits of its weights if they are quantized as it is loaded."""
+
+    name: str
+    model: str
+    bits: int | None = None
+
+
+def measure(
+    student: str, teacher: str | None = None, *, dtype: str = "auto", use_cpu: bool = False, rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """Measure a student, the same in 8 and 4 bits, and its teacher; greedy decoding of one sequence.
+
+    Args:
+        student: a folder or a Hub name.
+        teacher: the same; what the ratios are to.
+        dtype: what all of them run in; auto is bfloat16 on a GPU and float32 on a CPU.
+        use_cpu: do not use a GPU.
+        rounds: how often each is measured.
+
+    Returns:
+        `rows`, one a model: `name`, `bits`, and the figures in :data:`COLUMNS`. Memory is the peak of resident memory
+        on a CPU and of torch's allocations on a GPU; `model_memory_bytes` is what of it came after the libraries.
+        `rounds` has the values that the two medians of times are of. A row that cannot be had has `not_available`,
+        the reason. Beside them `prompt_tokens`, `new_tokens`, and the `machine`.
+
+    Raises:
+        ValueError: a model cannot be loaded or is an adapter; says which and the remedy.
+    """
+    subjects = [Subject("teacher", teacher)] if teacher else []
+    subjects += [Subject("student", student), *(Subject(f"student, {bits} bits", student, bits) for bits in (8, 4))]
+    for subject in subjects:
+        if (Path(subject.model).expanduser() / "adapter_config.json").is_file():
+            raise ValueError(f"{subject.name} {subject.model} is an adapter, which is slower than what it is merged "
+                             "into: taid export --format merged-lora first")  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {subject.name: [] for subject in subjects}
+    reasons: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+    for _ in range(rounds):
+        for subject in subjects:
+            if subject.name in reasons:
+                continue
+            figures, reason = _in_a_process(subject, dtype=dtype, use_cpu=use_cpu)
+            if reason and subject.bits is None:
+                raise ValueError(f"the speed of {subject.name} {subject.model} cannot be measured: {reason}")
+            if reason:
+                reasons[subject.name] = reason
+            else:
+                machine |= figures.pop("machine")
+                found[subject.name].append(figures)
+    rows = [
+        {"name": subject.name, "bits": subject.bits}
+        | ({"not_available": reasons[subject.name]} if subject.name in reasons else summary(found[subject.name]))
+        for subject in subjects
+    ]
+    _count_once(rows)
+    return {"rows": rows, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "machine": machine}
+
+
+def summary(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure over the rounds, and the rounds of those that are times."""
+    timed = ("first_token_seconds", "tokens_per_second")
+    medians = {name: statistics.median(of[name] for of in figures) for name in figures[0]}
+    return medians | {"rounds": {name: [of[name] for of in figures] for name in timed}}
+
+
+def _count_once(rows: list[dict[str, Any]]) -> None:
+    """A quantized model packs several parameters into one number and lies on no disk: it has the student's count."""
+    student = next(row for row in rows if row["name"] == "student")
+    for row in rows:
+        if row["bits"] is not None and "not_available" not in row:
+            row |= {name: student[name] for name in ("parameters", "parameters_without_embeddings")}
+            row["disk_bytes"] = None
+
+
+def ratio(row: dict[str, Any], rows: list[dict[str, Any]], name: str) -> float | None:
+    """A figure as a multiple of the teacher's; None without a teacher or where either has no such figure."""
+    teacher = next((of for of in rows if of["name"] == "teacher"), {})
+    if row is teacher or not teacher.get(name) or row.get(name) is None:
+        return None
+    return float(row[name]) / float(teacher[name])
+
+
+# --- how it is shown --------------------------------------------------------------------------------------------------
+
+
+def _cells(card: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    cells = []
+    for name, _, unit in COLUMNS:
+        value, times = row.get(name), ratio(row, card["rows"], name)
+        shown = "" if value is None else f"{value / unit:,.4g}" if value / unit < 1000 else f"{value / unit:,.0f}"
+        cells.append(shown if times is None else f"{shown} ({times:.2f}x)")
+    return cells
+
+
+def _note(card: dict[str, Any]) -> str:
+    machine = card["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    memory = "resident memory" if machine["device"] == "cpu" else "torch's allocations"
+    rounds = len(next(row for row in card["rows"] if "rounds" in row)["rounds"]["tokens_per_second"])
+    return (
+        f"One sequence, greedy: {card['prompt_tokens']} prompt tokens, then {card['new_tokens']} new ones; medians of "
+        f"{rounds} rounds, each in a new process, the models by turns; (x) is the multiple of the teacher's. Memory is "
+        f"the peak of {memory}. {machine['name']}, {machine['dtype']}, {machine['threads']} threads, {versions}."
+    )
+
+
+def table(card: dict[str, Any]) -> Table:
+    """For the terminal."""
+    shown = Table(
+        title="Size and speed", title_justify="left", caption=escape(_note(card)), caption_justify="left", box=SIMPLE
+    )
+    shown.add_column("", no_wrap=True)
+    for _, heading, _ in COLUMNS:
+        shown.add_column(heading.replace(", ", "\n"), justify="right")
+    for row in card["rows"]:
+        cells = ["not available"] if "not_available" in row else _cells(card, row)
+        shown.add_row(row["name"], *(cell.replace(" (", "\n(") for cell in cells))  # or 120 columns would not do
+        if "not_available" in row:
+            shown.caption = escape(f"{row['name']}: not available: {row['not_available']}") + f"\n{shown.caption}"
+    return shown
+
+
+def markdown(card: dict[str, Any]) -> str:
+    """For a model card or a page."""
+    lines = [f"| | {' | '.join(heading for _, heading, _ in COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    for row in card["rows"]:
+        reason = str(row.get("not_available", "")).replace("|", "\\|")
+        cells = [f"not available: {reason}", *[""] * (len(COLUMNS) - 1)] if reason else _cells(card, row)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _note(card), ""])
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def _in_a_process(subject: Subject, *, dtype: str, use_cpu: bool) -> tuple[dict[str, Any], str | None]:
+    """Figures, or the reason why there are none."""
+    if subject.bits is not None and importlib.util.find_spec("bitsandbytes") is None:
+        return {}, "bitsandbytes is not installed (pip install 'taid[quantized]')"
+    asked = json.dumps(asdict(subject) | {"dtype": dtype, "use_cpu": use_cpu})
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "taid.evaluation.inference_speed", asked],
+        capture_output=True, text=True, check=False,
+        env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return {}, lines[-1] if lines else f"its process ended with status {done.returncode}"
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures, None
+
+
+def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
+    import torch
+    from transformers import logging
+    from transformers.utils import cached_file
+
+    from taid.models.loading import load_model
+    from taid.training import engines
+
+    logging.disable_progress_bar()
+    dtype = (
+        {"cuda": torch.bfloat16, "cpu": torch.float32}[device] if dtype_name == "auto" else getattr(torch, dtype_name)
+    )
+    options: dict[str, Any] = {"dtype": dtype}
+    if subject.bits is not None:
+        quantized = engines.quantized(f"bnb_{subject.bits}bit", dtype)
+        options |= {"quantization_config": quantized, "device_map": {"": device}}
+        importlib.import_module("bitsandbytes")  # its share of the memory is not the model's
+    before = _memory(device, peak=False)
+    model = load_model(subject.model, role=subject.name, **options).eval()
+    if subject.bits is None:
+        model.to(device)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < PROMPT_TOKENS + NEW_TOKENS:
+        raise ValueError(f"it has {positions} positions, and {PROMPT_TOKENS} + {NEW_TOKENS} are measured")
+
+    ends = {
+        id(weight): weight for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    }
+    parameters = sum(weight.numel() for weight in model.parameters())
+    folder = Path(str(cached_file(os.path.expanduser(subject.model), "config.json"))).parent
+    sizes = {
+        "parameters": parameters,
+        "parameters_without_embeddings": parameters - sum(weight.numel() for weight in ends.values()),
+        "disk_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "weight_bytes": model.get_memory_footprint(),
+    }
+    _generate(model, 8)  # what is made once is made here
+    gc.collect()
+    _reset_peak(device)
+    first, speed = _generate(model, NEW_TOKENS)
+    peak = _memory(device, peak=True)
+    memory = {"memory_bytes": peak, "model_memory_bytes": peak - before}
+    return sizes | memory | {"first_token_seconds": first, "tokens_per_second": speed}
+
+
+def _generate(model: Any, new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and tokens a second after it, through transformers' own `generate`."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    class Clock(BaseStreamer):  # type: ignore[misc]
+        """Is given the prompt, then each token as it is there: generate copies it to the CPU for that."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            """Nothing is left to be shown."""
+
+    prompt = torch.arange(PROMPT_TOKENS, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    clock = Clock()
+    start = time.perf_counter()
+    model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=1, pad_token_id=0,
+        min_new_tokens=new_tokens, max_new_tokens=new_tokens, streamer=clock,
+    )  # fmt: skip
+    times = clock.times[1:]  # the first is the prompt's
+    assert len(times) == new_tokens
+    return times[0] - start, (new_tokens - 1) / (times[-1] - times[0])
+
+
+def _memory(device: str, *, peak: bool) -> int:
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux keeps ru_maxrss over exec: there it can be the parent's
+        name = "VmHWM" if peak else "VmRSS"
+        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _reset_peak(device: str) -> None:
+    """Forget the peak of loading, where the system can."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _machine(dtype_name: str, device: str) -> dict[str, Any]:
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    packages = ["torch", "transformers", "taid"]
+    packages += ["bitsandbytes"] if importlib.util.find_spec("bitsandbytes") else []
+    auto = {"cuda": "bfloat16", "cpu": "float32"}[device]
+    return {
+        "name": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {os.cpu_count()} cores",
+        "device": device,
+        "dtype": auto if dtype_name == "auto" else dtype_name,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    """Measure what the argument asks for, in this process."""
+    import torch
+
+    asked = json.loads(sys.argv[1])
+    device = "cuda" if torch.cuda.is_available() and not asked["use_cpu"] else "cpu"
+    subject = Subject(asked["name"], asked["model"], asked["bits"])
+    figures = _figures(subject, asked["dtype"], device)
+    print("\n" + json.dumps(figures | {"machine": _machine(asked["dtype"], device)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+r"""What a student's distribution is worth, token by token: pure functions of logits, and their sums over tokens.
+
+``q`` is the student's distribution, ``p`` the teacher's, both over the ids that they share (``models.vocabulary``).
+Logits are ``[..., V]`` of any float dtype and are computed with in float32; who calls adds up and divides once by the
+number of tokens. Sums may be added over chunks, batches and processes: :class:`TokenSums` does, in float64.
+
+Shapes: N trained tokens, M of them in a chunk, V shared ids, D and E the widths of student and teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taid.losses.fused import Head
+from taid.losses.kernels.head_matmul import HeadProducts
+from taid.losses.kernels.torch_rows import Finish, block_rows
+from taid.losses.objectives import reverse_kl
+
+HEAD_TOKENS = 10
+BINS = 15
+# Of one [M, V] tile in float32. On a GPU about ten live at once; on a CPU two, because the row work goes through a
+# tile by a few rows that stay in a core's cache: of 151,936 ids it takes 8 ms a token instead of 38.
+_TILE_BYTES, _TILE_BYTES_CUDA = 2**26, 2**28
+
+
+def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Whether both have the same likeliest token: ``[...]``, 1 or 0; of equally likely ones the first counts."""
+    return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float()
+
+
+def head_mass(logits: Tensor, order_logits: Tensor) -> Tensor:
+    """The probability that a model gives to the ten tokens that are likeliest to another.
+
+    Args:
+        logits: ``[..., V]``, the model's.
+        order_logits: ``[..., V]``: by these the tokens are ordered. The TAID paper, which asks how much mass a student
+            keeps there, does not say by whose; here it is the teacher's order, so that students of one teacher are
+            asked about the same tokens.
+
+    Returns:
+        ``[...]``, float32, in [0, 1]. Equally likely tokens share the places that are left for them: by a uniform
+        order it is ``10 / V``.
+
+    Reference: Shing et al., "TAID", ICLR 2025, arXiv 2501.16937, the analysis of continued pre-training.
+    """
+    edge = order_logits.topk(count := min(HEAD_TOKENS, order_logits.shape[-1])).values[..., -1:]
+    return _mass(logits, order_logits > edge, order_logits == edge, count)
+
+
+def tail_mass(logits: Tensor, order_logits: Tensor) -> Tensor:
+    """The probability that a model gives to the tokens between the 80th and 100th percentile of another's order.
+
+    From the likeliest token (0) to the least likely one (100), these are the last ``floor(V / 5)``. Arguments, ties
+    and reference as in :func:`head_mass`; by a uniform order it is ``floor(V / 5) / V``.
+    """
+    if (count := order_logits.shape[-1] // 5) == 0:
+        return logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
+    edge = order_logits.kthvalue(count, keepdim=True).values
+    return _mass(logits, order_logits < edge, order_logits == edge, count)
+
+
+def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Tokens by how sure the model is of its likeliest token: what :func:`calibration_error` is computed of.
+
+    Args:
+        logits: ``[N, V]``.
+        labels: ``[N]``, int64, places among the V.
+
+    Returns:
+        ``[3, 15]``, float64 (float32 where the device has none): the number of tokens whose largest probability lies
+        in ``((b - 1) / 15, b / 15]``, the sum of these probabilities, and how many of the likeliest tokens are the
+        label. May be added over chunks and processes.
+    """
+    confidence, likeliest = _log_probs(logits).max(-1)
+    confidence = confidence.exp()
+    place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+    member_NB = F.one_hot(place, BINS).to(_exact(logits))
+    columns = (torch.ones_like(confidence), confidence, likeliest == labels)
+    return torch.stack([column.to(member_NB) @ member_NB for column in columns])
+
+
+def calibration_error(bins: Tensor) -> float:
+    r"""Expected calibration error of a model's largest probability.
+
+    .. math:: \sum_b \frac{n_b}{N} \left| \frac{correct_b}{n_b} - \frac{confidence_b}{n_b} \right|
+
+    over 15 bins of equal width (:func:`calibration_bins`); in [0, 1], 0 where no token is counted.
+
+    Reference: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599.
+    """
+    count, confidence, correct = bins.double().cpu()
+    return float((correct - confidence).abs().sum() / count.sum().clamp(min=1))
+
+
+@torch.no_grad()
+def token_sums(
+    student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor, *, own_order: bool = False
+) -> dict[str, Tensor]:
+    """All measures summed over N tokens, by the plain formula.
+
+    Args:
+        student_NV: the student's logits.
+        teacher_NV: the teacher's, or None.
+        labels_N: the tokens to predict, int64, places among the V.
+        own_order: take head and tail mass by the student's own order instead of the teacher's.
+
+    Returns:
+        Sums in float64 (float32 where the device has none): ``trained``, 0-dim, the number of tokens, ``calibration``,
+        ``[3, 15]``, and with a teacher, 0-dim, ``reverse_kl`` (KL(q || p), nats), ``agreement``, ``head_mass`` and
+        ``tail_mass``.
+    """
+    exact = _exact(student_NV)
+    sums = {
+        "trained": student_NV.new_full((), len(student_NV), dtype=exact),
+        "calibration": calibration_bins(student_NV, labels_N),
+    }
+    if teacher_NV is None:
+        return sums
+    order_NV = student_NV if own_order else teacher_NV
+    of_tokens = {
+        "reverse_kl": reverse_kl(student_NV, teacher_NV),
+        "agreement": agreement(student_NV, teacher_NV),
+        "head_mass": head_mass(student_NV, order_NV),
+        "tail_mass": tail_mass(student_NV, order_NV),
+    }
+    return sums | {name: values.sum(dtype=exact) for name, values in of_tokens.items()}
+
+
+class TokenSums:
+    """The same from hidden states and output heads, chunk by chunk: beside them only a few ``[M, V]`` tiles exist.
+
+    Called once a batch, as :class:`taid.training.step.PairLoss` calls who watches it.
+
+    Args:
+        own_order: as in :func:`token_sums`.
+    """
+
+    def __init__(self, *, own_order: bool = False) -> None:
+        self.own_order = own_order
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor | None, teacher_head: Head | None,
+        labels: Tensor, vocabulary_size: int,
+    ) -> None:  # fmt: skip
+        """Add the trained tokens of a batch; arguments as in :func:`taid.fused_distillation_loss`."""
+        trained = labels != -100
+        device = student_hidden.device.type
+        rows = _chunk_rows(vocabulary_size, device)
+        block = rows if device == "cuda" else block_rows(vocabulary_size)
+        with torch.autocast(device, enabled=False):  # it would round the tiles
+            of_student = _logits(student_hidden[trained], student_head, vocabulary_size, rows)
+            of_teacher = (
+                None
+                if teacher_hidden is None or teacher_head is None
+                else _logits(teacher_hidden[trained], teacher_head, vocabulary_size, rows)
+            )
+            for student_MV, labels_M in zip(of_student, torch.split(labels[trained], rows), strict=True):
+                teacher_MV = None if of_teacher is None else next(of_teacher)
+                for start in range(0, max(1, len(labels_M)), block):
+                    part = slice(start, start + block)
+                    self._add(student_MV[part], None if teacher_MV is None else teacher_MV[part], labels_M[part])
+
+    def _add(self, student_MV: Tensor, teacher_MV: Tensor | None, labels_M: Tensor) -> None:
+        for name, value in token_sums(student_MV, teacher_MV, labels_M, own_order=self.own_order).items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Over all tokens of all processes, whose sums `accelerator` adds: one small all-reduce.
+
+        Returns:
+            Means a token under the names of :func:`token_sums`, and ``calibration_error``.
+        """
+        names = sorted(self._sums)
+        parts = [self._sums[name].flatten() for name in names]
+        total = accelerator.reduce(torch.cat(parts), "sum").cpu()
+        sums = dict(zip(names, torch.split(total, [len(part) for part in parts]), strict=True))
+        trained = sums.pop("trained").clamp(min=1)
+        error = calibration_error(sums.pop("calibration").view(3, BINS))
+        return {name: float(value / trained) for name, value in sums.items()} | {"calibration_error": error}
+
+
+def _logits(hidden_ND: Tensor, head: Head, size: int, rows: int) -> Iterator[Tensor]:
+    """Logits ``[M, V]`` in float32 of so many tokens after so many, in memory that the next ones overwrite."""
+    products = HeadProducts(head.weight.detach(), size, None, False)  # as precise as those of the loss
+    finish = Finish(None if head.bias is None else head.bias.detach()[:size], head.scale, head.softcap)
+    tile = products.tile(min(rows, max(1, len(hidden_ND))))
+    for part in torch.split(hidden_ND, rows):
+        logits_MV = products.project(products.operand(part), tile)[: len(part)].float()
+        finish.apply(logits_MV)
+        yield logits_MV
+
+
+def _chunk_rows(V: int, device: str) -> int:
+    return max(1, (_TILE_BYTES_CUDA if device == "cuda" else _TILE_BYTES) // (4 * V))
+
+
+def _mass(logits: Tensor, inside: Tensor, edge: Tensor, count: int) -> Tensor:
+    """The probability of the tokens inside, and the share of that on the edge for which there is still a place."""
+    probs = _log_probs(logits).exp()
+    share = (count - inside.sum(-1)) / edge.sum(-1)
+    return (probs * inside).sum(-1) + share * (probs * edge).sum(-1)
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits - logits.logsumexp(-1, keepdim=True)  # rounds less than log_softmax (taid.objectives)
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

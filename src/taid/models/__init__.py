@@ -1,0 +1,1 @@
+"""From names to models, tokenizers and answers."""

@@ -1,0 +1,462 @@
+"""From a folder or a Hub name to a loaded model and tokenizer, with errors that say which model and what to do.
+
+Weights load from safetensors only, and remote code runs only when asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
+from transformers.utils import cached_file, find_adapter_config_file
+
+from taid.models.vocabulary import Vocabulary, adopt_special_tokens, adopt_tokenizer, split_differently
+from taid.training import engines
+
+if TYPE_CHECKING:
+    from taid.config.training import TAIDConfig
+    from taid.teachers.cache import Cache
+    from taid.teachers.server import Server
+
+# What from_pretrained raises for a folder, an argument or a package that is not as it should be.
+_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError, LookupError)
+
+_ORIGIN = ("revision", "trust_remote_code")
+
+# Causal masks that old GPT-2, GPT-J and GPT-Neo files hold as weights; transformers itself ignores some of them only.
+_MASKS = re.compile(r"\.(attn|attention)\.((masked_)?bias|causal_mask)$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher, loaded and known to fit.
+
+    Attributes:
+        student: the model that is trained.
+        processing_class: the student's tokenizer, or its processor if it sees images; the teacher's where the student
+            was given it.
+        teacher: a model; None where nothing is distilled, or where a cache or a server answers and nothing is compared.
+        teacher_processing_class: None where there is no teacher at all.
+        vocabulary: the token ids that both predict.
+        names: where the two came from, under the names of the configuration.
+    """
+
+    student: Any
+    processing_class: Any
+    teacher: Any
+    teacher_processing_class: Any
+    vocabulary: Vocabulary
+    names: dict[str, str | None]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        return tokenizer_of(self.processing_class)
+
+    @property
+    def teacher_tokenizer(self) -> Any:
+        """None where there is no teacher at all."""
+        return tokenizer_of(self.teacher_processing_class)
+
+
+def load_pair(
+    student: Any, teacher: Any, args: TAIDConfig, processing_class: Any, teacher_processing_class: Any,
+    elsewhere: Cache | Server | None = None, *, see: bool = False,
+) -> Pair:  # fmt: skip
+    """Load what is given by name, and match the vocabularies; `see` where the rows have images.
+
+    Where a cache or a server answers for the teacher, no teacher is loaded, unless it is compared with the server.
+
+    Raises:
+        ValueError: a model cannot be loaded, a teacher is missing, or the tokenizers differ; says which and the remedy.
+    """
+    if teacher is None and elsewhere is None and args.distillation_share > 0:
+        raise ValueError(
+            f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path, teacher_cache or "
+            "teacher_server_url"
+        )
+    if teacher is None and elsewhere is None and args.tokenizer_from == "teacher":
+        raise ValueError("tokenizer_from: teacher needs a teacher: set teacher_model_name_or_path")
+    if teacher is student and not isinstance(student, str):
+        raise ValueError("student and teacher are one object: load the teacher a second time")
+    names = {"model_name_or_path": _name(student), "teacher_model_name_or_path": _name(teacher)}
+    remote = {"trust_remote_code": args.trust_remote_code}
+    if isinstance(student, str):
+        init_kwargs = remote | {"dtype": torch.float32} | (args.model_init_kwargs or {})
+        student = load_model(student, role="student", **init_kwargs)
+    args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
+    processing_class = processing_class or _processing_class_of(
+        names["model_name_or_path"], "student", "processing_class", see=see, **remote
+    )
+    tokenizer = tokenizer_of(processing_class)
+    if see:
+        _require_sight(student, processing_class, "student")
+    if teacher is None and elsewhere is None:
+        return Pair(student, processing_class, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
+
+    revision = {"revision": args.teacher_model_revision} if args.teacher_model_revision else {}
+    if elsewhere is not None:
+        teacher, teacher_processing_class, teacher_rows = _elsewhere(
+            elsewhere, teacher, args, teacher_processing_class, revision
+        )
+    if isinstance(teacher, str):
+        teacher = _load_teacher(teacher, args, remote | revision)
+    teacher_processing_class = teacher_processing_class or _processing_class_of(
+        names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", see=see, **remote, **revision
+    )
+    if see:
+        _require_sight(teacher, teacher_processing_class, "teacher")
+    teacher_tokenizer = tokenizer_of(teacher_processing_class)
+    if args.tokenizer_from == "teacher":
+        if sees(student.config):
+            raise ValueError(
+                "tokenizer_from: teacher is for text models: a vision-language student would lose the token that "
+                "stands for its images. Choose a teacher of the student's family"
+            )
+        if isinstance(student, PeftModel):
+            raise ValueError(
+                f"tokenizer_from: teacher gives whole models a tokenizer, and student {names['model_name_or_path']!r} "
+                "is an adapter: merge it first (taid export --format merged-lora)"
+            )
+        adopt_tokenizer(student, tokenizer, teacher_tokenizer)
+        require_read_back(student.config, teacher_tokenizer)
+        tokenizer = processing_class = teacher_tokenizer
+    rows = {
+        "student_rows": output_rows(student),
+        "teacher_rows": output_rows(teacher) if elsewhere is None else teacher_rows,
+    }
+    vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
+    return Pair(student, processing_class, teacher, teacher_processing_class, vocabulary, names)
+
+
+def _load_teacher(name: str, args: TAIDConfig, origin: dict[str, Any]) -> Any:
+    _check_folder(name, "teacher")
+    can_be_cut = args.teacher_quantization is None and adapter_config(name, origin.get("revision")) is None
+    where = engines.placement(args, can_be_cut=can_be_cut)
+    if where != "replicated" and not can_be_cut:
+        raise ValueError(f"teacher {name!r} is an adapter, which is not cut up: merge it first (taid export)")
+    try:
+        return load_model(name, role="teacher", **(origin | engines.reading(args, where) | teacher_init_kwargs(args)))
+    except ValueError as error:
+        if "has no `tp_plan`" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no plan by which the matrices of teacher {name!r} are cut: set teacher_placement: "
+            "sharded or replicated"
+        ) from error
+
+
+def require_read_back(config: Any, tokenizer: Any) -> None:
+    """See that transformers opens a folder with both as this tokenizer: of some model types it takes the type's own.
+
+    Raises:
+        ValueError: it does not; says what it makes of which text.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        again = AutoTokenizer.from_pretrained(folder)
+    if found := split_differently(tokenizer, again):
+        text, ours, theirs = found
+        raise ValueError(
+            f"a {config.model_type} model with this tokenizer would be opened by transformers as one with "
+            f"{type(again).__name__}, which makes {theirs} of {text!r} instead of {ours}: choose a student of another "
+            "type, or a teacher of the student's family"
+        )
+
+
+def _require_sight(model: Any, processing_class: Any, role: str) -> None:
+    if not sees(model.config) or not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"the rows have images, but the {role} ({type(model).__name__} with {type(processing_class).__name__}) "
+            "sees none: choose a vision-language model with its processor, or remove the images column"
+        )
+
+
+def _elsewhere(
+    elsewhere: Cache | Server, teacher: Any, args: TAIDConfig, tokenizer: Any, revision: dict[str, Any]
+) -> tuple[Any, Any, int]:
+    """Of a teacher that is not loaded: what it is compared with, its tokenizer, and how many rows its head has."""
+    from taid.teachers.cache import Cache
+
+    if isinstance(elsewhere, Cache):
+        tokenizer = _load_tokenizer(str(elsewhere.folder / "tokenizer"), "teacher")
+        return None, tokenizer, int(elsewhere.manifest["teacher_rows"])
+    name = _name(teacher) or elsewhere.model
+    try:
+        tokenizer = tokenizer or _load_tokenizer(name, "teacher", trust_remote_code=args.trust_remote_code, **revision)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            "a teacher on a server needs its tokenizer here: set teacher_model_name_or_path to a folder or Hub name "
+            f"that holds it ({reason})"
+        ) from error
+    if isinstance(teacher, str) and not args.teacher_server_compare:
+        teacher = None
+    return teacher, tokenizer, max(tokenizer.get_vocab().values()) + 1
+
+
+def teacher_init_kwargs(args: TAIDConfig) -> dict[str, Any]:
+    """What the teacher's from_pretrained is told beside where to look."""
+    dtype = {"dtype": "auto" if args.bf16 or args.fp16 else torch.float32}
+    return dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]
+
+
+def sees(config: Any) -> bool:
+    """Whether a configuration is that of a vision-language model."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None) is not None
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer is its own."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
+    """Load a causal or vision-language model whose every weight is on disk.
+
+    An adapter comes as a ``PeftModel`` on its base model, with its own weights to be trained and no others.
+
+    Args:
+        name_or_path: a folder written by ``save_pretrained``, also that of an adapter, or a Hub name.
+        role: "student" or "teacher", for the messages.
+        **init_kwargs: passed to ``from_pretrained`` of transformers' auto classes (revision, dtype, ...).
+
+    Raises:
+        ValueError: the folder is missing, holds no safetensors, a truncated file, or weights that are not those of its
+            config.json; or from_pretrained cannot do what `init_kwargs` ask.
+    """
+    _check_folder(name_or_path, role)
+    if (adapter := adapter_config(name_or_path, init_kwargs.get("revision"))) is not None:
+        return _load_adapter(name_or_path, adapter, role, init_kwargs)
+    options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
+    try:
+        kind = AutoModelForImageTextToText if sees(load_config(name_or_path, **origin)) else AutoModelForCausalLM
+        with engines.read_whole():
+            model, info = kind.from_pretrained(os.path.expanduser(name_or_path), **options)
+    except _ERRORS as error:
+        raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
+    remedy = "The folder is incomplete or its config.json belongs to another model."
+    for name, in_file, in_model in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{role} {name_or_path!r} could not be loaded: {name} is {list(in_file)} in the file and {list(in_model)} "
+            f"by the config. {remedy}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{role} {name_or_path!r} lacks {len(missing)} of its weights, the first is {missing[0]}: they would be "
+            f"random. {remedy}"
+        )
+    if unexpected := sorted(name for name in info["unexpected_keys"] if not _MASKS.search(name)):
+        raise ValueError(
+            f"{role} {name_or_path!r} holds weights that its config has no place for, {len(unexpected)} in all, first "
+            f"{unexpected[0]}: the model would be cut. {remedy}"
+        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes (0.50.2) would pack 4-bit weights for good at the first evaluation on such a CPU, in a form
+            # that passes no gradients on, and fail where they are small.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _load_adapter(name_or_path: str, config: dict[str, Any], role: str, init_kwargs: dict[str, Any]) -> PeftModel:
+    base = load_model(
+        config["base_model_name_or_path"], role=f"the base model of {role} {name_or_path!r},",
+        **init_kwargs | {"revision": config.get("revision")},
+    )  # fmt: skip
+    try:
+        folder, revision = os.path.expanduser(name_or_path), init_kwargs.get("revision")
+        weights = Path(cached_file(folder, "adapter_model.safetensors", revision=revision))
+        if PeftConfig.from_pretrained(weights.parent).is_prompt_learning:
+            raise ValueError("it adds virtual tokens, which another model has not: use LoRA")
+        holds_embeddings = _fit_embeddings(base, weights)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, weights.parent, is_trainable=True)
+    except (*_ERRORS, UserWarning) as error:
+        raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
+    model.name_or_path = name_or_path  # its configuration names the base model
+    if holds_embeddings and not isinstance(base.get_input_embeddings(), ModulesToSaveWrapper):
+        keep_embeddings(model)
+    return model
+
+
+def keep_embeddings(model: PeftModel) -> None:
+    """Let an adapter be saved with embeddings; peft itself keeps those of another size, not those whose rows moved."""
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=True)
+
+
+def _fit_embeddings(base: Any, weights: Path) -> bool:
+    """Give `base` as many embedding rows as the adapter's file holds (tokenizer_from: teacher changes them), if any."""
+    name = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    with safe_open(weights, framework="pt") as file:
+        keys = [key for key in file.keys() if f".{name}." in key and key.endswith("weight") and "lora_" not in key]  # noqa: SIM118
+        rows = {file.get_slice(key).get_shape()[0] for key in keys}
+    if not rows:
+        return False
+    if rows != {base.get_input_embeddings().weight.shape[0]}:
+        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    if (weights.parent / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent)
+        if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(base.name_or_path).get_vocab():
+            adopt_special_tokens(base, tokenizer)
+    return True
+
+
+def load_renamed_weights(model: Any, folder: Path) -> bool:
+    """Load a checkpoint into a model whose weights have other names, or another form, on disk than in memory.
+
+    Those of vision towers and of experts do. transformers' Trainer loads what has the names in memory, warns, and goes
+    on with what the model had before: a run that is resumed would begin anew.
+
+    Returns:
+        Whether the checkpoint is such a one; nothing is loaded otherwise.
+    """
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names |= set(file.keys())
+    if names <= model.state_dict().keys():
+        return False
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
+    return True
+
+
+def load_config(name_or_path: str, **origin: Any) -> Any:
+    """The configuration of a model, or of the model that an adapter is for."""
+    if (adapter := adapter_config(name_or_path, origin.get("revision"))) is not None:
+        name_or_path = adapter["base_model_name_or_path"]
+        origin |= {"revision": adapter.get("revision")}
+    return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **origin)
+
+
+def adapter_config(name_or_path: str, revision: str | None = None) -> dict[str, Any] | None:
+    """What adapter_config.json says, where there is one and no whole model."""
+    name_or_path = os.path.expanduser(name_or_path)
+    if (Path(name_or_path) / "config.json").is_file():
+        return None
+    path = find_adapter_config_file(name_or_path, revision=revision)
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
+        raise ValueError(f"{path} names no base model (base_model_name_or_path)")
+    return config
+
+
+def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
+    """Load the tokenizer that belongs to a model; raises a ValueError that names the model."""
+    _check_folder(name_or_path, role)
+    return _load_tokenizer(name_or_path, role, **init_kwargs)
+
+
+def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **init_kwargs: Any) -> Any:
+    """Load the processor of a vision-language model, or the tokenizer of another.
+
+    Args:
+        name_or_path: a folder or a Hub name.
+        role: "student" or "teacher", for the messages.
+        see: whether its processor is needed; without images a tokenizer will do.
+        **init_kwargs: passed to ``from_pretrained`` (revision, trust_remote_code).
+
+    Raises:
+        ValueError: it cannot be loaded; names the model, and the package that it needs.
+    """
+    _check_folder(name_or_path, role)
+    try:
+        if sees(load_config(name_or_path, **init_kwargs)):
+            return AutoProcessor.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
+    except _ERRORS as error:
+        if see:
+            raise ValueError(
+                f"the processor of {role} {name_or_path!r} could not be loaded: {error}. (Most need torchvision, some "
+                "num2words: pip install torchvision num2words)"
+            ) from error
+    return _load_tokenizer(name_or_path, role, **init_kwargs)
+
+
+def _load_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
+    except _ERRORS as error:
+        raise ValueError(f"the tokenizer of {role} {name_or_path!r} could not be loaded: {error}") from error
+
+
+def _name(model: Any) -> str | None:
+    if model is None or isinstance(model, str):
+        return model
+    return str(model.name_or_path if isinstance(model, PeftModel) else model.config._name_or_path)
+
+
+def _processing_class_of(name: str | None, role: str, argument: str, *, see: bool, **init_kwargs: Any) -> Any:
+    if not name:
+        raise ValueError(f"a {role} made in memory needs its tokenizer: pass {argument}")
+    return load_processing_class(name, role=role, see=see, **init_kwargs)
+
+
+def output_rows(model: Any) -> int:
+    """The number of rows of a model's output head: its tokens and their padding."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def positions(model: Any) -> int | None:
+    """For how many positions a model has learned a vector each, as GPT-2 and OPT; None where they are computed."""
+    if model is None:
+        return None
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (module for name, module in model.named_modules() if re.search(r"wpe$|embed_positions$", name))
+    return most if any(isinstance(table, torch.nn.Embedding) for table in tables) else None
+
+
+def _check_folder(name_or_path: str, role: str) -> None:
+    """Say what is wrong with a local model folder before transformers does, which would ask the Hub instead."""
+    folder = Path(os.path.expanduser(name_or_path))
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or os.sep != "/"
+    if not folder.exists():
+        if looks_local and "/" in name_or_path:
+            raise ValueError(f"{role} folder {name_or_path!r} does not exist")
+        return
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{role} folder {name_or_path!r} holds no config.json: it is not a folder written by save_pretrained"
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(
+            f"{role} folder {name_or_path!r} holds no *.safetensors file. Other formats are not loaded, because "
+            "pickled weights can run code: convert with model.save_pretrained(folder)."
+        )
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{role} weights {path} are truncated or damaged ({error}): copy the file again"
+            ) from error

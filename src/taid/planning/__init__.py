@@ -1,0 +1,1 @@
+"""``taid plan`` and ``--dry_run``: what a run will take."""

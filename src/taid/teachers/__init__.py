@@ -1,0 +1,1 @@
+"""One interface, wherever the teacher is."""

@@ -1,0 +1,356 @@
+"""What the trainer asks of a teacher, and the teachers that answer: a model at hand, one on a server, or a cache.
+
+The trainer and the objectives do not know which one it is. A teacher is given a batch and the places of its trained
+tokens, and answers with its final hidden states and head, which determine its whole distribution, or with some tokens
+of it (:mod:`taid.losses.sparse_logits`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from multiprocessing.pool import AsyncResult, ThreadPool
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, distributed, nn
+
+from taid.losses.fused import Head
+from taid.losses.sparse_logits import Sparse, TopK
+from taid.models.output_head import OutputHead
+from taid.models.vocabulary import Vocabulary
+from taid.teachers.cache import Cache
+from taid.teachers.sequences import Sequence, sequences, shifted
+from taid.teachers.server import CONCURRENT, Listed, Server
+
+logger = logging.getLogger(__name__)
+
+_SPARE = 8
+_TOKENS = 4096  # of the prompts of a request; an answer of 4,096 tokens with k = 64 is 18 MB of JSON
+_ROUNDING = 1e-8  # what float32 leaves of the difference of 1 and a sum of probabilities
+# Total variation between a server and a local copy: bfloat16 moves the story teacher by 0.007, its student is 0.20 off.
+_AGREEMENT = 0.05
+
+
+class Hidden(NamedTuple):
+    """Hidden states ``[B, T, E]`` as the teacher's output head is given them, and that head, cut to the shared ids."""
+
+    hidden: Tensor
+    head: Head
+
+
+class Teacher(ABC):
+    """A frozen language model, wherever it is."""
+
+    kind: str
+    """What its answers are worth: "exact", or which part of a distribution they give."""
+    is_cut = False
+    """Whether processes hold it together, so that all of them have to ask at once."""
+    fetches = False
+    """Whether it is worth to say a step early what it is asked for."""
+
+    @abstractmethod
+    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | Sparse:
+        """What it says of a batch.
+
+        Args:
+            inputs: what a model's forward takes.
+            labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained. What is said
+                of untrained positions is not read.
+        """
+
+    @abstractmethod
+    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | Sparse:
+        """The same for the plain formula: logits ``[N, V]`` of the N trained tokens over the shared ids."""
+
+    @abstractmethod
+    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Say which batches are asked for next, their labels not shifted yet; all others may be forgotten."""
+
+
+class LocalTeacher(Teacher):
+    """A loaded model.
+
+    Args:
+        model: frozen, in evaluation mode, on its device.
+        vocabulary: the ids that student and teacher share.
+        autocast: the context that it runs in.
+        fused: whether it will be asked for hidden states.
+
+    Raises:
+        ValueError: its output head cannot be fused; says why and the remedy.
+    """
+
+    kind = "exact"
+
+    def __init__(
+        self, model: Any, vocabulary: Vocabulary, autocast: Callable[[], AbstractContextManager[Any]], fused: bool
+    ) -> None:
+        self.model, self.vocabulary, self.autocast = model, vocabulary, autocast
+        self.is_cut = getattr(model, "is_distributed_loading_by_transformers", False)
+        mesh = model._device_mesh["tp"] if (getattr(model, "tp_size", None) or 1) > 1 else None
+        self._sharing = None if mesh is None else mesh.get_group()
+        self.head = OutputHead(model, "teacher") if fused else None
+        if self.head is not None and mesh is not None:
+            self.head.gather()
+
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Hidden states ``[B, T, E]``; its head is not computed."""
+        head, hidden = self.head, list[Tensor]()
+        assert head is not None
+
+        def ask(inputs: dict[str, Any]) -> Tensor:
+            with head.replaced_by(hidden.append):
+                self.model(**inputs)
+            return hidden.pop()
+
+        return self._asked(ask, inputs)
+
+    @torch.no_grad()
+    def _asked(self, ask: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
+        """What `ask` says of `inputs`.
+
+        Processes that each hold a part of every matrix compute each product together, of the same tokens: the batch of
+        the first, then that of the second, and so on.
+        """
+        with self.autocast():
+            if self._sharing is None:
+                return ask(inputs)
+            batches: list[Any] = [None] * distributed.get_world_size(self._sharing)
+            distributed.all_gather_object(batches, send_to_device(inputs, "cpu"), self._sharing)
+            own, answer = distributed.get_rank(self._sharing), None
+            for rank, batch in enumerate(batches):
+                said = ask(send_to_device(batch, self.model.device))
+                answer = said if rank == own else answer
+        assert answer is not None
+        return answer
+
+    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden:
+        """See :class:`Teacher`."""
+        assert self.head is not None
+        hidden = self.hidden(inputs).to(labels.device)  # a teacher that device_map has spread may end on another one
+        return Hidden(hidden, self.head.head(self.vocabulary.holes).to(labels.device))
+
+    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Nothing to fetch."""
+
+    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """See :class:`Teacher`."""
+        logits = self._asked(lambda inputs: self.model(**inputs).logits, inputs)
+        return self.vocabulary.select(logits[labels != -100])
+
+
+class _RowTeacher(Teacher):
+    """One that knows rows by themselves, wherever they are: threads ask for those that come next."""
+
+    fetches = True
+
+    def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
+        self.vocabulary = vocabulary
+        self._threads = ThreadPool(threads)  # of daemons: a run that stops does not wait for a server that hangs
+        weakref.finalize(self, self._threads.terminate)
+        self._coming: dict[bytes, AsyncResult[dict[bytes, Any]]] = {}
+
+    @abstractmethod
+    def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Those that are fetched at once."""
+
+    @abstractmethod
+    def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
+        """What is known of each row; in a thread."""
+
+    @abstractmethod
+    def _joined(self, answers: list[Any], labels: Tensor) -> Hidden | Sparse:
+        """What was fetched of the rows of a batch, as one answer."""
+
+    def _submit(self, rows: list[Sequence]) -> dict[bytes, AsyncResult[dict[bytes, Any]]]:
+        answers = ((group, self._threads.apply_async(self._fetch, (group,))) for group in self._groups(rows))
+        return {row.key: answer for group, answer in answers for row in group}
+
+    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
+        """See :class:`Teacher`."""
+        rows = (s for batch in batches for s in sequences(batch, shifted(batch["labels"])) if s.trained)
+        wanted = {row.key: row for row in rows}
+        self._coming = {key: answer for key, answer in self._coming.items() if key in wanted}
+        self._coming |= self._submit([row for key, row in wanted.items() if key not in self._coming])
+
+    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | Sparse:
+        """See :class:`Teacher`."""
+        rows = [s for s in sequences(inputs, labels) if s.trained]
+        answers = self._coming | self._submit(list({s.key: s for s in rows if s.key not in self._coming}.values()))
+        return self._joined([answers[row.key].get()[row.key] for row in rows], labels)
+
+    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | Sparse:
+        """See :class:`Teacher`."""
+        signal = self(inputs, labels)
+        if isinstance(signal, Sparse):
+            return signal
+        return signal.head.logits(signal.hidden[labels != -100])[:, : len(self.vocabulary.ids)]
+
+
+class CachedTeacher(_RowTeacher):
+    """What a teacher said when the cache was captured: the same answer for the same row, whatever batch it is in.
+
+    Args:
+        cache: checked against the run.
+        vocabulary: the ids that student and teacher share.
+        device: where its answers go.
+    """
+
+    def __init__(self, cache: Cache, vocabulary: Vocabulary, device: torch.device) -> None:
+        super().__init__(vocabulary, threads=1)
+        self.cache, self.kind = cache, cache.format.kind
+        head = cache.head()
+        self.head = None if head is None else head.at(vocabulary.holes).to(device)
+
+    def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
+        yield from ([row] for row in rows)
+
+    def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
+        return {row.key: self.cache.read(row.key) for row in rows}
+
+    def _joined(self, answers: list[Any], labels: Tensor) -> Hidden | Sparse:
+        signal = self.cache.format.decoded(answers, labels.device)
+        if isinstance(signal, Sparse):
+            return signal
+        assert self.head is not None
+        hidden = signal.new_zeros(*labels.shape, signal.shape[-1])
+        hidden[labels != -100] = signal
+        return Hidden(hidden, self.head)
+
+
+class ServedTeacher(_RowTeacher):
+    """The k likeliest tokens that a server lists of each position, and the mass of the rest.
+
+    Args:
+        server: what is asked.
+        vocabulary: the ids that student and teacher share; tokens that the teacher alone has are left out, as they are
+            of a local teacher.
+        k: how many tokens a position.
+        rows: how many ids the teacher has; more than are shared where it has tokens of its own, or padding.
+    """
+
+    def __init__(self, server: Server, vocabulary: Vocabulary, k: int, rows: int | None = None) -> None:
+        super().__init__(vocabulary, threads=CONCURRENT)
+        self.server, self.k, self.rows = server, min(k, len(vocabulary.ids)), rows or len(vocabulary.ids)
+        # A few more, because some of the likeliest may be tokens that only the teacher has.
+        self.asked = min(self.k + _SPARE, self.rows) if self.rows > len(vocabulary.ids) else self.k
+        self.kind = f"top_k {self.k}"
+        self._shared = frozenset(vocabulary.ids)
+
+    def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
+        group: list[Sequence] = []
+        for row in rows:
+            if group and sum(len(other.ids) for other in group) + len(row.ids) > _TOKENS:
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
+
+    def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
+        answers = self.server.prompt_log_probs([row.ids.tolist() for row in rows], self.asked)
+        return {row.key: self._top_k(row, places) for row, places in zip(rows, answers, strict=True)}
+
+    def _top_k(self, row: Sequence, places: list[Listed], asked: int | None = None) -> TopK:
+        asked = asked or self.asked
+        found = [self._of_position(places[p], int(row.ids[p + 1]), asked) for p in row.positions]
+        if None in found:  # the few more were not enough
+            more = min(2 * asked, max(self.rows, self.k + _SPARE))
+            if more == asked:
+                raise ValueError(f"the teacher's server {self.server.url} lists too few tokens that the student has")
+            return self._top_k(row, self.server.prompt_log_probs([row.ids.tolist()], more)[0], more)
+        ids, *of_tokens = zip(*filter(None, found), strict=True)
+        return TopK(self.vocabulary.position(torch.tensor(ids)), *map(torch.tensor, of_tokens))
+
+    def _of_position(
+        self, listed: Listed, label: int, asked: int
+    ) -> tuple[list[int], list[float], float, float] | None:
+        """Ids, log-probabilities, log of the rest and the label's; None where fewer than k likeliest are shared."""
+        shared = {i: entry["logprob"] for i, entry in listed.items() if i in self._shared}
+        # One more than was asked for is the label, which is not among the likeliest.
+        if len(shared) - (len(listed) > asked) < self.k:
+            return None
+        others = sum(math.exp(entry["logprob"]) for i, entry in listed.items() if i not in self._shared)
+        log_shared = math.log(max(1 - others, _ROUNDING))
+        ids = sorted(shared, key=shared.__getitem__, reverse=True)[: self.k]
+        log_probs = [shared[i] - log_shared for i in ids]
+        # A server tells no mass of the rest, and what it lists is rounded to float32.
+        rest = max(1 - sum(map(math.exp, log_probs)), _ROUNDING)
+        log_rest = -math.inf if self.k == len(self._shared) else math.log(rest)
+        return ids, log_probs, log_rest, shared[label] - log_shared
+
+    def ask(self, rows: list[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+        """What it says of rows, as they come."""
+        answers = self._submit(rows)
+        for row in rows:
+            yield row, answers[row.key].get()[row.key]
+
+    def _joined(self, answers: list[Any], labels: Tensor) -> TopK:
+        if not answers:
+            none = torch.empty(0)
+            answers = [TopK(none.view(0, self.k).long(), none.view(0, self.k), none, none)]
+        return TopK.cat(answers).to(labels.device)
+
+    def check(self, row: Sequence, tokenizer: Any, local: nn.Module | None) -> None:
+        """Ask for one row, and see whether the server's tokens and values are those of the teacher.
+
+        Args:
+            row: any.
+            tokenizer: the teacher's.
+            local: a copy of the teacher that the values are compared with, or None.
+
+        Raises:
+            ValueError: they are not; shows both.
+        """
+        places = self.server.prompt_log_probs([row.ids.tolist()], self.asked)[0]
+        said = {i: e["decoded_token"] for place in places for i, e in place.items() if e.get("decoded_token")}
+        said = {i: text for i, text in said.items() if isinstance(text, str)}
+        if not said:
+            logger.warning(
+                f"the teacher's server {self.server.url} does not say what its tokens are (decoded_token): whether "
+                "they are those of the teacher's tokenizer is not known"
+            )
+        names = {i: (tokenizer.decode([i]), tokenizer.convert_ids_to_tokens(i)) for i in said}
+        # A token that is a part of a letter has no text, and servers differ on blanks around words.
+        others = [
+            (i, names[i][0], text)
+            for i, text in said.items()
+            if "\ufffd" not in names[i][0] + text and text.strip() not in [str(name).strip() for name in names[i]]
+        ]
+        if len(others) > 0.05 * len(said):
+            ids, ours, theirs = zip(*others[:8], strict=True)
+            raise ValueError(
+                f"the teacher's server {self.server.url} has other tokens than the tokenizer of the teacher: ids "
+                f"{list(ids)} are {list(ours)} here and {list(theirs)} there. Set teacher_model_name_or_path to the "
+                "model that is served"
+            )
+        if local is not None and places:
+            self._compare(row, places, local)
+
+    @torch.no_grad()
+    def _compare(self, row: Sequence, places: list[Listed], local: nn.Module) -> None:
+        device = next(local.parameters()).device
+        ids = torch.from_numpy(row.ids)[None]
+        log_p = local(input_ids=ids.to(device)).logits[0, :-1].float().log_softmax(-1).cpu()
+        distances = []
+        for p, place in zip(log_p, places, strict=True):
+            listed = torch.tensor(list(place))
+            theirs = torch.tensor([entry["logprob"] for entry in place.values()], dtype=torch.float32).exp()
+            ours = p[listed].exp()
+            distances.append(0.5 * ((ours - theirs).abs().sum() + (ours.sum() - theirs.sum()).abs()))
+        mean, worst = torch.stack(distances).mean().item(), int(torch.stack(distances).argmax())
+        if mean > _AGREEMENT:
+            likeliest = sorted(places[worst], key=lambda i: -places[worst][i]["logprob"])[:5]
+            ours_, theirs_ = ([round(float(x), 3) for x in of] for of in (
+                log_p[worst, likeliest], [places[worst][i]["logprob"] for i in likeliest]))  # fmt: skip
+            raise ValueError(
+                f"the teacher's server {self.server.url} disagrees with the teacher here by {mean:.3f} (total "
+                f"variation, a token; {_AGREEMENT} is allowed): after {worst + 1} tokens the log-probabilities of ids "
+                f"{likeliest} are {ours_} here and {theirs_} there. Is it the same model, dtype and adapter?"
+            )

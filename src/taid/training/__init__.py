@@ -1,0 +1,1 @@
+"""The main path: from a configuration to a trained student."""
