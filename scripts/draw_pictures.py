@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/method.md: the target between a toy student and its teacher, and t over three runs.
+"""Draw two pictures of the README and docs/method.md: the moving target, and t over runs of three lengths.
 
 python scripts/draw_pictures.py docs/pictures
 """
@@ -19,22 +19,25 @@ TOKENS = 15
 
 
 def target() -> Figure:
-    """A student with one broad mode, a teacher with two narrow ones, and the target at three t."""
+    """A student with one broad mode, a teacher with two narrow ones, and the target between them at four t."""
     place = torch.arange(TOKENS, dtype=torch.float32)
     student = -((place - 7.0) ** 2) / 18
     teacher = torch.logsumexp(torch.stack([-((place - 4) ** 2) / 1.6, -((place - 10) ** 2) / 1.6 - 0.5]), dim=0)
-    figure = Figure(figsize=(7.2, 2.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.2, 3.0), dpi=150, layout="constrained")
     all_axes: Any = figure.subplots(1, 4, sharey=True)
-    for axes, t in zip(all_axes, (0.0, 0.4, 0.7, 1.0), strict=True):
+    titles = {0.0: "t = 0: the student", 0.4: "t = 0.4", 0.7: "t = 0.7", 1.0: "t = 1: the teacher"}
+    for axes, (t, title) in zip(all_axes, titles.items(), strict=True):
         probs = objectives.interpolated_log_probs(student, teacher, t=t).exp()
-        axes.bar(range(TOKENS), probs.tolist(), color={0.0: VERMILLION, 1.0: BLUE}.get(t, GREEN), width=0.8)
-        axes.step(range(TOKENS), student.softmax(-1).tolist(), where="mid", color=VERMILLION, linewidth=1.2)
-        title = {0.0: "t = 0: the student", 1.0: "t = 1: the teacher"}.get(t, f"t = {t:g}")
+        axes.bar(range(TOKENS), probs.tolist(), color=GREEN, alpha=0.55, width=1.0, label="target at this t")
+        for logits, colour, name in ((student, VERMILLION, "student"), (teacher, BLUE, "teacher")):
+            axes.step(range(TOKENS), logits.softmax(-1).tolist(), where="mid", color=colour, linewidth=1.6, label=name)
         axes.set_title(title, color=INK, **BOLD)
         _plain(axes)
         axes.set_xticks([])
     all_axes[0].set_ylabel("probability", **SMALL)
-    figure.supxlabel("tokens", **SMALL)
+    figure.supxlabel("the next token, one of 15", **SMALL)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
     return figure
 
 
