@@ -31,8 +31,7 @@ from prompt_server import PromptServer
 from taid import TAIDConfig, TAIDTrainer, objectives
 from taid.artifacts import report, run_folder
 from taid.config.parsing import parse
-from taid.models.vocabulary import Vocabulary
-from taid.training.on_policy import FILE, Row, Sampling, Threshold, _Shared, require_prompts, row_of
+from taid.training.on_policy import FILE, Row, Sampling, Threshold, require_prompts, row_of
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 TIMING = ("tokens_per_second", "seconds")
@@ -183,8 +182,6 @@ def test_no_token_is_written_that_the_teacher_does_not_share(make, student_folde
                    sampling_max_new_tokens=50)  # fmt: skip
     answers = [answer for _, answer in prompts_and_answers(sampled(trainer))]
     assert max(map(max, answers)) < 300  # of 308 rows
-    scores = _Shared(Vocabulary((0, 2, 3)))(torch.zeros(1, 1), torch.arange(6.0)[None])
-    assert scores.tolist() == [[0.0, -math.inf, 2.0, 3.0, -math.inf, -math.inf]]
 
 
 def test_sampling_leaves_dropout_random_numbers_and_the_models_mode_as_they_were(make, student_folder):
@@ -206,13 +203,6 @@ def test_a_student_that_is_not_finite_any_more_stops_the_run_before_the_optimize
         trainer.model.get_output_embeddings().weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan"):
         trainer.train()
-
-
-def test_scores_that_are_not_finite_can_still_be_drawn_from(make):
-    shared = _Shared(SimpleNamespace(index=torch.tensor([0, 2, 3])))
-    scores = torch.tensor([[0.0, 5.0, float("nan"), float("inf")], [float("-inf"), 1.0, 2.0, 3e38]])
-    probs = (shared(None, scores) / 0.1).softmax(-1)
-    assert probs.tolist() == [[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
 
 
 def test_steps_micro_batches_seeds_and_processes_draw_other_answers_and_the_same_ones_again(make):
@@ -612,10 +602,11 @@ def recipe(tmp_path, student_folder, teacher_folder):
 # The command line where every evaluation is a rise, so that a short run has a threshold and a buffer.
 RISING = """
 import sys
-from taid import cli, engines, sampling
-after = sampling.Threshold.after
-sampling.Threshold.after = lambda self, loss, step: after(self, float(step), step)
-engines.leave(cli.main(sys.argv[1:]))
+from taid.cli.main import main
+from taid.training import engines, on_policy
+after = on_policy.Threshold.after
+on_policy.Threshold.after = lambda self, loss, step: after(self, float(step), step)
+engines.leave(main(sys.argv[1:]))
 """
 
 

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from taid.artifacts import run_folder
+from taid.models.generation import decoding, generate
 from taid.models.loading import (
     load_config,
     load_model,
@@ -329,13 +330,13 @@ def _logits(model: Any) -> Callable[[list[int]], Tensor]:
 
 
 def _answers(model: Any, tokenizer: Any) -> list[Answer]:
-    """The source's greedy text for each prompt; plain argmax, so that no generation_config has a part in it."""
+    """Return the source's greedy text for each prompt, which nothing ends early, and its logits."""
     logits, answers = _logits(model), []
+    config = decoding(ends=(), padding=0)
+    config.use_cache = False  # the logits that are compared are those of one pass, and so are these
     for prompt in PROMPTS:
         prompt_ids = _tokenize(tokenizer)(prompt)
-        ids = list(prompt_ids)
-        for _ in range(NEW_TOKENS):
-            ids.append(int(logits(ids)[-1].argmax()))
+        ids = prompt_ids + generate(model, [prompt_ids], config, max_new_tokens=NEW_TOKENS)[0]
         answers.append(Answer(prompt, prompt_ids, ids, logits(ids)[len(prompt_ids) - 1 : -1]))
     return answers
 

@@ -8,21 +8,18 @@ distribution; what ends an answer is kept.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taid.data import loading
 from taid.data.images import has_images
 
 if TYPE_CHECKING:
-    import torch
-
     from taid.config.training import TAIDConfig
 
 logger = logging.getLogger(__name__)
@@ -157,8 +154,8 @@ def generate(
     shown = _short_enough(prompts, tokenizer, args, max_new_tokens, student, teacher)
     ids = [tokens for _, tokens in shown]
     answering = _Answering(student, tokenizer, args, teacher, teacher_tokenizer, max_new_tokens)
-    greedy = [answer for (answer,) in answering(ids, 1, do_sample=False)]
-    drawn = answering(ids, samples, do_sample=True, temperature=1.0, top_k=0) if samples else [[] for _ in ids]
+    greedy = [answer for (answer,) in answering(ids, 1)]
+    drawn = answering(ids, samples, temperature=1.0) if samples else [[] for _ in ids]
 
     flat = [(tokens, sample) for tokens, several in zip(ids, drawn, strict=True) for sample in several]
     answers = [
@@ -228,14 +225,13 @@ class _Answering:
 
         self.model, self.args, self.max_new_tokens = model.to(args.device).eval(), args, max_new_tokens
         size = output_rows(model)
-        vocabulary = (
+        self.vocabulary = (
             Vocabulary.of(tokenizer, size)
             if teacher is None
             else Vocabulary.shared(
                 tokenizer, tokenizer_of(teacher_tokenizer), student_rows=size, teacher_rows=output_rows(teacher)
             )
         )
-        self.others = sorted(set(range(size)).difference(vocabulary.ids))
         own = model.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
         self.ends = sorted(ends)
@@ -245,60 +241,31 @@ class _Answering:
         """Whether it ended by itself."""
         return answer[-1] in self.ends
 
-    def __call__(self, prompts: list[list[int]], number: int, **how: Any) -> list[list[list[int]]]:
-        """So many answers to each prompt, as tokens up to their end; `how` is what ``generate`` takes.
+    def __call__(
+        self, prompts: list[list[int]], number: int, *, temperature: float | None = None
+    ) -> list[list[list[int]]]:
+        """Return `number` answers to each prompt, as tokens up to their end: samples, or greedy without a temperature.
 
         Batches are dealt to the processes, and each has a seed of its own, so that samples do not depend on how many
         processes there are. They do depend on the batch size.
         """
-        import torch
         from accelerate.utils import gather_object
-        from torch.nn.utils.rnn import pad_sequence
+
+        from taid.models import generation
 
         size = max(1, self.args.per_device_eval_batch_size // number)
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        config = generation.decoding(self.ends, self.pad, temperature=temperature)
         found = []
         for place in range(self.args.process_index, len(batches), self.args.world_size):
-            ids, mask = (
-                pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left",
-                             padding_value=padding).to(self.model.device)
-                for rows, padding in ((batches[place], self.pad), ([[1] * len(row) for row in batches[place]], 0))
+            answers = generation.generate(
+                self.model, batches[place], config, max_new_tokens=self.max_new_tokens, vocabulary=self.vocabulary,
+                samples=number, seed=self.args.seed + place,
             )  # fmt: skip
-            with torch.no_grad(), self._as_it_is(), _seeded(self.args.seed + place, self.model.device):
-                output = self.model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=self.max_new_tokens, num_return_sequences=number,
-                    suppress_tokens=self.others or None, **how,
-                )  # fmt: skip
-            found.append((place, [self._ended(row) for row in output[:, ids.shape[1] :].tolist()]))
-            logger.info(f"{'samples' if how['do_sample'] else 'answers'}: batch {place + 1} of {len(batches)}")
+            found.append((place, answers))
+            logger.info(f"{'answers' if temperature is None else 'samples'}: batch {place + 1} of {len(batches)}")
         answers = [answer for _, of_batch in sorted(gather_object(found)) for answer in of_batch]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
-
-    def _ended(self, tokens: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens))
-        return tokens[: end + 1]
-
-    @contextlib.contextmanager
-    def _as_it_is(self) -> Iterator[None]:
-        """Within this context the model samples from its own distribution, whatever its generation_config.json says."""
-        from transformers import GenerationConfig
-
-        own = self.model.generation_config
-        self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=self.pad)
-        try:
-            yield
-        finally:
-            self.model.generation_config = own
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within this context torch draws by this seed; then it goes on as before."""
-    import torch
-
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _loss_of_teacher(

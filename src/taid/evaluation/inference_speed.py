@@ -244,8 +244,9 @@ def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
 
 def _generate(model: Any, new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and tokens a second after it, through transformers' own `generate`."""
-    import torch
     from transformers.generation.streamers import BaseStreamer
+
+    from taid.models.generation import generate, own_greedy_decoding
 
     class Clock(BaseStreamer):  # type: ignore[misc]
         """Is given the prompt, then each token as it is there: generate copies it to the CPU for that."""
@@ -259,13 +260,12 @@ def _generate(model: Any, new_tokens: int) -> tuple[float, float]:
         def end(self) -> None:
             """Nothing is left to be shown."""
 
-    prompt = torch.arange(PROMPT_TOKENS, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    prompt = [i % model.get_input_embeddings().weight.shape[0] for i in range(PROMPT_TOKENS)]
+    config = own_greedy_decoding(model, padding=0)
+    config.min_new_tokens = new_tokens
     clock = Clock()
     start = time.perf_counter()
-    model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=1, pad_token_id=0,
-        min_new_tokens=new_tokens, max_new_tokens=new_tokens, streamer=clock,
-    )  # fmt: skip
+    generate(model, [prompt], config, max_new_tokens=new_tokens, streamer=clock)
     times = clock.times[1:]  # the first is the prompt's
     assert len(times) == new_tokens
     return times[0] - start, (new_tokens - 1) / (times[-1] - times[0])

@@ -239,15 +239,14 @@ _Asked = tuple[str, list[dict[str, str]], int, str | None]
 
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
-    """The model's greedy reply."""
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)  # fmt: skip
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )  # fmt: skip
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    """Return the model's greedy reply, by its own settings but for sampling."""
+    from taid.models import generation
+
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    config = generation.own_greedy_decoding(model, padding)
+    (tokens,) = generation.generate(model, [prompt], config, max_new_tokens=max_new_tokens)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def grading_messages(messages: list[dict[str, str]], references: Iterable[str]) -> list[dict[str, str]]:

@@ -36,13 +36,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate.utils import gather_object, is_peft_model, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
-from torch import Tensor
-from transformers import GenerationConfig
 
-from taid.models.vocabulary import Vocabulary
+from taid.models.generation import decoding, generate
 from taid.teachers.teacher import LocalTeacher
 
 if TYPE_CHECKING:
@@ -173,11 +170,9 @@ class Sampling:
         self.threshold, self.buffer = Threshold(), list[Row]()
         self._check()
         self.ends = self._end_tokens()
-        self._shared = _Shared(trainer.vocabulary)
-        self._config = GenerationConfig(
-            do_sample=True, temperature=self.args.sampling_temperature, top_k=0, top_p=1.0, eos_token_id=self.ends,
-            pad_token_id=trainer.processing_class.pad_token_id, use_cache=True,
-        )  # fmt: skip
+        self._decoding = decoding(
+            self.ends, trainer.processing_class.pad_token_id, temperature=float(self.args.sampling_temperature)
+        )
 
     def _check(self) -> None:
         trainer, args = self.trainer, self.args
@@ -316,21 +311,13 @@ class Sampling:
         most = max(room)
         if self.positions is not None:
             most = max(min(most, self.positions - longest), 1)
-        ids = torch.full((len(prompts), longest), self._config.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
         own = np.random.default_rng((*seed, 1 + self.args.process_index))  # other tokens in each process
-        with writer as model, _seeded(self.args.device, int(own.integers(2**63))):
-            inputs = send_to_device({"input_ids": ids, "attention_mask": mask}, self.args.device)
-            if getattr(model.config.get_text_config(), "output_router_logits", False):
-                inputs["output_router_logits"] = False  # the load balance is that of a batch, not of one token more
-            written = model.generate(
-                **inputs, max_new_tokens=most, logits_processor=[self._shared], synced_gpus=self._is_together
-            )
-        answers = written[:, longest:].tolist()
-        return [self._ended(answer)[:most] for answer, most in zip(answers, room, strict=True)]
+        with writer as model:
+            answers = generate(
+                model, prompts, self._decoding, max_new_tokens=most, vocabulary=self.trainer.vocabulary,
+                seed=int(own.integers(2**63)), device=self.args.device, synced_gpus=self._is_together,
+            )  # fmt: skip
+        return [answer[:most] for answer, most in zip(answers, room, strict=True)]
 
     @property
     def _is_together(self) -> bool:
@@ -338,23 +325,16 @@ class Sampling:
         trainer = self.trainer
         return bool(self.args.world_size > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled))
 
-    def _ended(self, answer: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(answer) if token in self.ends), len(answer))
-        return answer[: end + 1]
-
-    @contextlib.contextmanager
-    def _student(self) -> Iterator[Any]:
+    def _student(self) -> AbstractContextManager[Any]:
         # What TRL's unwrap_model_for_generation gives without gathering ZeRO-3's weights; it also switches activation
         # checkpointing off, by a name that transformers warns about, but in evaluation mode there is none.
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        with _generating(model, self._config):
-            yield model
+        return contextlib.nullcontext(self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped))
 
     @contextlib.contextmanager
     def _teacher(self) -> Iterator[Any]:
         teacher = self.trainer.teacher
         assert isinstance(teacher, LocalTeacher)
-        with teacher.autocast(), _generating(teacher.model, self._config):
+        with teacher.autocast():
             yield teacher.model
 
     # --- over a run ---------------------------------------------------------------------------------------------------
@@ -401,43 +381,3 @@ class Sampling:
             raise ValueError(
                 f"cannot resume: {path} is truncated or damaged; delete {checkpoint.name} to resume an earlier one"
             ) from error
-
-
-class _Shared:
-    """Lets a model write no token but those that both models know; a row of a matrix that is no token is none."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores ``[B, rows]``, minus infinity where a token is not shared."""
-        shared = self.vocabulary.index.to(scores.device)
-        # Of weights that have left the finite numbers something is written all the same: nothing can be drawn from NaN,
-        # and the step that is trained on it stops the run, on all processes together, with what to do about it.
-        known = scores.index_select(1, shared).nan_to_num(0.0, posinf=1e30, neginf=-torch.inf).clamp(max=1e30)
-        return torch.full_like(scores, -torch.inf).index_copy(1, shared, known)
-
-
-@contextlib.contextmanager
-def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Within this context it generates as `config` says and nothing else, without dropout."""
-    base = model.get_base_model() if is_peft_model(model) else model
-    # What a model's own configuration says, a repetition penalty say, would fill what is not set.
-    before, training = base.generation_config, model.training
-    base.generation_config = config
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        base.generation_config = before
-        model.train(training)
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Within this context PyTorch draws from this seed; afterwards as if nothing had been drawn."""
-    devices = [] if device.type in ("cpu", "mps") else [device]  # of Apple's there is no fork
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield
