@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from taid.losses.fused import fused_distillation_loss
-from taid.losses.kernels import products, row_stage
+from taid.losses.kernels import cpu_matmul, row_stage
 from taid.losses.kernels.c_rows import _library
 from taid.losses.kernels.head_matmul import HeadProducts, chunk_rows
 from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
@@ -136,7 +136,7 @@ def trl_jsd(x: Inputs) -> Tensor:
 
 METHODS: dict[str, tuple[str, Any]] = {
     "floor": ("floor: the products alone, PyTorch's", None),
-    "floor-own": ("the same, those of `kernels/products.py`", None),
+    "floor-own": ("the same, those of `kernels/cpu_matmul.py`", None),
     "fused": ("**fused**", fused_taid),
     "fused-plain-torch": ("fused, plain torch (`TAID_NATIVE=0`)", fused_taid),
     "fused-half": ("fused, half of the tokens trained", fused_taid),
@@ -208,12 +208,12 @@ class Floor:
             hidden, g = x.student_hidden[chunk], gradient_NV[chunk]
             for weight, states in ((x.student_weight, hidden), (x.teacher_weight, x.teacher_hidden[chunk])):
                 if self.own:
-                    products.project(states, weight, logits_NV[chunk])
+                    cpu_matmul.project(states, weight, logits_NV[chunk])
                 else:
                     torch.mm(states, weight.t(), out=logits_NV[chunk], **self.mixed)
             if backward and self.own:
-                d_hidden[chunk] = products.project_back(g, x.student_weight)
-                products.add_outer(d_weight, g, hidden, int(start > 0))
+                d_hidden[chunk] = cpu_matmul.project_back(g, x.student_weight)
+                cpu_matmul.add_outer(d_weight, g, hidden, int(start > 0))
             elif backward:
                 torch.mm(g, x.student_weight, out=d_hidden[chunk])
                 if start == 0:

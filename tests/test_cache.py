@@ -19,9 +19,10 @@ import taid.teachers.cache_manifest
 import taid.training.capture
 from taid import TAIDConfig, TAIDTrainer
 from taid.artifacts import run_folder
+from taid.losses.fused import shifted
 from taid.teachers.cache import Cache, Writer
 from taid.teachers.cache_format import Format
-from taid.teachers.sequences import sequences, shifted
+from taid.teachers.sequences import sequences
 from taid.training.capture import capture
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."

@@ -32,10 +32,10 @@ from prompt_server import (
 )
 from taid import TAIDConfig, TAIDTrainer
 from taid.artifacts import run_folder
+from taid.losses.fused import shifted
 from taid.losses.sparse_logits import TopK
 from taid.models.vocabulary import Vocabulary
 from taid.teachers.cache import Cache
-from taid.teachers.sequences import shifted
 from taid.teachers.server import API_KEY, Server
 from taid.teachers.teacher import ServedTeacher
 from taid.training.capture import capture

@@ -24,7 +24,8 @@ from taid import TAIDConfig, TAIDTrainer
 from taid.artifacts import run_folder
 from taid.cli.main import main
 from taid.data import loading, stream
-from taid.teachers.sequences import sequences, shifted
+from taid.losses.fused import shifted
+from taid.teachers.sequences import sequences
 
 WORDS = "one two three four five six seven"
 
@@ -465,7 +466,8 @@ def test_rows_that_are_left_out_of_a_stream_are_counted_once(tmp_path, train, ca
 RECORD = """
 import json, os, signal, sys
 from taid.cli.main import main
-from taid.teachers.sequences import sequences, shifted
+from taid.losses.fused import shifted
+from taid.teachers.sequences import sequences
 from taid.training.trainer import TAIDTrainer
 training_step = TAIDTrainer.training_step
 def recording(self, model, inputs, *rest):

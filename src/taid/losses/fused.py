@@ -69,6 +69,11 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def shifted(labels: Tensor) -> Tensor:
+    """Return what each position has to predict, from the labels ``[B, T]`` of a batch; the last predicts nothing."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 class DistillationLoss(NamedTuple):
     """What :func:`fused_distillation_loss` and :func:`distillation_loss` return.
 

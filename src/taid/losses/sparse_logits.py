@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid.losses.kernels.torch_rows import COLUMNS, LOG_ZERO, Finish, RowTask, block_rows, row_of, rows, softmax
+from taid.losses.divergences import LOG_ZERO
+from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, block_rows, row_of, rows, softmax
 
 
 @dataclass(frozen=True, eq=False)

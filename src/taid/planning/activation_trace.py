@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taid.losses.fused import distillation_loss
-from taid.losses.kernels import products
+from taid.losses.kernels import cpu_matmul
 from taid.losses.kernels.head_matmul import chunk_rows
 
 _FEW = (2, 4)  # layers
@@ -352,7 +352,7 @@ class _Fused(torch.autograd.Function):
         rows = chunk_rows(N, V, tile.itemsize, batch.device)
         widths = [weight.shape[1]] + ([] if loss.teacher is None else [loss.teacher[0]])
         tiles = [empty(rows, V, dtype=tile) for _ in widths]
-        beside = weight.shape[1], products.slab_ids(V, operand) if batch.device == "cpu" else 0
+        beside = weight.shape[1], cpu_matmul.slab_ids(V, operand) if batch.device == "cpu" else 0
         operands = [empty(rows, width, dtype=operand) for width in (*widths, *beside)]  # and what goes back
         del tiles, operands, copies
         if sums is not None and (sums.shape, sums.dtype) != (weight.shape, weight.dtype):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 KEY_BYTES = 16
 
@@ -26,11 +26,6 @@ class Sequence(NamedTuple):
     def trained(self) -> int:
         """How many tokens of it are trained."""
         return len(self.positions)
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """Of the labels of a batch, ``[B, T]``, what each position has to predict; the last predicts nothing."""
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def sequences(inputs: dict[str, Any], labels: Tensor) -> Iterator[Sequence]:

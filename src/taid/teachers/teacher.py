@@ -20,12 +20,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, distributed, nn
 
-from taid.losses.fused import Head
+from taid.losses.fused import Head, shifted
 from taid.losses.sparse_logits import Sparse, TopK
 from taid.models.output_head import OutputHead
 from taid.models.vocabulary import Vocabulary
 from taid.teachers.cache import Cache
-from taid.teachers.sequences import Sequence, sequences, shifted
+from taid.teachers.sequences import Sequence, sequences
 from taid.teachers.server import CONCURRENT, Listed, Server
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from taid.config.training import TAIDConfig
 from taid.data import images
+from taid.losses.fused import shifted
 from taid.losses.objectives import forward_kl
 from taid.losses.sparse_logits import Sampled, TopK
 from taid.models.loading import teacher_init_kwargs
@@ -25,7 +26,7 @@ from taid.teachers import cache, fingerprint
 from taid.teachers import cache_manifest as manifests
 from taid.teachers.cache import Cache, Writer
 from taid.teachers.cache_format import Format
-from taid.teachers.sequences import Sequence, sequences, shifted
+from taid.teachers.sequences import Sequence, sequences
 from taid.teachers.teacher import LocalTeacher, ServedTeacher, Teacher
 
 if TYPE_CHECKING:

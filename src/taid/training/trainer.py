@@ -35,11 +35,11 @@ from taid.artifacts.model_card import write_card
 from taid.artifacts.report import write_report
 from taid.config.training import TAIDConfig, resolved
 from taid.data import images, stream, tokenized, vision_collator
+from taid.losses.fused import shifted
 from taid.losses.schedules import ScheduleState
 from taid.losses.sparse_logits import TopK
 from taid.models.loading import Pair, keep_embeddings, load_pair, load_renamed_weights, positions
 from taid.teachers.cache import Cache
-from taid.teachers.sequences import shifted
 from taid.teachers.server import Server
 from taid.teachers.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
 from taid.training import capture, engines, resume

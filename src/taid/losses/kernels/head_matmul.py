@@ -1,4 +1,4 @@
-"""The products of a chunk of tokens with one output head, in the precision that a device multiplies best."""
+"""Multiply a chunk of tokens with one output head, in the precision that the device multiplies best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taid.losses.kernels import products
+from taid.losses.kernels import cpu_matmul
 
 # Rows of a half-precision head whose copy in float32, or sum in it, is small.
 _SLAB = 4096
@@ -26,14 +26,14 @@ class HeadProducts:
     half, elsewhere         float32, by slabs  float32         added up in float32 by the products
     ======================  =================  ==============  =======================================
 
-    A slab is a few thousand rows of the weight. How a CPU multiplies is in kernels.products. The last row of the table
-    is no loss of speed: such a CPU multiplies in float32 anyway, and PyTorch's own bfloat16 products there are up to
-    300 times slower (docs/performance.md).
+    A slab is a few thousand rows of the weight. :mod:`.cpu_matmul` says how a CPU multiplies. The last row of the table
+    costs no speed: such a CPU multiplies in float32 anyway, and PyTorch's own bfloat16 products there are up to 300
+    times slower (docs/performance.md).
     """
 
     def __init__(self, weight: Tensor, size: int, autocast: torch.dtype | None, wants_gradient: bool) -> None:
         self.size, self.gradient_dtype, self.on_cpu = size, scalable(weight.dtype), weight.device.type == "cpu"
-        on_cuda, has_bfloat16 = weight.device.type == "cuda", self.on_cpu and products.has_bfloat16()
+        on_cuda, has_bfloat16 = weight.device.type == "cuda", self.on_cpu and cpu_matmul.has_bfloat16()
         if autocast is not None and (on_cuda or (autocast == torch.bfloat16 and has_bfloat16)):
             weight = weight.to(autocast)
         if weight.stride(0) < weight.shape[1]:  # rows that lie over each other, which no BLAS takes
@@ -43,7 +43,7 @@ class HeadProducts:
         native = not half or on_cuda or (weight.dtype == torch.bfloat16 and has_bfloat16)
         self.operand_dtype = weight.dtype if native else torch.float32
         self.tile_dtype = torch.float32 if half and on_cuda else self.operand_dtype
-        self.row_multiple = products.row_multiple(self.operand_dtype) if self.on_cpu else 1
+        self.row_multiple = cpu_matmul.row_multiple(self.operand_dtype) if self.on_cpu else 1
         whole = [slice(0, size)]
         slabs = [slice(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
         self.slabs = whole if native else slabs
@@ -78,14 +78,14 @@ class HeadProducts:
         for slab in self.slabs:
             weight = self.weight[slab].to(self.operand_dtype)
             if self.on_cpu:
-                products.project(hidden_MD, weight, out_MV[:, slab])
+                cpu_matmul.project(hidden_MD, weight, out_MV[:, slab])
             else:
                 torch.mm(hidden_MD, weight.t(), out=out_MV[:, slab], **mixed)
         return out_MV
 
     def project_back(self, gradient_MV: Tensor) -> Tensor:
         """``gradient @ weight``: the gradient of the hidden states."""
-        multiply = products.project_back if self.on_cpu else torch.mm
+        multiply = cpu_matmul.project_back if self.on_cpu else torch.mm
         parts = (
             multiply(gradient_MV[:, slab].to(self.operand_dtype), self.weight[slab].to(self.operand_dtype))
             for slab in self.slabs
@@ -98,7 +98,7 @@ class HeadProducts:
         for slab, total in zip(self.sum_slabs, self.sums, strict=True):
             columns = gradient_MV[:, slab].to(self.operand_dtype)
             if self.on_cpu:
-                products.add_outer(total, columns, hidden_MD, beta)
+                cpu_matmul.add_outer(total, columns, hidden_MD, beta)
             else:
                 mixed: dict[str, Any] = {"out_dtype": total.dtype} if total.dtype != self.operand_dtype else {}
                 torch.addmm(total, columns.t(), hidden_MD, beta=beta, out=total, **mixed)

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from taid.losses import objectives
+from taid.losses.divergences import LOG_ZERO, ab_divergence, alpha_mixture
 
 COLUMNS = (
     "objective",
@@ -53,8 +54,6 @@ COLUMNS = (
     "temperature_gradient",
 )
 
-# -inf marks an id that is no token; exp() of this is 0, and unlike -inf it survives `0 * x` and `x - x`.
-LOG_ZERO = -1e30
 # Logits of so many ids of both models and what is made of them stay in a core's cache.
 _BLOCK = 2**18
 
@@ -248,7 +247,7 @@ class _Row:
 def _taid(row: _Row, t: float | Tensor, mixture: float) -> _Gradient:
     if mixture != 1.0:
         log_q, log_p = row.log_probs()
-        log_r, from_r, _ = objectives.alpha_mixture(log_q, log_p, row.d.neg(), mixture, t)
+        log_r, from_r, _ = alpha_mixture(log_q, log_p, row.d.neg(), mixture, t)
         row.columns["objective"].copy_(row.compare(log_r.exp_(), from_r))
         row.columns["target_cross_entropy"].copy_(-_dot(log_r, log_q))
         return row.difference, 0.0
@@ -328,7 +327,7 @@ def _adaptive_kl(row: _Row, head_mass: float) -> _Gradient:
 
 def _abkd(row: _Row, alpha: float, beta: float) -> _Gradient:
     (log_q, log_p), gap = row.log_probs(), row.d.neg()
-    value, slope = objectives.ab_divergence(log_p, log_q, gap, alpha, beta)
+    value, slope = ab_divergence(log_p, log_q, gap, alpha, beta)
     row.columns["objective"].copy_(value)
     return _through_softmax(slope, row.q)
 
@@ -337,8 +336,8 @@ def _amid(row: _Row, mixture: float, share: float, alpha: float, beta: float) ->
     if share == 0.0:
         return _abkd(row, alpha, beta)
     (log_q, log_p), gap = row.log_probs(), row.d.neg()
-    log_r, _, from_r = objectives.alpha_mixture(log_q, log_p, gap, mixture, share)
-    value, slope = objectives.ab_divergence(log_p, log_r, from_r, alpha, beta)
+    log_r, _, from_r = alpha_mixture(log_q, log_p, gap, mixture, share)
+    value, slope = ab_divergence(log_p, log_r, from_r, alpha, beta)
     row.columns["objective"].copy_(value)
     g, scale_r = _through_softmax(slope, log_r.exp_())
     of_student = torch.sigmoid(gap.mul_((mixture - 1) / 2).sub_(math.log(share / (1 - share))))

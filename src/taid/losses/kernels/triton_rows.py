@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taid.losses.kernels.torch_rows import COLUMNS, LOG_ZERO, Finish, RowTask
+from taid.losses.divergences import LOG_ZERO
+from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
 
 # 8 ids of both models a thread: enough loads under way at once, and registers for two programs a multiprocessor.
 _BLOCK, _WARPS = 2048, 8

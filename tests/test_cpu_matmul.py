@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from taid.losses.fused import fused_distillation_loss
-from taid.losses.kernels import products
+from taid.losses.kernels import cpu_matmul
 
 has_one_dnn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch brings no oneDNN"
@@ -18,16 +18,16 @@ DTYPES = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 8e-3}
 def way(request, monkeypatch):
     """The processor's own way, or that of another one as far as it can be gone here."""
     if request.param != "here":
-        monkeypatch.setattr(products, "_is_another_avx512", lambda: request.param == "one_dnn")
+        monkeypatch.setattr(cpu_matmul, "_is_another_avx512", lambda: request.param == "one_dnn")
         if request.param != "intel":  # its bfloat16 product of MKL runs on every processor, only slower
-            monkeypatch.setattr(products, "_mkl", lambda name: None)
-        monkeypatch.setattr(products, "_is_intel", lambda: request.param == "intel")
+            monkeypatch.setattr(cpu_matmul, "_mkl", lambda name: None)
+        monkeypatch.setattr(cpu_matmul, "_is_intel", lambda: request.param == "intel")
     return request.param
 
 
 @pytest.fixture(params=DTYPES)
 def dtype(request):
-    if request.param == "bfloat16" and not products.has_bfloat16():
+    if request.param == "bfloat16" and not cpu_matmul.has_bfloat16():
         pytest.skip("this processor has no bfloat16: fused.py converts to float32 beforehand")
     return getattr(torch, request.param)
 
@@ -49,7 +49,7 @@ def test_logits(way, dtype, M, V, D):
     _, hidden, weight = factors(M, V, D, dtype)
     tile = torch.full((M, V + 6), float("nan"), dtype=dtype)
 
-    products.project(hidden, weight, tile[:, :V])
+    cpu_matmul.project(hidden, weight, tile[:, :V])
 
     assert error(tile[:, :V], hidden.double() @ weight.double().t()) <= DTYPES[str(dtype).split(".")[1]]
     assert tile[:, V:].isnan().all()
@@ -59,7 +59,7 @@ def test_logits(way, dtype, M, V, D):
 def test_gradient_of_hidden_states(way, dtype, M, V, D):
     gradient, _, weight = factors(M, V, D, dtype)
 
-    found = products.project_back(gradient, weight)
+    found = cpu_matmul.project_back(gradient, weight)
 
     assert error(found, gradient.double() @ weight.double()) <= DTYPES[str(dtype).split(".")[1]]
 
@@ -72,7 +72,7 @@ def test_gradient_of_the_head_adds_up(way, dtype, M, V, D, beta):
     total_dtype = torch.promote_types(dtype, torch.float32)
     total = torch.full((V, D), 1000.0 if beta else float("nan"), dtype=total_dtype)  # beta 0: whatever lay there
 
-    products.add_outer(total, gradient, hidden, beta)
+    cpu_matmul.add_outer(total, gradient, hidden, beta)
 
     expected = gradient.double().t() @ hidden.double()
     # A sum in bfloat16 would lose all of the product beside 1,000.
@@ -81,14 +81,14 @@ def test_gradient_of_the_head_adds_up(way, dtype, M, V, D, beta):
 
 
 @pytest.mark.skipif(
-    products._mkl("cblas_gemm_bf16bf16f32") is None or not products._is_intel(),
+    cpu_matmul._mkl("cblas_gemm_bf16bf16f32") is None or not cpu_matmul._is_intel(),
     reason="this PyTorch or processor has no bfloat16 product in float32",
 )
 def test_on_intel_the_head_gradient_is_not_rounded_on_its_way():
     gradient, hidden, _ = factors(37, 130, 48, torch.bfloat16)
     total = torch.empty(130, 48)
 
-    products.add_outer(total, gradient, hidden.contiguous(), 0)
+    cpu_matmul.add_outer(total, gradient, hidden.contiguous(), 0)
 
     assert error(total, gradient.double().t() @ hidden.double()) <= 1e-6
 
@@ -97,9 +97,9 @@ def test_on_intel_the_head_gradient_is_not_rounded_on_its_way():
 def test_one_dnn_meets_few_shapes_whatever_the_number_of_tokens(monkeypatch):
     """It keeps what it made for each: 240 MB in a long run, when each batch had its own."""
     met = set()
-    by_one_dnn = products._by_one_dnn
-    monkeypatch.setattr(products, "_by_one_dnn", lambda x, y: met.add((x.shape, y.shape)) or by_one_dnn(x, y))
-    monkeypatch.setattr(products, "_is_another_avx512", lambda: True)
+    by_one_dnn = cpu_matmul._by_one_dnn
+    monkeypatch.setattr(cpu_matmul, "_by_one_dnn", lambda x, y: met.add((x.shape, y.shape)) or by_one_dnn(x, y))
+    monkeypatch.setattr(cpu_matmul, "_is_another_avx512", lambda: True)
     student, teacher = torch.randn(70, 8, requires_grad=True), torch.randn(70, 12)
 
     for N in range(1200):
