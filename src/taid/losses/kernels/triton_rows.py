@@ -416,9 +416,8 @@ def _mixture(student, teacher, row, models, power, share, V, BLOCK: tl.constexpr
         ids = start + tl.arange(0, BLOCK)
         z_q, z_p = _logits(student, row, ids, V) - top_q, _logits(teacher, row, ids, V) - top_p
         z_r, _, from_p, _ = _mean(z_q, z_p, tl.log(total_q / total_p), power, share)
-        z_r = tl.where(
-            z_r > _LOG_ZERO, z_r, _LOG_ZERO
-        )  # one NaN makes all of a row NaN, by q or p; no need for it here
+        # One NaN makes all of a row NaN, by q or p; there is no need for it here.
+        z_r = tl.where(z_r > _LOG_ZERO, z_r, _LOG_ZERO)
         from_p_of_likeliest = tl.where(z_r > top, from_p, from_p_of_likeliest)
         top, total = _take_in(z_r, top, total, 1.0)
     from_p_of_likeliest = tl.max(tl.where(top == tl.max(top), from_p_of_likeliest, lowest))
