@@ -94,14 +94,14 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def storeys(graph: dict[str, set[str]]) -> int:
-    """Number of modules on the longest chain of imports; a circle counts as one storey."""
+    """Number of modules on the longest chain of imports; a circle counts each of its modules: none can be read first."""
     home = {module: group[0] for group in circles(graph) for module in group}
 
     @functools.cache
     def height(storey: str) -> int:
         members = [module for module in graph if home.get(module, module) == storey]
         below = {home.get(target, target) for module in members for target in graph[module]} - {storey}
-        return 1 + max((height(target) for target in below), default=0)
+        return len(members) + max((height(target) for target in below), default=0)
 
     return max(height(home.get(module, module)) for module in graph)
 
@@ -332,7 +332,7 @@ def test_a_name_of_nothing_is_found(tmp_path):
 def test_the_tool_finds_a_circle_and_counts_storeys():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": set()}
     assert circles(graph) == [["b", "c"]]
-    assert storeys(graph) == 3
+    assert storeys(graph) == 4
 
 
 # ---- the table
