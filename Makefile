@@ -4,10 +4,10 @@ BIN := .venv/bin
 # A worker a core; a file's tests stay together, because they share what they have trained.
 PYTEST := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help install dev demo test check format docs clean
+.PHONY: help install dev demo test test-all lint check format docs clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: .venv/installed  ## make .venv with the package
 
@@ -16,15 +16,23 @@ dev: .venv/installed-dev  ## the same with the tools for tests and docs
 demo: install  ## distil on this Python's own standard library, in minutes
 	$(BIN)/taid demo
 
-test: dev  ## run the tests
+test: dev  ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest $(PYTEST)
 
-check: dev  ## format check, lint, types, tests, docs: what CI runs
+test-all: test  ## run the slow ones too: several processes, long runs that are killed
+	$(BIN)/python -m pytest $(PYTEST) -m slow
+
+lint: dev  ## format, style, types, imports, dead code, dependencies, spelling, documentation
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/vulture
+	$(BIN)/deptry src
+	$(BIN)/codespell
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
+
+check: lint test  ## both
 
 format: dev  ## format and mend what can be mended
 	$(BIN)/ruff format

@@ -94,7 +94,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def storeys(graph: dict[str, set[str]]) -> int:
-    """Number of modules on the longest chain of imports; a circle counts each of its modules: none can be read first."""
+    """Number of modules on the longest chain of imports; a circle counts as many storeys as it has modules."""
     home = {module: group[0] for group in circles(graph) for module in group}
 
     @functools.cache
