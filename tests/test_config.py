@@ -21,8 +21,8 @@ skew head_mass dkd_alpha dkd_beta dkd_temperature abkd_alpha abkd_beta amid_mixt
 teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs teacher_placement teacher_quantization
 teacher_cache teacher_cache_format teacher_cache_samples teacher_server_url teacher_server_model
 teacher_server_timeout teacher_server_compare teacher_top_k tokenizer_from sampling sampling_share
-sampling_temperature sampling_max_new_tokens sampling_buffer_size seq_kd train_tokens skip_bad_images eval_tasks
-eval_tasks_num_fewshot eval_tasks_include_path overwrite_output_dir
+sampling_temperature sampling_max_new_tokens sampling_buffer_size seq_kd train_tokens skip_bad_images
+overwrite_output_dir
 """.split()
 
 
@@ -102,9 +102,6 @@ def test_the_defaults_are_the_papers():
         "seq_kd": False,
         "train_tokens": None,
         "skip_bad_images": False,
-        "eval_tasks": None,
-        "eval_tasks_num_fewshot": None,
-        "eval_tasks_include_path": None,
         "overwrite_output_dir": False,
     }
 

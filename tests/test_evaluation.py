@@ -654,7 +654,7 @@ def test_tasks_of_a_vision_language_model_go_to_lmms_eval(monkeypatch, tmp_path,
     ]  # fmt: skip
 
 
-# --- tasks at the end of a run ----------------------------------------------------------------------------------------
+# --- tasks of a run's student -----------------------------------------------------------------------------------------
 
 
 def train(tmp_path, student_folder, rows, *more):
@@ -673,11 +673,10 @@ ADAPTER = ["--use_peft", "--lora_target_modules", "all-linear"]
     "kind",
     [[], ADAPTER, [*ADAPTER, "--use_dora"], [*ADAPTER, "--objective", "forward_kl", "--tokenizer_from", "teacher"]],
 )
-def test_a_run_ends_with_its_tasks(
+def test_tasks_of_a_runs_student_stand_in_its_report(
     own_tasks_only, kind, tmp_path, student_folder, teacher_folder, task_folder, rows, capsys
 ):
-    more = ["--eval_tasks", "tiny_choice,tiny_text", "--eval_tasks_num_fewshot", 1]
-    more += ["--eval_tasks_include_path", task_folder, *kind]
+    more = list(kind)
     if "--tokenizer_from" in kind:
         description = json.loads((shutil.copytree(teacher_folder, tmp_path / "t") / "tokenizer.json").read_text())
         vocab = description["model"]["vocab"]
@@ -686,29 +685,18 @@ def test_a_run_ends_with_its_tasks(
         more += ["--teacher_model_name_or_path", tmp_path / "t"]
     assert train(tmp_path, student_folder, rows, *more) == 0
     folder = tmp_path / "run"
+    options = ("--tasks", "tiny_choice,tiny_text", "--num_fewshot", 1, "--include_path", task_folder)
+    assert evaluate(folder, *options, "--output", folder / "evaluation.json") == 0
+    assert main(["report", str(folder)]) == 0
     found = json.loads((folder / "evaluation.json").read_text())["tasks"]
     assert {(row["task"], row["n_shot"]) for row in found} == {("tiny_choice", 1), ("tiny_text", 1)}
     page, printed = (folder / "report.html").read_text(), capsys.readouterr().out
     for row in found:
         assert f'<td class="number">{row["value"]:.4f}</td>' in page
         assert f"{row['value']:.4f}" in printed
-    # What taid evaluate says of the folder, which is not the student before.
+    # It is not the student before.
     output = tmp_path / "e.json"
-    options = ("--tasks", "tiny_choice,tiny_text", "--num_fewshot", 1, "--include_path", task_folder)
-    assert evaluate(folder, *options, "--output", output) == 0
-    assert json.loads(output.read_text())["tasks"] == found
     assert evaluate(student_folder, *options, "--output", output) == 0
     assert json.loads(output.read_text())["tasks"] != found
     run_folder.clear(folder)
     assert not (folder / "evaluation.json").exists()
-
-
-def test_task_names_are_checked_before_training(own_tasks_only, tmp_path, student_folder, task_folder, rows, capsys):
-    more = ("--eval_tasks", "tiny_choise", "--eval_tasks_include_path", task_folder)
-    assert train(tmp_path, student_folder, rows, *more) == 2
-    assert "task 'tiny_choise' does not exist" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="eval_tasks_num_fewshot is for eval_tasks, which names no task"):
-        TAIDConfig(output_dir=str(tmp_path), use_cpu=True, eval_tasks_num_fewshot=2)
-    with pytest.raises(ValueError, match="eval_tasks_num_fewshot must be 0 or positive, got -1"):
-        TAIDConfig(output_dir=str(tmp_path), use_cpu=True, eval_tasks="a", eval_tasks_num_fewshot=-1)

@@ -689,7 +689,7 @@ def test_a_recipe_samples_in_its_dry_run(recipe, tmp_path, capsys):
     path = recipe(tmp_path / "run", sampling="adaptive", seq_kd=True, sampling_buffer_size=1000)
     _, _, args = parse(["--config", str(path)])
     assert (args.sampling, args.sampling_buffer_size) == ("adaptive", 1000)
-    assert main.main(["train", "--config", str(path), "--dry_run"]) == 0
+    assert main(["train", "--config", str(path), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "dry run passed" in out
     assert "without the time in which answers are sampled" in out

@@ -2,7 +2,7 @@
 
 config.yaml      the resolved configuration           metrics.jsonl   one object a logged step
 versions.json    versions, machine, N                  checkpoint-N/   written by transformers
-evaluation.json  what the student did on eval_tasks
+evaluation.json  what taid evaluate --output RUN/evaluation.json measured
 report.html, t.png, loss.png, and the student as an ordinary save_pretrained folder
 """
 

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taid.evaluation import options as evaluation_options
 from taid.training import engines
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("cache", help="keep what the teacher says of a run's rows on disk (taid cache --help)")
     commands.add_parser("compare", help="methods x seeds in one table, tuned alike (taid compare --help)")
     commands.add_parser("plan", help="what a recipe takes in memory, time and disk (taid plan --help)")
-    _add_evaluate(commands)
+    evaluate = commands.add_parser("evaluate", help="held-out measures, benchmark tasks and a judge's grades")
+    evaluation_options.add_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
     report = commands.add_parser("report", help="rebuild report.html and the plots of a run")
     report.add_argument("run_dir", type=Path, help="the output_dir of a run")
     report.set_defaults(run=_report)
@@ -119,47 +122,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=150, help="optimizer steps a method (default: %(default)s)")
     demo.set_defaults(run=_demo)
     return parser
-
-
-def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser("evaluate", help="held-out measures, benchmark tasks and a judge's grades")
-    add = evaluate.add_argument
-    add("model", metavar="MODEL", help="a folder with safetensors (also of an adapter) or a Hub name")
-    add("--teacher", metavar="MODEL", help="gives the KL to it, agreement with it, and its own row")
-    add("--student_only", action="store_true", help="no row of the teacher's own, which takes as long as another")
-    add("--teacher_quantization", choices=("bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"),
-        help="also load the teacher in these bits, as in training, and say what that changes of it")  # fmt: skip
-    add("--before", metavar="MODEL", help="the student before training, for a row of its own")
-    add("--data", metavar="NAME", help="held-out rows: a file, glob, folder or Hub name, as dataset_name")
-    add("--dataset_config", metavar="NAME", help="configuration of a Hub data set")
-    add("--split", default="test", help="split of a Hub data set or folder (default: %(default)s)")
-    add("--dataset_text_field", default="text", metavar="NAME", help="the column of plain text (default: %(default)s)")
-    add("--generate", type=int, metavar="N", help="also answer the first N held-out rows with a prompt: ROUGE-L, exact "
-        "match, and the variety of samples")  # fmt: skip
-    add("--samples", type=int, default=4, metavar="K", help="answers drawn to each prompt of --generate at temperature "
-        "1; 0 for greedy answers alone (default: %(default)s)")  # fmt: skip
-    add("--max_length", type=int, default=1024, metavar="N", help="rows are cut to N tokens (default: %(default)s)")
-    add("--assistant_only_loss", action="store_true", help="in chats only the assistant's tokens count")
-    add("--chat_template_path", metavar="FILE", help="a chat template for a tokenizer without one")
-    add("--batch_size", type=int, default=8, metavar="N", help="rows, or requests of a task (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of all models; auto is that of each checkpoint (default: %(default)s)")  # fmt: skip
-    add("--use_cpu", action="store_true", help="even where there is a GPU")
-    add("--tasks", metavar="A,B", help="tasks of lm-eval, comma-separated; taid-paper is the paper's set")
-    add("--num_fewshot", type=int, metavar="N", help="examples before each question, where a task leaves it open")
-    add("--limit", type=float, metavar="N", help="only the first N questions of a task, for trying it out")
-    add("--include_path", metavar="DIR", help="a folder with task files of your own")
-    add("--judge_url", metavar="URL", help="a server with the OpenAI API, which grades answers; its key, if it wants "
-        "one, is JUDGE_API_KEY in the environment")  # fmt: skip
-    add("--judge_model", metavar="NAME", help="the judge's name on the server")
-    add("--judge_timeout", type=float, default=120.0, metavar="S", help="seconds without a byte (default: %(default)s)")
-    add("--prompts", metavar="FILE", help=".jsonl with `prompt`, `messages` or `turns` a row")
-    add("--max_new_tokens", type=int, default=1024, metavar="N", help="of an answer, of the judge's prompts "
-        "and of --generate's (default: %(default)s)")  # fmt: skip
-    add("--speed", action="store_true", help="size, memory and speed, also quantized; with --dtype auto all of them in "
-        "bfloat16 on a GPU and in float32 on a CPU")  # fmt: skip
-    add("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
-    evaluate.set_defaults(run=_evaluate)
 
 
 def _configured(argv: Sequence[str], command: str, own: Any = None) -> tuple[Any, DataArguments, TAIDConfig]:
@@ -297,15 +259,12 @@ def _dry_run(argv: Sequence[str]) -> None:
 def _train(model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig) -> None:
     from taid.artifacts import run_folder
     from taid.artifacts.report import write_report
-    from taid.evaluation import evaluate as evaluation
-    from taid.evaluation.lm_eval_tasks import tasks_of
 
     output_dir, is_main = Path(args.output_dir), args.process_index == 0
     with run_folder.claimed(output_dir) if is_main else contextlib.nullcontext():
         checkpoint = _checkpoint_to_resume(output_dir, args)
         if is_main and checkpoint is None:
             run_folder.check_free(output_dir, overwrite=args.overwrite_output_dir)
-        tasks = tasks_of(args, model_arguments) if is_main else None
         trainer = _build_trainer(model_arguments, data_arguments, args, resuming=checkpoint is not None)
         if is_main and checkpoint is None:
             run_folder.clear(output_dir)  # holds a run only where overwriting it was asked for
@@ -316,8 +275,6 @@ def _train(model_arguments: Any, data_arguments: DataArguments, args: TAIDConfig
         if trainer.eval_dataset is not None and not _evaluated_at(trainer.state.global_step, trainer.state.log_history):
             trainer.evaluate()
         trainer.save_model(_internal_call=True)  # does not push yet: card and report go along
-        if tasks is not None:
-            evaluation.of_run(output_dir, tasks, args)
         trainer.create_model_card()
         if is_main:
             print(f"student: {output_dir}\nreport:  {write_report(output_dir)}")
@@ -438,6 +395,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    evaluation_options.check(options)  # before the libraries are imported, which takes seconds
     import datasets
     from transformers.utils import logging as transformers_logging
 

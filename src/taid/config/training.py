@@ -73,7 +73,6 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("max_length", "be positive, or null for rows of any length", lambda value: value >= 1),
     ("teacher_cache_samples", "lie in 1 .. 255", lambda value: 1 <= value <= 255),
-    ("eval_tasks_num_fewshot", "be 0 or positive", lambda value: value >= 0),
     (
         "teacher_server_timeout dkd_temperature sampling_temperature",
         "be a positive number",
@@ -285,19 +284,6 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
         default=False,
         metadata={"help": "Leave out rows whose images cannot be read or do not fit into max_length, and say so."},
     )
-    eval_tasks: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tasks of lm-eval that the trained student is given at the end, comma-separated, as in `taid "
-            "evaluate --tasks`."
-        },
-    )
-    eval_tasks_num_fewshot: int | None = field(
-        default=None, metadata={"help": "Examples before each question, where a task of eval_tasks leaves it open."}
-    )
-    eval_tasks_include_path: str | None = field(
-        default=None, metadata={"help": "A folder with task files of your own for eval_tasks."}
-    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the run that output_dir holds and start anew."}
     )
@@ -385,9 +371,6 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
                 f"teacher_quantization: {self.teacher_quantization} and teacher_placement: {self.teacher_placement} do "
                 "not go together: quantized weights are held whole by each process"
             )
-        for name in ("eval_tasks_num_fewshot", "eval_tasks_include_path"):
-            if getattr(self, name) is not None and self.eval_tasks is None:
-                raise ValueError(f"{name} is for eval_tasks, which names no task")
         if self.train_tokens is not None and not (self.packing and self.max_length):
             raise ValueError(
                 "train_tokens needs packing: true and a max_length, which give each row that many tokens; without them "

@@ -13,7 +13,6 @@ import copy
 import gc
 import json
 import logging
-import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -30,6 +29,7 @@ from taid.artifacts.tables import generation_tables, held_out_tables
 from taid.evaluation import inference_speed
 from taid.evaluation.held_out import held_out, quantized
 from taid.evaluation.lm_eval_tasks import Tasks, task_table
+from taid.evaluation.options import MARK, answers_file, check, speed_file
 from taid.training import engines
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MARK = "taid_evaluation"
-_SPEED, _GENERATIONS = ".speed.md", ".generations.jsonl"
 _OF_HELD_OUT = ("teacher", "before", "data")
 
 
@@ -100,7 +98,11 @@ def run(options: Namespace) -> dict[str, Any]:
         ImportError: a package that an option needs is not installed.
         ConnectionError: the judge cannot be reached.
     """
-    _check(options)
+    check(options)
+    if options.teacher_quantization is not None:
+        import torch
+
+        engines.quantized(options.teacher_quantization, torch.float32)  # names a package that is not installed
     with _configured(options) as args:  # before the rows: it sets up the processes
         return _run(options, args)
 
@@ -121,7 +123,7 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         options.data, config=options.dataset_config, split=options.split, text_field=options.dataset_text_field
     )
     prompts = prompted(rows, options.generate, options.data) if options.generate else []
-    result: dict[str, Any] = {_MARK: 1, "taid_version": metadata.version("taid")}
+    result: dict[str, Any] = {MARK: 1, "taid_version": metadata.version("taid")}
     result |= {name: getattr(options, name) for name in ("model", *_OF_HELD_OUT)} | _earlier(options)
     console = _console()
     if options.speed and is_main:  # before this process has a model too
@@ -131,7 +133,7 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         console.print(inference_speed.table(result["speed"]))
         _write(options.output, result)
         if options.output is not None:
-            run_folder.write_atomically(options.output.with_suffix(_SPEED), inference_speed.markdown(result["speed"]))
+            run_folder.write_atomically(speed_file(options.output), inference_speed.markdown(result["speed"]))
     if not (rows or options.tasks or options.judge_url):
         return result
     model, processing_class = _load(options, options.model, "student", see=has_images(rows))
@@ -159,95 +161,9 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     return result
 
 
-def of_run(folder: Path, tasks: Tasks, args: TAIDConfig) -> None:
-    """Give the student that a run has saved its tasks; print the table and write evaluation.json beside it."""
-    from taid.models.loading import load_model, load_processing_class, tokenizer_of
-
-    tokenizer = tokenizer_of(load_processing_class(str(folder), role="student"))
-    model = load_model(str(folder), role="student", dtype="auto").to(args.device).eval()
-    rows = tasks.run(
-        model, tokenizer, num_fewshot=args.eval_tasks_num_fewshot, batch_size=args.per_device_eval_batch_size
-    )
-    _write(
-        folder / run_folder.EVALUATION,
-        {_MARK: 1, "taid_version": metadata.version("taid"), "model": str(folder), "tasks": rows},
-    )
-    _console().print(task_table(rows))
-
-
 def _console() -> Console:
     # What is no terminal would cut the tables at 80 columns.
     return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def _check(options: Namespace) -> None:
-    """What the options say of each other."""
-    if options.data is None and options.tasks is None and options.judge_url is None and not options.speed:
-        raise ValueError("nothing to evaluate: give held-out rows as --data, tasks as --tasks, a judge, or --speed")
-    if options.teacher is not None and options.data is None and not options.speed:
-        raise ValueError("--teacher is compared on held-out rows or in --speed: give rows as --data")
-    if options.before is not None and options.data is None:
-        raise ValueError("--before is compared on held-out rows: give them as --data")
-    if options.teacher_quantization is not None:
-        if options.teacher is None or options.data is None:
-            raise ValueError("--teacher_quantization changes a teacher on held-out rows: give --teacher and --data")
-        import torch
-
-        engines.quantized(options.teacher_quantization, torch.float32)  # names a package that is not installed
-    if options.student_only and (options.teacher is None or options.teacher_quantization is not None):
-        raise ValueError(
-            "--student_only leaves the row of a --teacher away, which --teacher_quantization needs: give a teacher "
-            "without it"
-        )
-    if options.generate is not None and options.data is None:
-        raise ValueError("--generate answers the prompts of held-out rows: give rows as --data")
-    if options.samples < 0:
-        raise ValueError(f"--samples must be 0, for greedy answers alone, or positive, got {options.samples}")
-    for name in ("num_fewshot", "limit", "include_path"):
-        if getattr(options, name) is not None and options.tasks is None:
-            raise ValueError(f"--{name} is for tasks: name some with --tasks")
-    for name in ("batch_size", "max_length", "limit", "generate", "max_new_tokens"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            raise ValueError(f"--{name} must be positive, got {value}")
-    asked = {name: getattr(options, name) for name in ("judge_url", "judge_model", "prompts")}
-    if any(asked.values()):
-        for name, value in (asked | {"output": options.output}).items():
-            if value is None:
-                raise ValueError(
-                    f"a judge needs --judge_url, --judge_model, --prompts and --output: --{name} is not set"
-                )
-    if options.output is not None:
-        check_output(options.output)
-        written = [options.output.with_suffix(_SPEED)] if options.speed else []
-        names = ["student", *(["student before"] if options.before else [])] if options.generate else []
-        written += [path for name in names if (path := _answers_of(name, options.output))]
-        for path in written:
-            if path.exists() and not options.output.exists():
-                raise ValueError(f"--output: {path} would be overwritten: choose another name")
-
-
-def check_output(path: Path) -> None:
-    """Refuse a place where an evaluation cannot be written.
-
-    Raises:
-        ValueError: it is a folder, or a file that is no evaluation, which would be lost.
-        FileNotFoundError: its folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: the folder {path.parent} cannot be written to")
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a folder: name a file in it, as {path / run_folder.EVALUATION}")
-    if not path.exists():
-        return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        is_evaluation = isinstance(content, dict) and _MARK in content
-    except (ValueError, TypeError):
-        is_evaluation = False
-    if not is_evaluation:
-        raise ValueError(f"--output {path} is a file that taid evaluate did not write: choose another name")
 
 
 def _earlier(options: Namespace) -> dict[str, Any]:
@@ -325,7 +241,7 @@ def _compare(
         pairs = {"student before": _load(options, options.before, "student", see=see)} | pairs
     asked = {"prompts": prompts, "samples": options.samples, "max_new_tokens": options.max_new_tokens}
     of_models = {
-        name: measure(*pair, rows, args, *teacher, **asked, answers=_answers_of(name, options.output))
+        name: measure(*pair, rows, args, *teacher, **asked, answers=answers_file(name, options.output))
         for name, pair in pairs.items()
     }
     found = {kind: {name: of[kind] for name, of in of_models.items()} for kind in of_models["student"]}
@@ -337,9 +253,3 @@ def _compare(
     if of_quantized is not None:
         found["held_out"]["teacher"]["quantized"] = {"name": options.teacher_quantization} | of_quantized
     return found
-
-
-def _answers_of(name: str, output: Path | None) -> Path | None:
-    """Where the answers of the student, or of the student before, are written: beside the numbers."""
-    before = ".before" if name == "student before" else ""
-    return None if output is None else output.with_suffix(before + _GENERATIONS)

@@ -9,12 +9,9 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from taid.config.training import TAIDConfig
 
 PAPER = "taid-paper"
 # Six few-shot tasks, as the Open LLM Leaderboard asked them; why these: docs/evaluate.md.
@@ -141,13 +138,6 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def tasks_of(args: TAIDConfig, model_arguments: Any) -> Tasks | None:
-    """The tasks that a run ends with, found before it begins; raises what :meth:`Tasks.named` does."""
-    if args.eval_tasks is None:
-        return None
-    return Tasks.named(args.eval_tasks, args.eval_tasks_include_path, model=model_arguments.model_name_or_path)
 
 
 def task_table(rows: list[dict[str, Any]]) -> Table:

@@ -25,7 +25,6 @@ from trl import ModelConfig
 from taid.config.training import DataArguments, TAIDConfig
 from taid.data import images, stream
 from taid.data.loading import load_rows
-from taid.evaluation.lm_eval_tasks import tasks_of
 from taid.models.loading import sees, teacher_init_kwargs
 from taid.planning import tiny
 from taid.planning.plan import Recipe
@@ -53,10 +52,10 @@ class Miniature:
     def released(
         self, model: ModelConfig, data: DataArguments, args: TAIDConfig
     ) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
-        """The same without what reaches out of a dry run or needs a GPU: servers, the Hub, tasks, kernels."""
+        """The same without what reaches out of a dry run or needs a GPU: servers, the Hub, kernels."""
         logging.getLogger("taid").setLevel(logging.ERROR)  # what is said of the miniature is not true of the run
         model.attn_implementation = None
-        args.teacher_server_url = args.resume_from_checkpoint = args.eval_tasks = None
+        args.teacher_server_url = args.resume_from_checkpoint = None
         args.push_to_hub = args.torch_compile = args.activation_offloading = False
         if args.teacher_model_init_kwargs is not None:
             args.teacher_model_init_kwargs = {"dtype": teacher_init_kwargs(args)["dtype"]}
@@ -71,7 +70,6 @@ def miniature(recipe: Recipe) -> Iterator[Miniature]:
         ValueError: a configuration, a tokenizer, the rows or the options of the recipe are not as they should be.
     """
     args = recipe.args
-    tasks_of(args, recipe.model)
     roles = ["student"] if args.teacher_model_name_or_path is None else ["student", "teacher"]
     level = logging.getLogger("taid").level
     with tempfile.TemporaryDirectory(prefix="taid-dry-run-") as folder, contextlib.redirect_stdout(io.StringIO()):
