@@ -107,15 +107,16 @@ def options(folder: Path, case: dict[str, object]) -> list[str]:
 
 
 def measured(folder: Path, case: dict[str, object]) -> list[int]:
-    """The peak of each process."""
-    from taid.training.engines import _file
+    """Return the peak of each process."""
+    from taid.cli.launch import config_file
 
     for path in folder.glob("[0-9].json"):
         path.unlink()
     engine = case.get("engine")
     launcher = []
     if engine:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(_file(str(engine))), "--num_processes=2"]
+        config = str(config_file(str(engine)))
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes=2"]
     deepspeed = Path(__file__).parents[1] / ".venv" / "deepspeed"
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000", "HF_HUB_OFFLINE": "1",

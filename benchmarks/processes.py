@@ -121,11 +121,11 @@ def tokens_per_second(recipe: Path, engine: str, processes: int) -> float:
 
 def in_turns(recipe: Path, engine: str, processes: int, steps: int) -> list[list[dict[str, Any]]]:
     """What each process saw of each step."""
-    from taid.training import engines
+    from taid.cli import launch
 
     out = recipe.parent / f"{engine}_{processes}"
     out.mkdir()
-    config = ["--config_file", str(engines._file(engine)), "--num_processes", str(processes), *PORT]
+    config = ["--config_file", str(launch.config_file(engine)), "--num_processes", str(processes), *PORT]
     launcher = ["-m", "accelerate.commands.launch", *config] if processes > 1 else []
     taid = ["train", "--config", str(recipe), "--output_dir", str(out / "run"), "--max_steps", str(steps + 1)]
     finish([[*launcher, __file__, "--watch", str(out), *taid]], recipe.parent / "log.txt")

@@ -37,8 +37,8 @@ def worker(model: Path, placement: str, out: Path) -> None:
     from taid import TAIDConfig
     from taid.models.loading import load_model
     from taid.models.vocabulary import Vocabulary
+    from taid.teachers import placement as teacher_placement
     from taid.teachers.teacher import LocalTeacher
-    from taid.training import engines
 
     args = TAIDConfig(output_dir=str(out), use_cpu=True, bf16=False, teacher_placement=placement)
     before, peak, is_over = resident(), (0, 0), threading.Event()
@@ -51,9 +51,11 @@ def worker(model: Path, placement: str, out: Path) -> None:
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
-    teacher = load_model(str(model), role="teacher", dtype=torch.float32, **engines.reading(args, placement))
+    teacher = load_model(
+        str(model), role="teacher", dtype=torch.float32, **teacher_placement.loading_options(args, placement)
+    )
     teacher.requires_grad_(False).eval()
-    engines.put(teacher, args)
+    teacher_placement.place(teacher, args)
     rows = teacher.config.vocab_size
     local = LocalTeacher(teacher, Vocabulary(tuple(range(rows))), torch.no_grad, fused=True)
     for seed in range(4):

@@ -18,10 +18,12 @@ from torch.utils.data import BatchSampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from taid.artifacts import run_folder
+from taid.cli import launch
 from taid.cli.main import main
 from taid.data import tokenized
+from taid.teachers import placement
 from taid.teachers.cache import Cache
-from taid.training import engines
+from taid.training import engines, resume
 
 pytestmark = pytest.mark.cli
 
@@ -360,7 +362,7 @@ def test_a_student_by_tensor_parallelism_is_for_ddp():
 
 def test_zero_without_deepspeed_is_named(capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda _: None)
     assert main.main(["train", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
     assert capsys.readouterr().err == "taid: error: zero3 needs DeepSpeed: pip install 'taid[zero]'\n"
 
@@ -385,10 +387,10 @@ def test_a_checkpoint_of_another_engine_is_named(files, written, engine, tmp_pat
     state = SimpleNamespace(**plugins.get(engine, {}))
     accelerator = SimpleNamespace(state=state, num_processes=1 if engine == "none" else 2)
     if engine.removesuffix("2").removesuffix("3") in written or (engine in ("none", "ddp") and not files):
-        engines.check_checkpoint(tmp_path, accelerator)
+        resume.check_checkpoint(tmp_path, accelerator)
         return
     with pytest.raises(ValueError, match=f"was written by {written}, and this run's engine is {engine}: resume it"):
-        engines.check_checkpoint(tmp_path, accelerator)
+        resume.check_checkpoint(tmp_path, accelerator)
 
 
 def test_heads_that_cannot_be_dealt_out_are_named(make_model):
@@ -397,7 +399,7 @@ def test_heads_that_cannot_be_dealt_out_are_named(make_model):
     with pytest.raises(
         ValueError, match=r"a machine's 3 processes as many heads, but the teacher's num_attention_heads"
     ):
-        engines._require_cut(model)
+        placement._require_cut(model)
 
 
 def test_a_process_that_was_started_starts_no_others(capsys, monkeypatch):

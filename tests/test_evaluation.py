@@ -294,7 +294,7 @@ def test_what_fewer_bits_change_of_a_teacher_is_what_they_change_by_hand(
 def test_a_teacher_in_as_many_bits_as_before_changes_by_nothing(
     dtype, tmp_path, monkeypatch, student_folder, teacher_folder, rows
 ):
-    monkeypatch.setattr("taid.training.engines.quantized", lambda name, compute: None)
+    monkeypatch.setattr("taid.evaluation.evaluate.quantization_config", lambda name, compute: None)
     options = ("--teacher", teacher_folder, "--teacher_quantization", "bnb_4bit", "--dtype", dtype, "--batch_size", 3)
     assert evaluate(student_folder, *options, "--data", rows(tmp_path / "r.jsonl"), "--output", tmp_path / "e") == 0
     found = json.loads((tmp_path / "e").read_text())["held_out"]["teacher"]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from taid.config.training import TAIDConfig
-from taid.models.loading import load_model, load_pair, load_tokenizer, output_rows
-from taid.training import engines
+from taid.models.loading import load_model, load_tokenizer, output_rows, quantization_config
+from taid.training.pair import load_pair
 
 WEIGHTS = "model.safetensors"
 
@@ -446,7 +446,7 @@ def test_an_adapters_fault_is_named(student_folder, tmp_path):
 
 def test_evaluating_leaves_4_bit_weights_trainable(make_model, tmp_path):
     make_model(hidden_size=64).save_pretrained(tmp_path)
-    options = {"quantization_config": engines.quantized("bnb_4bit", torch.float32), "device_map": {"": "cpu"}}
+    options = {"quantization_config": quantization_config("bnb_4bit", torch.float32), "device_map": {"": "cpu"}}
     student = load_model(str(tmp_path), role="student", **options)
     student = get_peft_model(student, LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian"))
     ids = torch.arange(24)[None]

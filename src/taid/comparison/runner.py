@@ -28,12 +28,14 @@ from taid.artifacts import run_folder
 from taid.comparison import results
 from taid.comparison.plan import Plan, Run, arguments_of
 from taid.comparison.workers import Job, Workers
+from taid.config.parsing import configured
 from taid.config.training import DataArguments, TAIDConfig
 from taid.data.images import has_images
 from taid.data.loading import load_rows, local_files
 from taid.evaluation.answers import prompted
 from taid.teachers import cache_manifest
 from taid.teachers.cache import file_digest
+from taid.training.run import cache, train
 
 _SETTINGS, _RECIPE, _CACHE, _BESIDE = "comparison.yaml", "recipe.yaml", "cache", "before.json"
 
@@ -263,15 +265,15 @@ def _beside(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _cache(arguments: list[str], mark: Path) -> None:
-    _taid("cache", arguments)
+    cache(*configured(arguments, "cache"))
     run_folder.write_atomically(mark, "{}\n")
 
 
 def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, Any]) -> None:
-    from taid.cli import main
+    from taid.config.parsing import configured
 
     try:
-        main.train(arguments)
+        train(*configured(arguments))
     except FloatingPointError as error:  # a result of its own: the method cannot bear this learning rate
         run_folder.write_atomically(result, json.dumps(facts | {"diverged": str(error)}, indent=2) + "\n")
         return

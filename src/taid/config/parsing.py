@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import datasets
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, SFTConfig
 
-from taid.config.training import DataArguments, TAIDConfig, in_yaml, nearest
-from taid.training import engines
+from taid.config.training import DataArguments, TAIDConfig, changed, in_yaml, nearest
+
+# Options of `accelerate launch` that a run may be given beside the file.
+LAUNCHER = "num_processes num_machines machine_rank main_process_ip main_process_port".split()
 
 # What `taid train --help` shows of transformers' 120 training arguments; `--help_all` shows the rest.
 _COMMON = frozenset(
@@ -208,6 +215,46 @@ def _names(parser: argparse.ArgumentParser) -> set[str]:
 
 def _of_launcher(name: Any) -> str:
     """What to say of an option that starts processes, where it is not one."""
-    if name not in ("accelerate_config", *engines.LAUNCHER):
+    if name not in ("accelerate_config", *LAUNCHER):
         return ""
     return ": processes are started on the command line, by --accelerate_config ddp|fsdp2|zero2|zero3|FILE"
+
+
+def configured(
+    argv: Sequence[str], command: str = "train", own: Any = None
+) -> tuple[ModelConfig, DataArguments, TAIDConfig]:
+    """Return the configuration of a command, and set up logs and progress bars for a terminal or a file.
+
+    Args:
+        argv: ``--config FILE`` and ``--option value`` pairs.
+        command: "train", "cache", "plan" or "compare": which options must be there.
+        own: options of the command alone, as :func:`parse` takes them.
+
+    Raises:
+        ValueError: an option is unknown, missing or out of range; names it and the remedy.
+        FileNotFoundError: there is no such YAML file.
+    """
+    model, data, args = parse(argv, command, own)
+    quiet_logs()
+    args = changed(args, disable_tqdm=not sys.stderr.isatty())  # a log file gets a line a logged step instead of a bar
+    required = {"model_name_or_path": model.model_name_or_path, "dataset_name": data.dataset_name}
+    if command == "cache":
+        required["teacher_cache"] = args.teacher_cache
+    if command == "plan" or (command == "cache" and args.teacher_server_url is None):
+        required["teacher_model_name_or_path"] = args.teacher_model_name_or_path
+    for name, value in required.items():
+        if value is None:
+            raise ValueError(f"{name} is not set: give it in the configuration or as --{name}")
+    if data.streaming and (command == "cache" or args.teacher_cache is not None):
+        raise ValueError("the rows of a stream are not known beforehand, as a teacher_cache needs them: use a teacher")
+    return model, data, args
+
+
+def quiet_logs() -> None:
+    """Show taid's own messages; hide the libraries' warnings between each other, and bars where nobody watches."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # no user can act on them
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("taid").setLevel(logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
@@ -18,7 +19,6 @@ from trl import SFTConfig
 
 from taid.losses.schedules import AutoSchedule, TAIDSchedule, auto_alpha, check_range
 from taid.teachers.server import check_url
-from taid.training import engines
 from taid.training import on_policy as sampling
 
 Objective = Literal[
@@ -308,7 +308,6 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
                 f"model_init_kwargs: distributed_config may give tp_size and tp_plan, not {', '.join(sorted(other))}: "
                 "a student is sharded by --accelerate_config fsdp2 or zero3"
             )
-        engines.prepare(self)
         if self.train_tokens is not None:
             self.max_steps: int = self._steps_for(self.train_tokens)
 
@@ -519,3 +518,11 @@ def nearest(name: str, known: Any) -> str:
     """A question whether the most similar known name was meant, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def changed(configuration: Any, **values: Any) -> Any:
+    """Return a copy with other values. Nothing is checked or derived anew, and the original stays as it is."""
+    copied = copy.copy(configuration)
+    for name, value in values.items():
+        setattr(copied, name, value)
+    return copied

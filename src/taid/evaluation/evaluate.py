@@ -30,7 +30,7 @@ from taid.evaluation import inference_speed
 from taid.evaluation.held_out import held_out, quantized
 from taid.evaluation.lm_eval_tasks import Tasks, task_table
 from taid.evaluation.options import MARK, answers_file, check, speed_file
-from taid.training import engines
+from taid.models.loading import quantization_config
 
 if TYPE_CHECKING:
     from taid.config.training import TAIDConfig
@@ -102,7 +102,7 @@ def run(options: Namespace) -> dict[str, Any]:
     if options.teacher_quantization is not None:
         import torch
 
-        engines.quantized(options.teacher_quantization, torch.float32)  # names a package that is not installed
+        quantization_config(options.teacher_quantization, torch.float32)  # names a package that is not installed
     with _configured(options) as args:  # before the rows: it sets up the processes
         return _run(options, args)
 
@@ -230,7 +230,7 @@ def _compare(
         of_rows.chat_template = tokenizer.chat_template
     of_quantized = None
     if options.teacher_quantization is not None:  # first, because it may not load, and goes before others come
-        config = engines.quantized(options.teacher_quantization, teacher[0].dtype)
+        config = quantization_config(options.teacher_quantization, teacher[0].dtype)
         more = {"quantization_config": config, "device_map": {"": args.device}}
         of_fewer_bits, _ = _load(options, options.teacher, "teacher", see=see, **more)
         of_quantized = quantized(teacher[0], of_rows, rows, args, of_fewer_bits, teacher[1])

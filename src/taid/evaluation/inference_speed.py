@@ -202,8 +202,8 @@ def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
     from transformers import logging
     from transformers.utils import cached_file
 
+    from taid.models import loading
     from taid.models.loading import load_model
-    from taid.training import engines
 
     logging.disable_progress_bar()
     dtype = (
@@ -211,7 +211,7 @@ def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
     )
     options: dict[str, Any] = {"dtype": dtype}
     if subject.bits is not None:
-        quantized = engines.quantized(f"bnb_{subject.bits}bit", dtype)
+        quantized = loading.quantization_config(f"bnb_{subject.bits}bit", dtype)
         options |= {"quantization_config": quantized, "device_map": {"": device}}
         importlib.import_module("bitsandbytes")  # its share of the memory is not the model's
     before = _memory(device, peak=False)

@@ -5,13 +5,15 @@ Weights load from safetensors only, and remote code runs only when asked for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +32,10 @@ from transformers import (
 )
 from transformers.utils import cached_file, find_adapter_config_file
 
-from taid.models.vocabulary import Vocabulary, adopt_special_tokens, adopt_tokenizer, split_differently
-from taid.training import engines
+from taid.models.vocabulary import adopt_special_tokens, split_differently
 
 if TYPE_CHECKING:
-    from taid.config.training import TAIDConfig
-    from taid.teachers.cache import Cache
-    from taid.teachers.server import Server
+    pass
 
 # What from_pretrained raises for a folder, an argument or a package that is not as it should be.
 _ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError, LookupError)
@@ -45,125 +44,6 @@ _ORIGIN = ("revision", "trust_remote_code")
 
 # Causal masks that old GPT-2, GPT-J and GPT-Neo files hold as weights; transformers itself ignores some of them only.
 _MASKS = re.compile(r"\.(attn|attention)\.((masked_)?bias|causal_mask)$")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Student and teacher, loaded and known to fit.
-
-    Attributes:
-        student: the model that is trained.
-        processing_class: the student's tokenizer, or its processor if it sees images; the teacher's where the student
-            was given it.
-        teacher: a model; None where nothing is distilled, or where a cache or a server answers and nothing is compared.
-        teacher_processing_class: None where there is no teacher at all.
-        vocabulary: the token ids that both predict.
-        names: where the two came from, under the names of the configuration.
-    """
-
-    student: Any
-    processing_class: Any
-    teacher: Any
-    teacher_processing_class: Any
-    vocabulary: Vocabulary
-    names: dict[str, str | None]
-
-    @property
-    def tokenizer(self) -> Any:
-        """The student's."""
-        return tokenizer_of(self.processing_class)
-
-    @property
-    def teacher_tokenizer(self) -> Any:
-        """None where there is no teacher at all."""
-        return tokenizer_of(self.teacher_processing_class)
-
-
-def load_pair(
-    student: Any, teacher: Any, args: TAIDConfig, processing_class: Any, teacher_processing_class: Any,
-    elsewhere: Cache | Server | None = None, *, see: bool = False,
-) -> Pair:  # fmt: skip
-    """Load what is given by name, and match the vocabularies; `see` where the rows have images.
-
-    Where a cache or a server answers for the teacher, no teacher is loaded, unless it is compared with the server.
-
-    Raises:
-        ValueError: a model cannot be loaded, a teacher is missing, or the tokenizers differ; says which and the remedy.
-    """
-    if teacher is None and elsewhere is None and args.distillation_share > 0:
-        raise ValueError(
-            f"objective {args.objective!r} needs a teacher: set teacher_model_name_or_path, teacher_cache or "
-            "teacher_server_url"
-        )
-    if teacher is None and elsewhere is None and args.tokenizer_from == "teacher":
-        raise ValueError("tokenizer_from: teacher needs a teacher: set teacher_model_name_or_path")
-    if teacher is student and not isinstance(student, str):
-        raise ValueError("student and teacher are one object: load the teacher a second time")
-    names = {"model_name_or_path": _name(student), "teacher_model_name_or_path": _name(teacher)}
-    remote = {"trust_remote_code": args.trust_remote_code}
-    if isinstance(student, str):
-        init_kwargs = remote | {"dtype": torch.float32} | (args.model_init_kwargs or {})
-        student = load_model(student, role="student", **init_kwargs)
-    args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
-    processing_class = processing_class or _processing_class_of(
-        names["model_name_or_path"], "student", "processing_class", see=see, **remote
-    )
-    tokenizer = tokenizer_of(processing_class)
-    if see:
-        _require_sight(student, processing_class, "student")
-    if teacher is None and elsewhere is None:
-        return Pair(student, processing_class, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
-
-    revision = {"revision": args.teacher_model_revision} if args.teacher_model_revision else {}
-    if elsewhere is not None:
-        teacher, teacher_processing_class, teacher_rows = _elsewhere(
-            elsewhere, teacher, args, teacher_processing_class, revision
-        )
-    if isinstance(teacher, str):
-        teacher = _load_teacher(teacher, args, remote | revision)
-    teacher_processing_class = teacher_processing_class or _processing_class_of(
-        names["teacher_model_name_or_path"], "teacher", "teacher_processing_class", see=see, **remote, **revision
-    )
-    if see:
-        _require_sight(teacher, teacher_processing_class, "teacher")
-    teacher_tokenizer = tokenizer_of(teacher_processing_class)
-    if args.tokenizer_from == "teacher":
-        if sees(student.config):
-            raise ValueError(
-                "tokenizer_from: teacher is for text models: a vision-language student would lose the token that "
-                "stands for its images. Choose a teacher of the student's family"
-            )
-        if isinstance(student, PeftModel):
-            raise ValueError(
-                f"tokenizer_from: teacher gives whole models a tokenizer, and student {names['model_name_or_path']!r} "
-                "is an adapter: merge it first (taid export --format merged-lora)"
-            )
-        adopt_tokenizer(student, tokenizer, teacher_tokenizer)
-        require_read_back(student.config, teacher_tokenizer)
-        tokenizer = processing_class = teacher_tokenizer
-    rows = {
-        "student_rows": output_rows(student),
-        "teacher_rows": output_rows(teacher) if elsewhere is None else teacher_rows,
-    }
-    vocabulary = Vocabulary.shared(tokenizer, teacher_tokenizer, **rows)
-    return Pair(student, processing_class, teacher, teacher_processing_class, vocabulary, names)
-
-
-def _load_teacher(name: str, args: TAIDConfig, origin: dict[str, Any]) -> Any:
-    _check_folder(name, "teacher")
-    can_be_cut = args.teacher_quantization is None and adapter_config(name, origin.get("revision")) is None
-    where = engines.placement(args, can_be_cut=can_be_cut)
-    if where != "replicated" and not can_be_cut:
-        raise ValueError(f"teacher {name!r} is an adapter, which is not cut up: merge it first (taid export)")
-    try:
-        return load_model(name, role="teacher", **(origin | engines.reading(args, where) | teacher_init_kwargs(args)))
-    except ValueError as error:
-        if "has no `tp_plan`" not in str(error):
-            raise
-        raise ValueError(
-            f"transformers has no plan by which the matrices of teacher {name!r} are cut: set teacher_placement: "
-            "sharded or replicated"
-        ) from error
 
 
 def require_read_back(config: Any, tokenizer: Any) -> None:
@@ -183,43 +63,6 @@ def require_read_back(config: Any, tokenizer: Any) -> None:
             f"{type(again).__name__}, which makes {theirs} of {text!r} instead of {ours}: choose a student of another "
             "type, or a teacher of the student's family"
         )
-
-
-def _require_sight(model: Any, processing_class: Any, role: str) -> None:
-    if not sees(model.config) or not isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            f"the rows have images, but the {role} ({type(model).__name__} with {type(processing_class).__name__}) "
-            "sees none: choose a vision-language model with its processor, or remove the images column"
-        )
-
-
-def _elsewhere(
-    elsewhere: Cache | Server, teacher: Any, args: TAIDConfig, tokenizer: Any, revision: dict[str, Any]
-) -> tuple[Any, Any, int]:
-    """Of a teacher that is not loaded: what it is compared with, its tokenizer, and how many rows its head has."""
-    from taid.teachers.cache import Cache
-
-    if isinstance(elsewhere, Cache):
-        tokenizer = _load_tokenizer(str(elsewhere.folder / "tokenizer"), "teacher")
-        return None, tokenizer, int(elsewhere.manifest["teacher_rows"])
-    name = _name(teacher) or elsewhere.model
-    try:
-        tokenizer = tokenizer or _load_tokenizer(name, "teacher", trust_remote_code=args.trust_remote_code, **revision)
-    except ValueError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            "a teacher on a server needs its tokenizer here: set teacher_model_name_or_path to a folder or Hub name "
-            f"that holds it ({reason})"
-        ) from error
-    if isinstance(teacher, str) and not args.teacher_server_compare:
-        teacher = None
-    return teacher, tokenizer, max(tokenizer.get_vocab().values()) + 1
-
-
-def teacher_init_kwargs(args: TAIDConfig) -> dict[str, Any]:
-    """What the teacher's from_pretrained is told beside where to look."""
-    dtype = {"dtype": "auto" if args.bf16 or args.fp16 else torch.float32}
-    return dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]
 
 
 def sees(config: Any) -> bool:
@@ -246,14 +89,14 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
         ValueError: the folder is missing, holds no safetensors, a truncated file, or weights that are not those of its
             config.json; or from_pretrained cannot do what `init_kwargs` ask.
     """
-    _check_folder(name_or_path, role)
+    check_folder(name_or_path, role)
     if (adapter := adapter_config(name_or_path, init_kwargs.get("revision"))) is not None:
         return _load_adapter(name_or_path, adapter, role, init_kwargs)
     options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
     try:
         kind = AutoModelForImageTextToText if sees(load_config(name_or_path, **origin)) else AutoModelForCausalLM
-        with engines.read_whole():
+        with read_whole():
             model, info = kind.from_pretrained(os.path.expanduser(name_or_path), **options)
     except _ERRORS as error:
         raise ValueError(f"{role} {name_or_path!r} could not be loaded: {error}") from error
@@ -325,26 +168,6 @@ def _fit_embeddings(base: Any, weights: Path) -> bool:
     return True
 
 
-def load_renamed_weights(model: Any, folder: Path) -> bool:
-    """Load a checkpoint into a model whose weights have other names, or another form, on disk than in memory.
-
-    Those of vision towers and of experts do. transformers' Trainer loads what has the names in memory, warns, and goes
-    on with what the model had before: a run that is resumed would begin anew.
-
-    Returns:
-        Whether the checkpoint is such a one; nothing is loaded otherwise.
-    """
-    names: set[str] = set()
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names |= set(file.keys())
-    if names <= model.state_dict().keys():
-        return False
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    model.load_state_dict(saved.state_dict())
-    return True
-
-
 def load_config(name_or_path: str, **origin: Any) -> Any:
     """The configuration of a model, or of the model that an adapter is for."""
     if (adapter := adapter_config(name_or_path, origin.get("revision"))) is not None:
@@ -372,8 +195,8 @@ def adapter_config(name_or_path: str, revision: str | None = None) -> dict[str, 
 
 def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     """Load the tokenizer that belongs to a model; raises a ValueError that names the model."""
-    _check_folder(name_or_path, role)
-    return _load_tokenizer(name_or_path, role, **init_kwargs)
+    check_folder(name_or_path, role)
+    return open_tokenizer(name_or_path, role, **init_kwargs)
 
 
 def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **init_kwargs: Any) -> Any:
@@ -388,7 +211,7 @@ def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **
     Raises:
         ValueError: it cannot be loaded; names the model, and the package that it needs.
     """
-    _check_folder(name_or_path, role)
+    check_folder(name_or_path, role)
     try:
         if sees(load_config(name_or_path, **init_kwargs)):
             return AutoProcessor.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
@@ -398,26 +221,15 @@ def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **
                 f"the processor of {role} {name_or_path!r} could not be loaded: {error}. (Most need torchvision, some "
                 "num2words: pip install torchvision num2words)"
             ) from error
-    return _load_tokenizer(name_or_path, role, **init_kwargs)
+    return open_tokenizer(name_or_path, role, **init_kwargs)
 
 
-def _load_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
+def open_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
+    """Load a tokenizer from a Hub name or a folder, which need hold nothing else; `role` is for the message."""
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
     except _ERRORS as error:
         raise ValueError(f"the tokenizer of {role} {name_or_path!r} could not be loaded: {error}") from error
-
-
-def _name(model: Any) -> str | None:
-    if model is None or isinstance(model, str):
-        return model
-    return str(model.name_or_path if isinstance(model, PeftModel) else model.config._name_or_path)
-
-
-def _processing_class_of(name: str | None, role: str, argument: str, *, see: bool, **init_kwargs: Any) -> Any:
-    if not name:
-        raise ValueError(f"a {role} made in memory needs its tokenizer: pass {argument}")
-    return load_processing_class(name, role=role, see=see, **init_kwargs)
 
 
 def output_rows(model: Any) -> int:
@@ -434,7 +246,7 @@ def positions(model: Any) -> int | None:
     return most if any(isinstance(table, torch.nn.Embedding) for table in tables) else None
 
 
-def _check_folder(name_or_path: str, role: str) -> None:
+def check_folder(name_or_path: str, role: str) -> None:
     """Say what is wrong with a local model folder before transformers does, which would ask the Hub instead."""
     folder = Path(os.path.expanduser(name_or_path))
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or os.sep != "/"
@@ -460,3 +272,38 @@ def _check_folder(name_or_path: str, role: str) -> None:
             raise ValueError(
                 f"{role} weights {path} are truncated or damaged ({error}): copy the file again"
             ) from error
+
+
+@contextlib.contextmanager
+def read_whole() -> Iterator[None]:
+    """Within this context transformers reads a model as it is, where ZeRO-3 would cut it up."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref  # noqa: SLF001
+    deepspeed._hf_deepspeed_config_weak_ref = None  # noqa: SLF001
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before  # noqa: SLF001
+
+
+def quantization_config(name: str, compute: torch.dtype) -> Any:
+    """Return the configuration by which transformers quantizes a model as it reads it; 4 bits compute in `compute`.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+    from transformers import BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
+
+    package = {"bnb": "bitsandbytes", "torchao": "torchao"}.get(name.partition("_")[0])
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"{name} needs {package}: pip install {package}")
+    if name == "bnb_8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "bnb_4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    if name == "fp8":
+        return FineGrainedFP8Config()
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig() if name == "torchao_int8" else Int4WeightOnlyConfig())

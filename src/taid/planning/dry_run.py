@@ -25,9 +25,10 @@ from trl import ModelConfig
 from taid.config.training import DataArguments, TAIDConfig
 from taid.data import images, stream
 from taid.data.loading import load_rows
-from taid.models.loading import sees, teacher_init_kwargs
+from taid.models.loading import sees
 from taid.planning import tiny
 from taid.planning.plan import Recipe
+from taid.teachers.placement import teacher_init_kwargs
 from taid.training.on_policy import is_on
 
 _STEPS, _ROWS, _HELD_OUT, _CHARACTERS, _TOKENS, _NEW_TOKENS = 3, 16, 2, 48, 256, 16

@@ -30,12 +30,12 @@ from taid.models.loading import (
     load_processing_class,
     load_tokenizer,
     sees,
-    teacher_init_kwargs,
 )
 from taid.planning import tiny
 from taid.planning.activation_trace import Batch, Loss
 from taid.planning.footprint import ENGINES, PLACEMENTS, STATES, Footprint, Layout, Size, size
 from taid.teachers.cache_format import Format
+from taid.teachers.placement import teacher_init_kwargs
 from taid.training import capture
 from taid.training.on_policy import is_on
 from taid.training.trainer import TAIDTrainer

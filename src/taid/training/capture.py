@@ -21,11 +21,11 @@ from taid.data import images
 from taid.losses.fused import shifted
 from taid.losses.objectives import forward_kl
 from taid.losses.sparse_logits import Sampled, TopK
-from taid.models.loading import teacher_init_kwargs
 from taid.teachers import cache, fingerprint
 from taid.teachers import cache_manifest as manifests
 from taid.teachers.cache import Cache, Writer
 from taid.teachers.cache_format import Format
+from taid.teachers.placement import teacher_init_kwargs
 from taid.teachers.sequences import Sequence, sequences
 from taid.teachers.teacher import LocalTeacher, ServedTeacher, Teacher
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taid.training import on_policy
+from taid.training.engines import engine_of
 
 if TYPE_CHECKING:
     from taid.training.trainer import TAIDTrainer
@@ -48,3 +53,61 @@ def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     ]
     if differing:
         raise ValueError(f"the checkpoint belongs to another run: {'; '.join(differing)}. Resume with the old values.")
+
+
+def fit_checkpoint(checkpoint: Path, accelerator: Any) -> bool:
+    """Let DeepSpeed take up a checkpoint of another number of processes: by its own converter, beside what is there.
+
+    Returns:
+        Whether that was needed.
+
+    Raises:
+        ValueError: the converter fails; says with what.
+    """
+    latest = checkpoint / "latest"
+    if not latest.is_file():
+        return False
+    tag = latest.read_text(encoding="utf-8").strip()
+    if len(list((checkpoint / tag).glob("*_optim_states.pt"))) == accelerator.num_processes:
+        return False
+    if accelerator.is_main_process:
+        made = [f"--input_folder={checkpoint / tag}", f"--output_folder={checkpoint / tag}_universal"]
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *made, "--inject_missing_state"]
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
+        if done.returncode:
+            raise ValueError(
+                f"{checkpoint} was written by another number of processes, and DeepSpeed's converter "
+                f"(ds_to_universal) fails on it: {done.stderr.strip().splitlines()[-1]}. Resume with as many as then"
+            )
+        (checkpoint / "latest_universal").write_text(f"{tag}_universal", encoding="utf-8")
+    accelerator.wait_for_everyone()
+    accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    return True
+
+
+def check_checkpoint(checkpoint: Path, accelerator: Any) -> None:
+    """See that a checkpoint is this engine's.
+
+    Raises:
+        ValueError: it is another engine's; says whose.
+    """
+    engine = engine_of(accelerator)
+    whose = "zero" if (checkpoint / "latest").is_file() else ""
+    whose = "fsdp2" if any(checkpoint.glob("pytorch_model_fsdp*")) else whose  # a folder of shards, or whole
+    if not (engine.startswith(whose) if whose else not engine.startswith(("fsdp", "zero"))):
+        written = {"": "one process or ddp", "zero": "zero2 or zero3"}.get(whose, whose)
+        raise ValueError(
+            f"{checkpoint} was written by {written}, and this run's engine is {engine}: resume it with the "
+            "--accelerate_config it was begun with (versions.json says which)"
+        )
+
+
+def part_steps(optimizer: Any) -> None:
+    """Give each part of the weights its own counter of Adam's steps.
+
+    From a converted checkpoint DeepSpeed (0.19.8) gives all parts one, which each of them then moves.
+    """
+    for state in optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()

@@ -33,20 +33,23 @@ from trl import SFTTrainer
 from taid.artifacts import run_folder
 from taid.artifacts.model_card import write_card
 from taid.artifacts.report import write_report
-from taid.config.training import TAIDConfig, resolved
+from taid.config.training import TAIDConfig, changed, resolved
 from taid.data import images, stream, tokenized, vision_collator
 from taid.losses.fused import shifted
 from taid.losses.schedules import ScheduleState
 from taid.losses.sparse_logits import TopK
-from taid.models.loading import Pair, keep_embeddings, load_pair, load_renamed_weights, positions
+from taid.models.loading import keep_embeddings, positions
+from taid.teachers import placement
 from taid.teachers.cache import Cache
 from taid.teachers.server import Server
 from taid.teachers.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
 from taid.training import capture, engines, resume
 from taid.training.moving import MovingParameters
 from taid.training.on_policy import Sampling, is_on
+from taid.training.pair import Pair, load_pair
 from taid.training.step import PairLoss
 from taid.training.sums import MicroBatches, means
+from taid.training.upstream import load_renamed_weights
 
 logger = logging.getLogger(__name__)
 
@@ -127,15 +130,17 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         optimizers: tuple[Any, Any] = (None, None),
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        args = args or TAIDConfig()
-        set_seed(args.seed)  # transformers does so too, but after an adapter is drawn
-        if args.activation_offloading and not torch.accelerator.is_available():
-            raise ValueError("activation_offloading moves activations from a GPU to the CPU, and there is no GPU here")
+        asked = args or TAIDConfig()
         if objective is not None and not callable(objective):
             raise TypeError(f"objective is a function of both logits, not {objective!r}: named ones go into args")
         if objective is not None:
             name: Any = getattr(objective, "__name__", type(objective).__name__)
-            args.fused, args.objective = False, name
+            asked = changed(asked, fused=False, objective=name)
+        args = changed(asked)  # for what transformers and TRL want otherwise; what was asked for stays as it is
+        engines.prepare(args)
+        set_seed(args.seed)  # transformers does so too, but after an adapter is drawn
+        if args.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError("activation_offloading moves activations from a GPU to the CPU, and there is no GPU here")
         self._checkpoints_in: str | None = None
         self.was_stopped = self._is_asked_to_stop = False
         self.stream = stream.of(train_dataset, eval_dataset, args)
@@ -155,6 +160,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             elsewhere = Server(args.teacher_server_url, args.teacher_server_model, args.teacher_server_timeout)
         pair = load_pair(model, teacher_model or args.teacher_model_name_or_path, args, processing_class,
                          teacher_processing_class, elsewhere, see=see)  # fmt: skip
+        args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
         if peft_config is not None and is_peft_model(pair.student):
@@ -184,7 +190,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         engines.check(self.accelerator)
 
         self.vocabulary, self.teacher_tokenizer = pair.vocabulary, pair.teacher_tokenizer
-        self.configuration = resolved(args) | pair.names
+        self.configuration = resolved(asked) | pair.names
         if see:
             self.data_collator = vision_collator.Collator(
                 self.data_collator, pair.teacher_processing_class, self.vocabulary, skip=args.skip_bad_images
@@ -208,11 +214,11 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         if isinstance(elsewhere, Cache):
             capture.require(self, elsewhere)
             self._name_teacher(elsewhere.manifest["teacher"])
-            self.args.teacher_cache_format = self.configuration["teacher_cache_format"] = elsewhere.format.name
+            self.configuration["teacher_cache_format"] = elsewhere.format.name
             return CachedTeacher(elsewhere, self.vocabulary, self.args.device)
         if model is not None:
             model.requires_grad_(False).eval()
-            engines.put(model, self.args)
+            placement.place(model, self.args)
         if isinstance(elsewhere, Server):
             self._name_teacher(elsewhere.model)
             ids = max(self.teacher_tokenizer.get_vocab().values()) + 1
@@ -225,7 +231,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def _name_teacher(self, name: str) -> None:
         """For the report and the model card, where the configuration has no name."""
         if self.configuration["teacher_model_name_or_path"] is None:
-            self.args.teacher_model_name_or_path = self.configuration["teacher_model_name_or_path"] = name
+            self.configuration["teacher_model_name_or_path"] = name
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
@@ -481,13 +487,13 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         is_converted = False
         if resume_from_checkpoint is not None:
-            engines.check_checkpoint(Path(resume_from_checkpoint), self.accelerator)
-            is_converted = engines.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
+            resume.check_checkpoint(Path(resume_from_checkpoint), self.accelerator)
+            is_converted = resume.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
         if self.sampling is not None:
             self.sampling.start(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if is_converted:
-            engines.part_steps(self.model_wrapped.optimizer.optimizer)
+            resume.part_steps(self.model_wrapped.optimizer.optimizer)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -625,7 +631,7 @@ class _RunFolder(TrainerCallback):  # type: ignore[misc]
             run_folder.start(
                 folder, self.trainer.configuration,
                 total_steps=state.max_steps, processes=args.world_size, device=str(args.device),
-                engine=engines.of(self.trainer.accelerator),
+                engine=engines.engine_of(self.trainer.accelerator),
             )  # fmt: skip
             run_folder.truncate_metrics(folder, state.global_step)
         if threading.current_thread() is threading.main_thread():
