@@ -1,7 +1,7 @@
-"""Tables of docs/evidence.md and the README, and pictures, made of the numbers beside this file.
+"""Make the tables of docs/evidence.md, tables.md and the README, and the pictures, of the numbers beside this file.
 
-    python benchmarks/evidence/figures.py            # writes both
-    python benchmarks/evidence/figures.py --check    # says whether the tables are those of the numbers
+    python benchmarks/evidence/figures.py            # writes all of them
+    python benchmarks/evidence/figures.py --check    # fails if a table is not that of the numbers
 
 A table of the page stands between one of these lines and `<!-- end -->`:
 
@@ -35,7 +35,7 @@ from taid.comparison.results import MEASURES, Interval, Standing, Standings
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-PAGES = [DOCS / "evidence.md", DOCS.parent / "README.md"]
+PAGES = [DOCS / "evidence.md", HERE / "tables.md", DOCS.parent / "README.md"]
 BLOCK = re.compile(r"(<!-- (table|settings|steps) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {
     "forward_kl": "#111827", "skew_forward_kl": "#7c3aed", "sft": "#15803d", "taid": "#c2410c",
