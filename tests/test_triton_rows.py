@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="there is no triton for this platform")
 
 from taid.losses.kernels import triton_rows  # noqa: E402
 from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, rows  # noqa: E402
+from taid.losses.objective_table import OBJECTIVES  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 PARAMETERS = {
@@ -39,6 +40,7 @@ PARAMETERS = {
     "mixture_taid": {"t": 0.4, "mixture": -1.0},
     "sft": {},
 }
+assert {*OBJECTIVES, "mixture_taid"} == set(PARAMETERS)
 every_objective = pytest.mark.parametrize("objective", PARAMETERS)
 
 

@@ -29,12 +29,13 @@ from rich.table import Table
 from taid import stdlib_text
 from taid.artifacts import report, run_folder
 from taid.artifacts.plots import BLUE, GREEN, INK, MUTED, Line, Plot, draw, panels, png_of
-from taid.config.training import Objective, TAIDConfig
+from taid.config.training import TAIDConfig
+from taid.losses.objective_table import ObjectiveName
 from taid.models.loading import load_model, load_tokenizer
 from taid.training.callbacks import StepProgress
 from taid.training.trainer import TAIDTrainer
 
-METHODS: dict[Objective, str] = {"sft": "SFT", "forward_kl": "forward KL", "taid": "TAID"}
+METHODS: dict[ObjectiveName, str] = {"sft": "SFT", "forward_kl": "forward KL", "taid": "TAID"}
 WINDOW = 256  # tokens a row
 BATCH = 8  # rows a step
 HELD_OUT_ROWS = 64
@@ -136,7 +137,7 @@ def _windows(tokenizer: Any, split: stdlib_text.Split, count: int) -> Dataset:
     return Dataset.from_dict({"input_ids": [ids[start : start + WINDOW] for start in chosen]})
 
 
-def _config(folder: Path, objective: Objective, steps: int, learning_rate: float) -> TAIDConfig:
+def _config(folder: Path, objective: ObjectiveName, steps: int, learning_rate: float) -> TAIDConfig:
     return TAIDConfig(
         output_dir=str(folder), objective=objective, taid_alpha="auto", max_steps=steps, max_length=WINDOW,
         per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, learning_rate=learning_rate,

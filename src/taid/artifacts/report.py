@@ -20,24 +20,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from taid.artifacts.plots import BLUE, BOLD, GREEN, INK, MUTED, VERMILLION, Line, Plot, Series, draw, panels, png_of
 from taid.artifacts.run_folder import CONFIG, EVALUATION, METRICS, VERSIONS, read_metrics, write_atomically
+from taid.losses.objective_table import OBJECTIVES
 from taid.losses.schedules import AutoSchedule, TAIDSchedule, auto_alpha
 
-_METHODS = {
-    "taid": "TAID",
-    "forward_kl": "Forward KL",
-    "reverse_kl": "Reverse KL",
-    "jsd": "Jensen-Shannon divergence",
-    "tvd": "Total variation distance",
-    "skew_forward_kl": "Skew forward KL",
-    "skew_reverse_kl": "Skew reverse KL",
-    "adaptive_kl": "Adaptive KL",
-    "dkd": "Decoupled knowledge distillation",
-    "ctkd": "Curriculum temperature distillation",
-    "abkd": "Alpha-beta divergence",
-    "amid": "Alpha-mixture distillation",
-    "sft": "Supervised fine-tuning",
-}
-_OF_PAPER = "taid_t_start taid_t_end taid_alpha taid_beta taid_adaptive taid_signal".split()
+_OF_PAPER = [name for name in OBJECTIVES["taid"].schedule_options if name != "taid_schedule"]
 IMPORTANT = (
     f"objective taid_schedule {' '.join(_OF_PAPER)} kd_ratio sampling "
     "model_name_or_path teacher_model_name_or_path teacher_cache teacher_cache_format teacher_server_url dataset_name "
@@ -107,6 +93,12 @@ class Run:
     def objective(self) -> str:
         """Its name."""
         return str(self.config["objective"])
+
+    @property
+    def objective_title(self) -> str:
+        """The objective in words; a function of the user's own has only its name."""
+        known = OBJECTIVES.get(self.objective)
+        return known.title if known else self.objective
 
     @property
     def student(self) -> str:
@@ -211,7 +203,7 @@ def _short(name: str) -> str:
 def opening(run: Run) -> str:
     """What happened, in one sentence."""
     finished = run.total_steps is None or run.last_step >= run.total_steps
-    method = _METHODS.get(run.objective, run.objective)
+    method = run.objective_title
     if run.objective == "sft":
         what = f"{method} {'trained' if finished else 'was training'} {run.student}"
     else:
@@ -376,7 +368,7 @@ def _page(run: Run, plots: list[Plot]) -> str:
     columns, values = _last_values(run)
     return render(
         "report.html.j2",
-        title=f"{_METHODS.get(run.objective, run.objective)}: {models}",
+        title=f"{run.objective_title}: {models}",
         opening=opening(run),
         plots=plots,
         columns=columns,

@@ -9,16 +9,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from taid.config.parsing import Loader, parse
-from taid.config.training import DataArguments, Objective, TAIDConfig, in_yaml, nearest, resolved
+from taid.config.training import DataArguments, TAIDConfig, in_yaml, nearest, resolved
+from taid.losses.objective_table import OBJECTIVES
 
 # `taid_linear` is the paper's ablation, `taid_auto` our schedule; GKD and DistiLLM let the student write answers too.
 METHODS: dict[str, dict[str, Any]] = {
-    **{name: {"objective": name} for name in get_args(Objective)},
+    **{name: {"objective": name} for name in OBJECTIVES},
     "taid_linear": {"objective": "taid", "taid_schedule": "paper", "taid_adaptive": False},
     "taid_auto": {"objective": "taid", "taid_schedule": "auto"},
     "gkd": {"objective": "jsd", "sampling": "mixed"},
@@ -150,7 +151,7 @@ def own_options() -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
     """What reads the options of ``taid compare`` itself, and their group for its help."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     group = parser.add_argument_group("Comparison")
-    add, others = group.add_argument, ", ".join(name for name in METHODS if name not in get_args(Objective))
+    add, others = group.add_argument, ", ".join(name for name in METHODS if name not in OBJECTIVES)
     add("--objectives", default="sft,forward_kl,reverse_kl,taid,taid_linear", metavar="A,B", help="The methods: values "
         f"of --objective, {others}, and names of --variants. (default: %(default)s)")  # fmt: skip
     add("--variants", type=Path, metavar="FILE", help="YAML of more methods, a name and its options each, as "

@@ -17,25 +17,11 @@ from typing import Any, Literal, get_args
 import torch
 from trl import SFTConfig
 
+from taid.losses.objective_table import ObjectiveName
 from taid.losses.schedules import AutoSchedule, TAIDSchedule, auto_alpha, check_range
 from taid.teachers.server import check_url
 from taid.training import on_policy as sampling
 
-Objective = Literal[
-    "taid",
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "tvd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "adaptive_kl",
-    "dkd",
-    "ctkd",
-    "abkd",
-    "amid",
-    "sft",
-]
 Schedule = Literal["paper", "auto"]
 Signal = Literal["kl", "cross_entropy"]
 Side = Literal["student", "teacher"]
@@ -45,7 +31,7 @@ Placement = Literal["auto", "sharded", "tensor_parallel", "replicated", "cpu"]
 Quantization = Literal["bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4", "fp8"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "objective": get_args(Objective),
+    "objective": get_args(ObjectiveName),
     "taid_schedule": get_args(Schedule),
     "taid_signal": get_args(Signal),
     "tokenizer_from": get_args(Side),
@@ -99,7 +85,7 @@ class TAIDConfig(SFTConfig):  # type: ignore[misc]
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
 
-    objective: Objective = field(
+    objective: ObjectiveName = field(
         default="taid",
         metadata={"help": "What the student is trained on; all but 'sft' compare it with a teacher."},
     )

@@ -29,6 +29,7 @@ from taid.losses import objectives
 from taid.losses.kernels import row_stage
 from taid.losses.kernels.head_matmul import HeadProducts, chunk_rows, scalable
 from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
+from taid.losses.objective_table import OBJECTIVES
 from taid.losses.sparse_logits import Sampled, Sparse, TopK, sparse_rows
 
 
@@ -148,7 +149,7 @@ def distillation_loss(
         columns |= {"kl": estimate} | ({"objective": estimate} if share > 0 else {})
         teacher_NV = None
     if teacher_NV is not None and share > 0:
-        given = task.parameters | ({"labels": labels_N} if objective == "dkd" else {})
+        given = task.parameters | ({"labels": labels_N} if OBJECTIVES[objective].needs_labels else {})
         if objective == "ctkd" and torch.is_grad_enabled():
             given["temperature"] = torch.as_tensor(given["temperature"]).detach().to(student_NV).requires_grad_()
         values = columns["objective"] = (own or getattr(objectives, objective))(student_NV, teacher_NV, **given)

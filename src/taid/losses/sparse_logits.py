@@ -34,6 +34,7 @@ from torch import Tensor
 
 from taid.losses.divergences import LOG_ZERO
 from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, block_rows, row_of, rows, softmax
+from taid.losses.objective_table import OBJECTIVES
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class TopK:
     log_rest: Tensor
     label_log_probs: Tensor
 
-    OBJECTIVES = ("sft", "taid", "forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl")
+    OBJECTIVES = tuple(name for name, objective in OBJECTIVES.items() if objective.exact_from_top_k)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,7 +150,7 @@ class Sampled:
     entropy: Tensor
     label_log_probs: Tensor
 
-    OBJECTIVES = ("sft", "forward_kl")
+    OBJECTIVES = tuple(name for name, objective in OBJECTIVES.items() if objective.unbiased_from_samples)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -23,13 +23,11 @@ import torch
 from torch import Tensor
 
 from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, rows
+from taid.losses.objective_table import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 
-_OBJECTIVES = (
-    "sft taid forward_kl reverse_kl jsd tvd skew_forward_kl skew_reverse_kl adaptive_kl dkd ctkd "
-    "mixture_taid abkd amid".split()
-)  # in the order of rows.c
+_KERNELS = (*OBJECTIVES, "mixture_taid")  # the enum of rows.c
 _FLAGS = "-std=gnu11 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # where there are such registers; compilers hesitate to use them
@@ -72,18 +70,14 @@ def native_rows(
     assert columns_MK.dtype == torch.float32
     M, V = student_MV.shape
     biases = [None if f.bias is None else f.bias.float().contiguous() for f in (task.student, task.teacher)]
-    given, objective = task.parameters, task.objective
-    if given.get("skew") == 0.0:
-        objective = objective.removeprefix("skew_")
-    if given.get("share") == 0.0:
-        objective = "abkd"
-    if objective == "taid" and given["mixture"] != 1.0 and 0.0 < given["t"] < 1.0:  # at the ends, every mixture is one
-        objective = "mixture_taid"
-    other = () if objective == "jsd" else ("alpha", "beta", "mixture")
+    given, kernel = task.parameters, task.kernel
+    if kernel == "mixture_taid" and not 0.0 < given["t"] < 1.0:  # at the ends, every mixture is one
+        kernel = "taid"
+    other = () if kernel == "jsd" else ("alpha", "beta", "mixture")
     main = [float(value) for name, value in given.items() if name not in other]
     labels_M = labels_M.to(torch.int64).contiguous()
     c_task = _CTask(
-        _OBJECTIVES.index(objective), task.kd_ratio, given.get("alpha", 0.0), given.get("beta", 0.0), *(main or [0.0]),
+        _KERNELS.index(kernel), task.kd_ratio, given.get("alpha", 0.0), given.get("beta", 0.0), *(main or [0.0]),
         given.get("mixture", 1.0), student_MV.dtype == torch.bfloat16,
         *(_c_finish(finish, bias) for finish, bias in zip((task.student, task.teacher), biases, strict=True)),
     )  # fmt: skip

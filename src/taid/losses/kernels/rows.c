@@ -1,10 +1,10 @@
-// The row stage of the fused loss for CPUs: rows.py in C, a row at a time, four or five sweeps over it in cache.
+// The row stage of the fused loss for CPUs: torch_rows.py in C, a row at a time, four or five sweeps over it in cache.
 //
-// rows.py states the closed forms and defines every column; names here are the same. What differs is only how digits are
+// torch_rows.py states the closed forms and defines every column; names here are the same. What differs is only how digits are
 // kept: of the two probabilities of an id the larger one is exp() of its logarithm, the smaller one follows from
 // expm1(-|d|), which cannot overflow.
 //
-// Built on demand by native.py. Sums go through float lanes to double every BLOCK ids.
+// Built on demand by c_rows.py. Sums go through float lanes to double every BLOCK ids.
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,11 +17,11 @@
 #define FOR_BLOCKS for (long start = 0, end; end = start + BLOCK < V ? start + BLOCK : V, start < V; start += BLOCK)
 
 enum {
-  SFT, TAID, FORWARD_KL, REVERSE_KL, JSD, TVD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, ADAPTIVE_KL, DKD, CTKD,
-  MIXTURE_TAID, ABKD, AMID  // taid with another mixture than 1; amid where the teacher has a share
+  TAID, FORWARD_KL, REVERSE_KL, JSD, TVD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, ADAPTIVE_KL, DKD, CTKD, ABKD, AMID, SFT,
+  MIXTURE_TAID  // TAID with another mixture than 1; the rest in the order of objective_table.py
 };
 
-// Both structures are mirrored in native.py.
+// Both structures are mirrored in c_rows.py.
 typedef struct {
   const float *bias;     // or NULL
   float scale, softcap;  // softcap 0: none

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from taid.losses import objectives
 from taid.losses.divergences import LOG_ZERO, ab_divergence, alpha_mixture
+from taid.losses.objective_table import OBJECTIVES
 
 COLUMNS = (
     "objective",
@@ -117,11 +118,11 @@ class RowTask:
             raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}")
         if objective == "sft":
             names: dict[str, Any] = {}
-        elif objective in _OBJECTIVES:
+        elif objective in OBJECTIVES:
             signature = inspect.signature(getattr(objectives, objective)).parameters.values()
             names = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
         else:
-            raise ValueError(f"objective {objective!r} does not exist (choices: sft, {', '.join(_OBJECTIVES)})")
+            raise ValueError(f"objective {objective!r} does not exist (choices: sft, {', '.join(_GRADIENTS)})")
         if unknown := sorted(parameters.keys() - names.keys()):
             raise ValueError(f"{objective} has no parameter {unknown[0]!r} (it has: {', '.join(names) or 'none'})")
         complete = names | parameters
@@ -129,10 +130,24 @@ class RowTask:
             raise ValueError(f"{objective} needs its parameter {missing[0]!r}")
         if names:  # the plain formula checks the ranges
             z = torch.zeros(1, 2)
-            labels = {"labels": torch.zeros(1, dtype=torch.long)} if objective == "dkd" else {}
+            labels = {"labels": torch.zeros(1, dtype=torch.long)} if OBJECTIVES[objective].needs_labels else {}
             numbers = {n: 1.0 if isinstance(v, Tensor) else v for n, v in complete.items()}
             getattr(objectives, objective)(z, z, **labels, **numbers)
         return cls(objective, kd_ratio if objective != "sft" else 0.0, complete, student, teacher)
+
+    @property
+    def kernel(self) -> str:
+        """The name by which the compiled kernels know the objective.
+
+        Where the student has no share in a mixture, it is that of the objective without a mixture; TAID's target of
+        another mixture than its own is ``mixture_taid``.
+        """
+        if self.parameters.get("skew") == 0.0:
+            return self.objective.removeprefix("skew_")
+        if self.parameters.get("share") == 0.0:
+            return "abkd"
+        is_mixture = self.objective == "taid" and self.parameters["mixture"] != 1.0
+        return "mixture_taid" if is_mixture else self.objective
 
 
 def rows(
@@ -172,7 +187,7 @@ def rows(
             task.teacher.apply(z_p)
         columns = dict(zip(COLUMNS, columns_MK[block].zero_().unbind(-1), strict=True))
         row = _Row(z_q, z_p, labels_M[block, None], columns, *buffers[2:])
-        g, scale_q = _OBJECTIVES[task.objective](row, **task.parameters) if task.kd_ratio > 0 else (row.q, 0.0)
+        g, scale_q = _GRADIENTS[task.objective](row, **task.parameters) if task.kd_ratio > 0 else (row.q, 0.0)
         if gradient is None:
             continue
         if task.kd_ratio < 1 or isinstance(scale_q, Tensor):
@@ -409,7 +424,7 @@ def _ctkd(row: _Row, temperature: float | Tensor) -> _Gradient:
     return row.difference.mul_(T), 0.0
 
 
-_OBJECTIVES: dict[str, Callable[..., _Gradient]] = {
+_GRADIENTS: dict[str, Callable[..., _Gradient]] = {
     "taid": _taid,
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,

@@ -73,13 +73,7 @@ def rows(
     assert columns_MK.is_contiguous()
     assert labels_M.is_contiguous()
     gradient_MV = student_MV if gradient in (None, torch.float32) else student_MV.view(gradient)[:, :V]
-    objective, given = task.objective if task.kd_ratio > 0 else "sft", task.parameters
-    if given.get("skew") == 0.0:
-        objective = objective.removeprefix("skew_")
-    if given.get("share") == 0.0:
-        objective = "abkd"
-    if objective == "taid" and given["mixture"] != 1.0:
-        objective = "mixture_taid"
+    objective, given = task.kernel if task.kd_ratio > 0 else "sft", task.parameters
     t_or_T = given.get("t", given.get("temperature", given.get("share", 1.0)))
     if not isinstance(t_or_T, Tensor):  # a tensor is read by the kernel: to read it here would wait for the device
         t_or_T = torch.full((), t_or_T, dtype=torch.float32, device=student_MV.device)
