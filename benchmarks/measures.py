@@ -77,9 +77,7 @@ def main() -> None:
         (tables.HELD_OUT, held_out), (tables.DISTRIBUTIONS, held_out), (tables.ANSWERS, generations),
         (tables.SAMPLES, generations),
     ):  # fmt: skip
-        headings = ["held out", *(heading for _, heading, _ in columns)]
-        lines = [headings, ["---"] * len(headings), *([name, *tables.cells(columns, of)] for name, of in found.items())]
-        print("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        print("\n" + tables.measures(columns, found).markdown(), end="")
 
 
 if __name__ == "__main__":

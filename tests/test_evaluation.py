@@ -224,7 +224,7 @@ def test_a_file_of_an_earlier_version_is_shown_as_far_as_it_goes(tmp_path):
     measures = {"cross_entropy": 2.0, "perplexity": 7.389, "bits_per_byte": None, "kl": 0.25, "accuracy": 0.5,
                 "others_images": None, "tokens": 5, "bytes": 4}  # fmt: skip
     console = Console(width=120, file=io.StringIO())
-    console.print(*held_out_tables({"student": measures}))
+    console.print(*(table.terminal() for table in held_out_tables({"student": measures})))
     assert "2.0000" in console.file.getvalue()
 
 

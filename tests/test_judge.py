@@ -10,6 +10,7 @@ import torch
 import taid.evaluation.judge
 import taid.teachers.server
 from prompt_server import PromptServer, cut_short, dropped, slow, status
+from taid.artifacts.tables import grade_table
 from taid.cli.main import main
 from taid.evaluation.judge import API_KEY, Judge, answer, grade_in, grading_messages, read_prompts
 
@@ -311,7 +312,7 @@ def test_a_file_of_answers_that_was_edited_is_named(line, serve, judge, tmp_path
 def test_without_any_grade_there_is_no_score(serve, judge, student, tokenizer):
     found = judge(serve(lambda messages: "Hm.")).grade(student, tokenizer)
     assert (found["score"], found["graded"], found["ungraded"], found["by_turn"]) == (None, 0, 4, {})
-    shown = taid.evaluation.judge.grade_table(found)
+    shown = grade_table(found).terminal()
     assert list(shown.columns[1].cells) == [""]
     assert "4 without a grade" in shown.caption
 

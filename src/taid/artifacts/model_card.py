@@ -18,7 +18,6 @@ from huggingface_hub.repocard import metadata_load
 from taid.artifacts import tables
 from taid.artifacts.report import Run, opening, read_run
 from taid.artifacts.run_folder import EVALUATION, write_atomically
-from taid.evaluation import inference_speed
 
 CARD = "README.md"
 _MARK = "<!-- Written by taid, and again by `taid report`. Delete this line to keep a text of your own. -->"
@@ -94,7 +93,7 @@ def write_card(run_dir: Path, *, model_name: str | None = None, tags: Any = (), 
         f"## How to use it\n\n```python\n{_snippet(run, run_dir, kind)}\n```",
         _section("Results", [_held_out(run), *_evaluated(run_dir)]),
         _section("Training", [_data(run), _recipe(run), _curve(run)]),
-        _section("Versions", [_table(("", ""), [(key, str(value)) for key, value in run.versions.items()])]),
+        _section("Versions", [_table(("", ""), [(key, str(value)) for key, value in run.versions.items()], texts=2)]),
         f"## Citation\n\nMade with taid, an independent implementation of TAID:\n\n{_PAPER}",
     ]
     write_atomically(path, "\n\n".join(section for section in sections if section) + "\n")
@@ -172,7 +171,7 @@ def _held_out(run: Run) -> str:
                 last = form.format(teacher[-1][1]) if teacher else form.format(0) if key == "kl" else ""
                 before = form.format(series[0][1]) if len(series) > 1 else ""
                 rows.append((words + of, before, form.format(series[-1][1]), last))
-    return _table(("held out", "before", "after", "teacher"), rows)
+    return _table(("held out", "before", "after", "teacher"), rows, texts=1)
 
 
 def _evaluated(run_dir: Path) -> list[str]:
@@ -185,24 +184,13 @@ def _evaluated(run_dir: Path) -> list[str]:
     if answers := found.get("generations"):
         parts += [_measures(tables.ANSWERS, answers), _measures(tables.SAMPLES, answers)]
     if tasks := found.get("tasks"):
-        rows = [
-            (row["task"], row["metric"], _formatted("{}", row["n_shot"]), _formatted("{:.4f}", row["value"]),
-             _formatted("{:.4f}", row["stderr"])) for row in tasks
-        ]  # fmt: skip
-        parts.append(_table(("task (lm-eval)", "metric", "shots", "value", "± stderr"), rows))
-    return parts + ([inference_speed.markdown(found["speed"]).strip()] if "speed" in found else [])
+        parts.append(tables.task_table(tasks).markdown().strip())
+    return parts + ([tables.speed_table(found["speed"]).markdown().strip()] if "speed" in found else [])
 
 
 def _measures(columns: Sequence[tables.Column], found: dict[str, dict[str, Any]]) -> str:
     """Measures by model; nothing where no model has one of them."""
-    if not tables.has_any(columns, found):
-        return ""
-    heads = ("", *(heading for _, heading, _ in columns))
-    return _table(heads, [(name, *tables.cells(columns, of)) for name, of in found.items()])
-
-
-def _formatted(form: str, value: Any) -> str:
-    return "" if value is None else form.format(value)
+    return tables.measures(columns, found).markdown().strip() if tables.has_any(columns, found) else ""
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -225,7 +213,7 @@ def _recipe(run: Run) -> str:
     if (run.config.get("max_steps") or -1) > 0 or run.config.get("train_tokens"):
         names = [name for name in names if name != "num_train_epochs"]
     rows = [(f"`{name}`", _public(run.config[name])) for name in names if run.config.get(name) is not None]
-    return _table(("option", "value"), rows)
+    return _table(("option", "value"), rows, texts=2)
 
 
 def _curve(run: Run) -> str:
@@ -239,11 +227,8 @@ def _section(title: str, parts: list[str]) -> str:
     return "\n\n".join([f"## {title}", *there]) if there else ""
 
 
-def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    if not rows:
-        return ""
-    lines = [heads, ("---",) * len(heads), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int) -> str:
+    return tables.Table(head, rows, texts=texts).markdown().strip() if rows else ""
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from taid.artifacts.plots import BLUE, BOLD, GREEN, INK, MUTED, VERMILLION, Line, Plot, Series, draw, panels, png_of
 from taid.artifacts.run_folder import CONFIG, EVALUATION, METRICS, VERSIONS, read_metrics, write_atomically
+from taid.artifacts.tables import task_table
 from taid.losses.objective_table import OBJECTIVES
 from taid.losses.schedules import AutoSchedule, TAIDSchedule, auto_alpha
 
@@ -373,7 +374,7 @@ def _page(run: Run, plots: list[Plot]) -> str:
         plots=plots,
         columns=columns,
         values=values,
-        tasks=_task_rows(run),
+        tasks=task_table(found) if (found := run.evaluation.get("tasks")) else None,
         important=[(name, _plain(run.config[name])) for name in run.important],
         config=[(name, _plain(value)) for name, value in run.config.items()],
         versions=[(name, _plain(value)) for name, value in run.versions.items()] or [(VERSIONS, "unknown")],
@@ -413,21 +414,6 @@ def _last_values(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
             cells = [form(series[-1][1]) if series else "" for series in found]
             rows.append({"words": words, "cells": cells, "unit": unit})
     return list(prefixes), rows
-
-
-def _task_rows(run: Run) -> list[list[str]]:
-    """The cells of the table of benchmark tasks: task, metric, shots, value, standard error."""
-    rows = run.evaluation.get("tasks", [])
-    return [
-        [
-            row["task"],
-            row["metric"] + ("" if row["filter"] == "none" else f" ({row['filter']})"),
-            "" if row["n_shot"] is None else str(row["n_shot"]),
-            f"{row['value']:.4f}",
-            "" if row["stderr"] is None else f"{row['stderr']:.4f}",
-        ]
-        for row in rows
-    ]
 
 
 def _plain(value: Any) -> str:

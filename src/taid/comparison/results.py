@@ -19,13 +19,13 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 from scipy import stats
 
 from taid.artifacts import run_folder
 from taid.artifacts.plots import GRID, INK, MUTED, Plot, panels, png_of
 from taid.artifacts.report import render
+from taid.artifacts.tables import Table
 
 # Of a result: its words, digits, and whether less is better (None: neither is).
 MEASURES: dict[str, tuple[str, int, bool | None]] = {
@@ -239,22 +239,15 @@ def write(found: Standings, folder: Path) -> None:
 
 def markdown(found: Standings) -> str:
     """The table, for a README."""
-    head, rows = found.cells()
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join([*lines, "", *found.notes(), ""])
+    return Table(*found.cells()).markdown() + "\n" + "\n".join([*found.notes(), ""])
 
 
-def table(found: Standings) -> Table:
+def table(found: Standings) -> RichTable:
     """The table, for a terminal: without what only its page has room for."""
     head, rows = found.cells()
     shown = [i for i, name in enumerate(head) if i < 1 or name in _IN_TERMINAL or name.startswith("less ")]
-    notes = escape(" ".join(found.notes()))  # a path may have brackets
-    table = Table(title="Comparison", title_justify="left", caption=notes, caption_justify="left")
-    for place in shown:
-        table.add_column(head[place], justify="left" if place == 0 else "right")
-    for row in rows:
-        table.add_row(*(row[place] for place in shown))
-    return table
+    cells = [[row[place] for place in shown] for row in rows]
+    return Table([head[place] for place in shown], cells, "Comparison", [" ".join(found.notes())]).terminal()
 
 
 _IN_TERMINAL = {"learning rate", "ROUGE-L", *(MEASURES[name][0] for name in _COMPARED), *(w for w, _ in _COST.values())}
@@ -312,7 +305,7 @@ def _as_csv(found: Standings) -> str:
 def _page(found: Standings, folder: Path) -> str:
     head, rows = found.cells()
     return render(
-        "comparison.html.j2", opening=opening(found), head=head, rows=rows, notes=found.notes()[1:],
+        "comparison.html.j2", opening=opening(found), table=Table(head, rows), notes=found.notes()[1:],
         plots=[_plot_standings(found), *_plot_curves(found, folder)],
         runs=[
             (of.method, [(run["seed"], f"runs/{run['run']}/report.html") for run in of.runs]) for of in found.methods

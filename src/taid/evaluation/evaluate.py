@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from taid.artifacts import run_folder
-from taid.artifacts.tables import generation_tables, held_out_tables
+from taid.artifacts.tables import generation_tables, grade_table, held_out_tables, speed_table, task_table
 from taid.evaluation import inference_speed
 from taid.evaluation.held_out import held_out, quantized
-from taid.evaluation.lm_eval_tasks import Tasks, task_table
+from taid.evaluation.lm_eval_tasks import Tasks
 from taid.evaluation.options import MARK, answers_file, check, speed_file
 from taid.models.loading import quantization_config
 
@@ -111,7 +111,6 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     from taid.data import loading
     from taid.data.images import has_images
     from taid.evaluation.answers import prompted
-    from taid.evaluation.judge import grade_table
     from taid.models.loading import tokenizer_of
 
     is_main = args.process_index == 0
@@ -130,10 +129,11 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         result["speed"] = inference_speed.measure(
             options.model, options.teacher, dtype=options.dtype, use_cpu=options.use_cpu
         )
-        console.print(inference_speed.table(result["speed"]))
+        speed = speed_table(result["speed"])
+        console.print(speed.terminal())
         _write(options.output, result)
         if options.output is not None:
-            run_folder.write_atomically(speed_file(options.output), inference_speed.markdown(result["speed"]))
+            run_folder.write_atomically(speed_file(options.output), speed.markdown())
     if not (rows or options.tasks or options.judge_url):
         return result
     model, processing_class = _load(options, options.model, "student", see=has_images(rows))
@@ -142,9 +142,9 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     if not is_main:
         return result
     if rows:
-        console.print(*held_out_tables(result["held_out"]))
+        console.print(*(table.terminal() for table in held_out_tables(result["held_out"])))
         if prompts:
-            console.print(*generation_tables(result["generations"]))
+            console.print(*(table.terminal() for table in generation_tables(result["generations"])))
         _write(options.output, result)
     model.to(args.device).eval()
     tokenizer = tokenizer_of(processing_class)
@@ -152,11 +152,11 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         result["tasks"] = tasks.run(
             model, tokenizer, num_fewshot=options.num_fewshot, limit=options.limit, batch_size=options.batch_size
         )
-        console.print(task_table(result["tasks"]))
+        console.print(task_table(result["tasks"]).terminal())
         _write(options.output, result)
     if judge is not None:
         result["judge"] = judge.grade(model, tokenizer)
-        console.print(grade_table(result["judge"]))
+        console.print(grade_table(result["judge"]).terminal())
         _write(options.output, result)
     return result
 

@@ -24,22 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.markup import escape
-from rich.table import Table
-
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 64, 5
-# Names in the JSON, headings with units, and by what a figure is divided for the table.
-COLUMNS = (
-    ("parameters", "parameters, M", 1e6),
-    ("parameters_without_embeddings", "without embeddings, M", 1e6),
-    ("disk_bytes", "on disk, MB", 1e6),
-    ("weight_bytes", "weights, MB", 1e6),
-    ("memory_bytes", "memory, MB", 1e6),
-    ("model_memory_bytes", "of it the model, MB", 1e6),
-    ("first_token_seconds", "first token, ms", 1e-3),
-    ("tokens_per_second", "tokens/s", 1.0),
-)
 
 
 @dataclass(frozen=True)
@@ -64,10 +49,10 @@ def measure(
         rounds: how often each is measured.
 
     Returns:
-        `rows`, one a model: `name`, `bits`, and the figures in :data:`COLUMNS`. Memory is the peak of resident memory
-        on a CPU and of torch's allocations on a GPU; `model_memory_bytes` is what of it came after the libraries.
-        `rounds` has the values that the two medians of times are of. A row that cannot be had has `not_available`,
-        the reason. Beside them `prompt_tokens`, `new_tokens`, and the `machine`.
+        `rows`, one a model: `name`, `bits`, and the figures in :data:`taid.artifacts.tables.SPEED`. Memory is the peak
+        of resident memory on a CPU and of torch's allocations on a GPU; `model_memory_bytes` is the part that came
+        after the libraries. `rounds` has the values of which the two times are the medians. A row that cannot be had
+        has `not_available`, the reason. Beside them stand `prompt_tokens`, `new_tokens` and the `machine`.
 
     Raises:
         ValueError: a model cannot be loaded or is an adapter; says which and the remedy.
@@ -116,64 +101,6 @@ def _count_once(rows: list[dict[str, Any]]) -> None:
         if row["bits"] is not None and "not_available" not in row:
             row |= {name: student[name] for name in ("parameters", "parameters_without_embeddings")}
             row["disk_bytes"] = None
-
-
-def ratio(row: dict[str, Any], rows: list[dict[str, Any]], name: str) -> float | None:
-    """A figure as a multiple of the teacher's; None without a teacher or where either has no such figure."""
-    teacher = next((of for of in rows if of["name"] == "teacher"), {})
-    if row is teacher or not teacher.get(name) or row.get(name) is None:
-        return None
-    return float(row[name]) / float(teacher[name])
-
-
-# --- how it is shown --------------------------------------------------------------------------------------------------
-
-
-def _cells(card: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    cells = []
-    for name, _, unit in COLUMNS:
-        value, times = row.get(name), ratio(row, card["rows"], name)
-        shown = "" if value is None else f"{value / unit:,.4g}" if value / unit < 1000 else f"{value / unit:,.0f}"
-        cells.append(shown if times is None else f"{shown} ({times:.2f}x)")
-    return cells
-
-
-def _note(card: dict[str, Any]) -> str:
-    machine = card["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    memory = "resident memory" if machine["device"] == "cpu" else "torch's allocations"
-    rounds = len(next(row for row in card["rows"] if "rounds" in row)["rounds"]["tokens_per_second"])
-    return (
-        f"One sequence, greedy: {card['prompt_tokens']} prompt tokens, then {card['new_tokens']} new ones; medians of "
-        f"{rounds} rounds, each in a new process, the models by turns; (x) is the multiple of the teacher's. Memory is "
-        f"the peak of {memory}. {machine['name']}, {machine['dtype']}, {machine['threads']} threads, {versions}."
-    )
-
-
-def table(card: dict[str, Any]) -> Table:
-    """For the terminal."""
-    shown = Table(
-        title="Size and speed", title_justify="left", caption=escape(_note(card)), caption_justify="left", box=SIMPLE
-    )
-    shown.add_column("", no_wrap=True)
-    for _, heading, _ in COLUMNS:
-        shown.add_column(heading.replace(", ", "\n"), justify="right")
-    for row in card["rows"]:
-        cells = ["not available"] if "not_available" in row else _cells(card, row)
-        shown.add_row(row["name"], *(cell.replace(" (", "\n(") for cell in cells))  # or 120 columns would not do
-        if "not_available" in row:
-            shown.caption = escape(f"{row['name']}: not available: {row['not_available']}") + f"\n{shown.caption}"
-    return shown
-
-
-def markdown(card: dict[str, Any]) -> str:
-    """For a model card or a page."""
-    lines = [f"| | {' | '.join(heading for _, heading, _ in COLUMNS)} |", "|---" + "|---:" * len(COLUMNS) + "|"]
-    for row in card["rows"]:
-        reason = str(row.get("not_available", "")).replace("|", "\\|")
-        cells = [f"not available: {reason}", *[""] * (len(COLUMNS) - 1)] if reason else _cells(card, row)
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _note(card), ""])
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

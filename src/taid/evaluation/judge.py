@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from taid.data import loading
 from taid.teachers import fingerprint
 from taid.teachers.server import CONCURRENT, Endpoint, Place, UnusableAnswerError, short
@@ -267,19 +265,6 @@ def grade_in(text: str) -> float | None:
     found = _GRADE.findall(text)
     grade = float(found[-1]) if found else 0.0
     return grade if 1.0 <= grade <= 10.0 else None
-
-
-def grade_table(found: dict[str, Any]) -> Table:
-    """Mean grades, over all answers, by turn and by category."""
-    shown = Table(title=f"Grades by {found['judge_model']}, 1 to 10", title_justify="left")
-    shown.add_column("")
-    shown.add_column("mean", justify="right")
-    rows = {"all": found["score"]} | {f"turn {turn}": mean for turn, mean in found["by_turn"].items()}
-    for name, mean in (rows | found["by_category"]).items():
-        shown.add_row(name, "" if mean is None else f"{mean:.2f}")
-    shown.caption = f"{found['graded']} answers graded, {found['ungraded']} without a grade; {found['file']}"
-    shown.caption_justify = "left"
-    return shown
 
 
 def _read_kept(path: Path) -> dict[str, dict[str, Any]]:

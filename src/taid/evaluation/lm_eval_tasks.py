@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 PAPER = "taid-paper"
 # Six few-shot tasks, as the Open LLM Leaderboard asked them; why these: docs/evaluate.md.
 _PAPER_TASKS = {
@@ -138,19 +136,3 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def task_table(rows: list[dict[str, Any]]) -> Table:
-    """The metrics of tasks."""
-    table = Table(title="Tasks (lm-eval)", title_justify="left")
-    for heading in ("task", "metric", "filter"):
-        table.add_column(heading)
-    for heading in ("shots", "value", "± stderr"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
-        table.add_row(
-            row["task"], row["metric"], row["filter"], "" if row["n_shot"] is None else str(row["n_shot"]),
-            f"{row['value']:.4f}", error,
-        )  # fmt: skip
-    return table
