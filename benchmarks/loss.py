@@ -38,7 +38,7 @@ from taid.losses.fused import fused_distillation_loss
 from taid.losses.kernels import cpu_matmul, row_stage
 from taid.losses.kernels.c_rows import _library
 from taid.losses.kernels.head_matmul import HeadProducts, chunk_rows
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
 
 
 class Shape(NamedTuple):

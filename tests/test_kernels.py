@@ -21,7 +21,8 @@ from torch.testing import assert_close
 from taid import objectives
 from taid.losses.kernels import c_rows, row_stage
 from taid.losses.kernels.c_rows import native_rows
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, rows
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
+from taid.losses.kernels.torch_rows import rows
 from test_objectives import (
     INF,
     LOGIT,
@@ -984,8 +985,8 @@ def test_other_flags_or_another_source_are_another_library(cache, monkeypatch):
 
 SCRIPT = """
 import torch
-from taid.losses.kernels import native
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
+from taid.losses.kernels import c_rows
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
 
 native._FLAGS = ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"]
 torch.manual_seed(0)

@@ -20,7 +20,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 pytest.importorskip("triton", reason="there is no triton for this platform")
 
 from taid.losses.kernels import triton_rows  # noqa: E402
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, rows  # noqa: E402
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask  # noqa: E402
+from taid.losses.kernels.torch_rows import rows  # noqa: E402
 from taid.losses.objective_table import OBJECTIVES  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from taid.losses.fused import Head
 from taid.losses.kernels.head_matmul import HeadProducts
-from taid.losses.kernels.torch_rows import Finish, block_rows
+from taid.losses.kernels.row_task import Finish
+from taid.losses.kernels.torch_rows import block_rows
 from taid.losses.objectives import reverse_kl
 
 HEAD_TOKENS = 10

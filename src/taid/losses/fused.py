@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from taid.losses import objectives
 from taid.losses.kernels import row_stage
 from taid.losses.kernels.head_matmul import HeadProducts, chunk_rows, scalable
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
 from taid.losses.objective_table import OBJECTIVES
 from taid.losses.sparse_logits import Sampled, Sparse, TopK, sparse_rows
 

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from taid.losses.divergences import LOG_ZERO
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, block_rows, row_of, rows, softmax
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
+from taid.losses.kernels.torch_rows import block_rows, row_of, rows, softmax
 from taid.losses.objective_table import OBJECTIVES
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from taid.losses.kernels.c_rows import native_rows
-from taid.losses.kernels.torch_rows import RowTask, rows
+from taid.losses.kernels.row_task import RowTask
+from taid.losses.kernels.torch_rows import rows
 
 __all__ = ["row_stage"]
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask, rows
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
+from taid.losses.kernels.torch_rows import rows
 from taid.losses.objective_table import OBJECTIVES
 
 logger = logging.getLogger(__name__)

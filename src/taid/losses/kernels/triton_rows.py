@@ -30,7 +30,22 @@ import triton.language as tl
 from torch import Tensor
 
 from taid.losses.divergences import LOG_ZERO
-from taid.losses.kernels.torch_rows import COLUMNS, Finish, RowTask
+from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
+from taid.losses.kernels.triton_block import (
+    alpha_beta,
+    compare,
+    derivative,
+    label_divergence,
+    load_logits,
+    meet,
+    mixed,
+    slopes,
+    softened,
+    softmax,
+    store_gradient,
+    summands,
+    take_in,
+)
 
 # 8 ids of both models a thread: enough loads under way at once, and registers for two programs a multiprocessor.
 _BLOCK, _WARPS = 2048, 8
@@ -114,12 +129,12 @@ def _row_kernel(
 
     models, others, p_of_likeliest = _normalise(student, teacher, row, label, t_or_T, V, OBJECTIVE, TO_TARGET, BLOCK)
     top_q, total_q, top_p, total_p = models
-    label_q = _logits(student, row, label, V)
+    label_q = load_logits(student, row, label, V)
     correct = tl.where(label_q >= top_q, 1.0, 0.0)
     cross_entropy = tl.log(total_q) - (label_q - top_q)
     teacher_cross_entropy = 0.0
     if teacher.products is not None:
-        teacher_cross_entropy = tl.log(total_p) - (_logits(teacher, row, label, V) - top_p)
+        teacher_cross_entropy = tl.log(total_p) - (load_logits(teacher, row, label, V) - top_p)
 
     target_cross_entropy, temperature_gradient = 0.0, 0.0
     if TO_TARGET:
@@ -162,31 +177,31 @@ def _normalise(
     t, T = t_or_T, t_or_T
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        logits_q = _logits(student, row, ids, V)
+        logits_q = load_logits(student, row, ids, V)
         before_q, before_p = top_q, top_p
-        top_q, total_q = _take_in(logits_q, top_q, total_q, 1.0)
+        top_q, total_q = take_in(logits_q, top_q, total_q, 1.0)
         if teacher.products is not None:
-            logits_p = _logits(teacher, row, ids, V)
-            top_p, total_p = _take_in(logits_p, top_p, total_p, 1.0)
+            logits_p = load_logits(teacher, row, ids, V)
+            top_p, total_p = take_in(logits_p, top_p, total_p, 1.0)
         if OBJECTIVE == "taid":
             # Mixed after centring: the rounding of logits of 1e4 would leave three digits. The centre moves.
             z_t = (1 - t) * (logits_q - top_q) + t * (logits_p - top_p)
             top_a -= (1 - t) * (top_q - before_q) + t * (top_p - before_p)
-            top_a, total_a = _take_in(z_t, top_a, total_a, 1.0)
+            top_a, total_a = take_in(z_t, top_a, total_a, 1.0)
         if OBJECTIVE == "dkd" or OBJECTIVE == "ctkd":
-            top_a, total_a = _take_in(_softened(logits_q, ids, label, OBJECTIVE), top_a, total_a, T)
-            top_b, total_b = _take_in(_softened(logits_p, ids, label, OBJECTIVE), top_b, total_b, T)
+            top_a, total_a = take_in(softened(logits_q, ids, label, OBJECTIVE), top_a, total_a, T)
+            top_b, total_b = take_in(softened(logits_p, ids, label, OBJECTIVE), top_b, total_b, T)
         if not TO_TARGET:
             p_of_likeliest = tl.where(top_q > before_q, logits_p, p_of_likeliest)
     if OBJECTIVE == "taid":
         top_a += (1 - t) * (top_q - tl.max(top_q)) + t * (top_p - tl.max(top_p))
-        top_a, total_a = _meet(top_a, total_a, 1.0)
+        top_a, total_a = meet(top_a, total_a, 1.0)
     if OBJECTIVE == "dkd" or OBJECTIVE == "ctkd":
-        top_a, total_a = _meet(top_a, total_a, T)
-        top_b, total_b = _meet(top_b, total_b, T)
+        top_a, total_a = meet(top_a, total_a, T)
+        top_b, total_b = meet(top_b, total_b, T)
     p_of_likeliest = tl.max(tl.where(top_q == tl.max(top_q), p_of_likeliest, lowest))
-    top_q, total_q = _meet(top_q, total_q, 1.0)
-    top_p, total_p = _meet(top_p, total_p, 1.0)
+    top_q, total_q = meet(top_q, total_q, 1.0)
+    top_p, total_p = meet(top_p, total_p, 1.0)
     return (top_q, total_q, top_p, total_p), (top_a, total_a, top_b, total_b), p_of_likeliest
 
 
@@ -202,9 +217,9 @@ def _to_target(
     if OBJECTIVE == "mixture_taid":
         top_a, total_a, _from_p = _mixture(student, teacher, row, models, power, t, V, BLOCK)
     if OBJECTIVE == "dkd":
-        difference_y, label_part = _label_part(
-            (_logits(student, row, label, V) - top_a) / T - tl.log(total_a),
-            (_logits(teacher, row, label, V) - top_b) / T - tl.log(total_b),
+        difference_y, label_part = label_divergence(
+            (load_logits(student, row, label, V) - top_a) / T - tl.log(total_a),
+            (load_logits(teacher, row, label, V) - top_b) / T - tl.log(total_b),
         )
         beta = tl.where(top_b > _LOG_ZERO / 2, beta, 0.0)  # the teacher may mask all but the label
 
@@ -213,38 +228,38 @@ def _to_target(
     objective, kl, mean_z, mean_t, both, moment, mean_b = zero, zero, zero, zero, zero, zero, zero
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        logits_q = _logits(student, row, ids, V)
-        z_q, q = _softmax(logits_q, top_q, total_q)
+        logits_q = load_logits(student, row, ids, V)
+        z_q, q = softmax(logits_q, top_q, total_q)
         mean_z += q * z_q
         g = zero
         if teacher.products is not None:
-            logits_p = _logits(teacher, row, ids, V)
-            z_p, p = _softmax(logits_p, top_p, total_p)
+            logits_p = load_logits(teacher, row, ids, V)
+            z_p, p = softmax(logits_p, top_p, total_p)
             d = z_q - z_p - tl.log(total_q / total_p)
         if OBJECTIVE == "forward_kl":
-            g, terms, _ = _compare(q, p, d)
+            g, terms, _ = compare(q, p, d)
             objective += terms
         elif teacher.products is not None:
-            kl -= p * d  # good to 1e-6 nats, without _compare's arithmetic
+            kl -= p * d  # good to 1e-6 nats, without compare's arithmetic
         if OBJECTIVE == "taid":
-            _, p_t = _softmax((1 - t) * z_q + t * z_p, top_a, total_a)
+            _, p_t = softmax((1 - t) * z_q + t * z_p, top_a, total_a)
             d_t = t * (z_q - z_p) + (top_a + tl.log(total_a / total_q))
         if OBJECTIVE == "mixture_taid":
-            z_t, from_q, _, _ = _mean(z_q, z_p, tl.log(total_q / total_p), power, t)
-            _, p_t = _softmax(z_t, top_a, total_a)
+            z_t, from_q, _, _ = mixed(z_q, z_p, tl.log(total_q / total_p), power, t)
+            _, p_t = softmax(z_t, top_a, total_a)
             d_t = top_a + tl.log(total_a / total_q) - from_q
         if OBJECTIVE == "taid" or OBJECTIVE == "mixture_taid":
-            g, terms, _ = _compare(q, p_t, d_t)
+            g, terms, _ = compare(q, p_t, d_t)
             objective += terms
             mean_t += p_t * z_q
         if OBJECTIVE == "dkd" or OBJECTIVE == "ctkd":
-            a = (_softened(logits_q, ids, label, OBJECTIVE) - top_a) / T
-            b = (_softened(logits_p, ids, label, OBJECTIVE) - top_b) / T
+            a = (softened(logits_q, ids, label, OBJECTIVE) - top_a) / T
+            b = (softened(logits_p, ids, label, OBJECTIVE) - top_b) / T
             if OBJECTIVE == "ctkd":  # where p is 0, `both` and `moment` each contain what adds up to nothing
                 b = tl.maximum(b, -1e3)
             q_T, p_T = tl.exp(a) * (1 / total_a), tl.exp(b) * (1 / total_b)
             offset = tl.log(total_a / total_b)
-            g, terms, _ = _compare(q_T, p_T, a - b - offset)
+            g, terms, _ = compare(q_T, p_T, a - b - offset)
             objective += terms
         if OBJECTIVE == "dkd":
             g = T * tl.where(ids == label, alpha * difference_y, beta * g - alpha * difference_y * q_T)
@@ -253,7 +268,7 @@ def _to_target(
             moment += terms * b
             mean_b += p_T * b
             g *= T
-        _store(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
+        store_gradient(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
 
     loss = tl.sum(objective)
     kl = loss if OBJECTIVE == "forward_kl" else tl.sum(kl)
@@ -276,7 +291,7 @@ def _jacobian(
     """The two sweeps of objectives with the gradient ``J(x)``; in adaptive_kl, ``w_head (q - p) + w_tail J(d)``."""
     top_q, total_q, top_p, total_p = models
     log_ratio = tl.log(total_q / total_p)
-    x_of_likeliest = _derivative(top_p - p_of_likeliest - log_ratio, beta, skew, OBJECTIVE)
+    x_of_likeliest = derivative(top_p - p_of_likeliest - log_ratio, beta, skew, OBJECTIVE)
     if OBJECTIVE == "adaptive_kl":
         below_head = _below_head(teacher, row, top_p, total_p, head_mass, V, BLOCK)
 
@@ -284,14 +299,14 @@ def _jacobian(
     objective, kl, mean_z, mean_x, gap, head_gap = zero, zero, zero, zero, zero, zero
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        z_q, q = _softmax(_logits(student, row, ids, V), top_q, total_q)
-        z_p, p = _softmax(_logits(teacher, row, ids, V), top_p, total_p)
+        z_q, q = softmax(load_logits(student, row, ids, V), top_q, total_q)
+        z_p, p = softmax(load_logits(teacher, row, ids, V), top_p, total_p)
         d = z_q - z_p - log_ratio
-        difference, forward, reverse = _compare(q, p, d)
+        difference, forward, reverse = compare(q, p, d)
         kl += forward
         mean_z += q * z_q
-        mean_x += q * (_derivative(d, beta, skew, OBJECTIVE) - x_of_likeliest)
-        objective += _terms(q, p, d, difference, reverse, beta, skew, OBJECTIVE)
+        mean_x += q * (derivative(d, beta, skew, OBJECTIVE) - x_of_likeliest)
+        objective += summands(q, p, d, difference, reverse, beta, skew, OBJECTIVE)
         if OBJECTIVE == "adaptive_kl":
             gap += tl.abs(difference)
             head_gap += tl.where(z_p > below_head, tl.abs(difference), 0.0)
@@ -304,15 +319,15 @@ def _jacobian(
     if gradient.products is not None:
         for start in range(0, V, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            logits_q = _logits(student, row, ids, V)
-            z_q, q = _softmax(logits_q, top_q, total_q)
-            z_p, p = _softmax(_logits(teacher, row, ids, V), top_p, total_p)
+            logits_q = load_logits(student, row, ids, V)
+            z_q, q = softmax(logits_q, top_q, total_q)
+            z_p, p = softmax(load_logits(teacher, row, ids, V), top_p, total_p)
             d = z_q - z_p - log_ratio
-            g = q * (_derivative(d, beta, skew, OBJECTIVE) - x_of_likeliest - mean_x)
+            g = q * (derivative(d, beta, skew, OBJECTIVE) - x_of_likeliest - mean_x)
             if OBJECTIVE == "adaptive_kl":
-                difference, forward, reverse = _compare(q, p, d)
+                difference, forward, reverse = compare(q, p, d)
                 g = w_head * difference + (1 - w_head) * g
-            _store(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
+            store_gradient(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
     return loss, kl, tl.sum(mean_z)
 
 
@@ -334,23 +349,23 @@ def _divergence(
         top_r, total_r, from_p_of_likeliest = _mixture(student, teacher, row, models, power, share, V, BLOCK)
         mixture = top_r, total_r
         d_1 = top_r + tl.log(total_r / total_q) - from_p_of_likeliest
-        _terms_1, slope_1 = _alpha_beta(-tl.log(total_r), d_1 - tl.log(total_r), d_1, alpha, beta)
+        _terms_1, slope_1 = alpha_beta(-tl.log(total_r), d_1 - tl.log(total_r), d_1, alpha, beta)
         of_likeliest_r = slope_1 * total_r
 
     zero = tl.zeros([BLOCK], tl.float32)
     objective, kl, mean_z, sum_r, sum_q = zero, zero, zero, zero, zero
     if OBJECTIVE == "abkd":
-        _terms_1, slope_1, r_1, of_student_1 = _slopes(
+        _terms_1, slope_1, r_1, of_student_1 = slopes(
             0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
         )
         of_likeliest_q = slope_1 * total_q
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        z_q, q = _softmax(_logits(student, row, ids, V), top_q, total_q)
-        z_p, p = _softmax(_logits(teacher, row, ids, V), top_p, total_p)
-        terms, slope, r, _ = _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
+        z_q, q = softmax(load_logits(student, row, ids, V), top_q, total_q)
+        z_p, p = softmax(load_logits(teacher, row, ids, V), top_p, total_p)
+        terms, slope, r, _ = slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
         objective += terms
-        _, forward, _ = _compare(q, p, z_q - z_p - tl.log(total_q / total_p))
+        _, forward, _ = compare(q, p, z_q - z_p - tl.log(total_q / total_p))
         kl += forward
         mean_z += q * z_q
         if OBJECTIVE == "amid":
@@ -361,43 +376,28 @@ def _divergence(
     if gradient.products is not None:
         if OBJECTIVE == "amid":
             mean_r = tl.sum(sum_r)
-            _terms_1, slope_1, r_1, of_student_1 = _slopes(
+            _terms_1, slope_1, r_1, of_student_1 = slopes(
                 0.0, p_of_likeliest - top_p, models, mixture, alpha, beta, power, share, OBJECTIVE
             )
             of_likeliest_q = of_student_1 * (slope_1 - of_likeliest_r * r_1 - mean_r * r_1) * total_q
             for start in range(0, V, BLOCK):
                 ids = start + tl.arange(0, BLOCK)
-                z_q, q = _softmax(_logits(student, row, ids, V), top_q, total_q)
-                z_p = _logits(teacher, row, ids, V) - top_p
-                _, slope, r, of_student = _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
+                z_q, q = softmax(load_logits(student, row, ids, V), top_q, total_q)
+                z_p = load_logits(teacher, row, ids, V) - top_p
+                _, slope, r, of_student = slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
                 sum_q += of_student * (slope - of_likeliest_r * r - mean_r * r) - of_likeliest_q * q
         mean_q = tl.sum(sum_q)
         for start in range(0, V, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            logits_q = _logits(student, row, ids, V)
-            z_q, q = _softmax(logits_q, top_q, total_q)
-            z_p = _logits(teacher, row, ids, V) - top_p
-            _, slope, r, of_student = _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
+            logits_q = load_logits(student, row, ids, V)
+            z_q, q = softmax(logits_q, top_q, total_q)
+            z_p = load_logits(teacher, row, ids, V) - top_p
+            _, slope, r, of_student = slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE)
             if OBJECTIVE == "amid":
                 slope = of_student * (slope - of_likeliest_r * r - mean_r * r)
             g = slope - of_likeliest_q * q - mean_q * q
-            _store(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
+            store_gradient(gradient, student, row, ids, label, g, q, logits_q, kd_ratio, V)
     return tl.sum(objective), tl.sum(kl), tl.sum(mean_z)
-
-
-@triton.jit
-def _slopes(z_q, z_p, models, mixture, alpha, beta, power, share, OBJECTIVE: tl.constexpr):
-    """Terms of the divergence of p from r, the slopes on log r, r itself, and the student's part in it."""
-    _, total_q, _, total_p = models
-    top_r, total_r = mixture
-    if OBJECTIVE == "amid":
-        z_r, _, from_p, of_student = _mean(z_q, z_p, tl.log(total_q / total_p), power, share)
-        z_r -= top_r
-        d = top_r + tl.log(total_r / total_q) - from_p
-    else:
-        z_r, total_r, d, of_student = z_q, total_q, z_p - z_q + tl.log(total_q / total_p), 1.0
-    terms, slope = _alpha_beta(z_r - tl.log(total_r), z_p - tl.log(total_p), d, alpha, beta)
-    return terms, slope, tl.exp(z_r) * (1 / total_r), of_student
 
 
 @triton.jit
@@ -408,200 +408,15 @@ def _mixture(student, teacher, row, models, power, share, V, BLOCK: tl.constexpr
     top, total, from_p_of_likeliest = lowest, tl.zeros([BLOCK], tl.float32), lowest
     for start in range(0, V, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        z_q, z_p = _logits(student, row, ids, V) - top_q, _logits(teacher, row, ids, V) - top_p
-        z_r, _, from_p, _ = _mean(z_q, z_p, tl.log(total_q / total_p), power, share)
+        z_q, z_p = load_logits(student, row, ids, V) - top_q, load_logits(teacher, row, ids, V) - top_p
+        z_r, _, from_p, _ = mixed(z_q, z_p, tl.log(total_q / total_p), power, share)
         # One NaN makes all of a row NaN, by q or p; there is no need for it here.
         z_r = tl.where(z_r > _LOG_ZERO, z_r, _LOG_ZERO)
         from_p_of_likeliest = tl.where(z_r > top, from_p, from_p_of_likeliest)
-        top, total = _take_in(z_r, top, total, 1.0)
+        top, total = take_in(z_r, top, total, 1.0)
     from_p_of_likeliest = tl.max(tl.where(top == tl.max(top), from_p_of_likeliest, lowest))
-    top, total = _meet(top, total, 1.0)
+    top, total = meet(top, total, 1.0)
     return top, total, from_p_of_likeliest
-
-
-@triton.jit
-def _mean(z_q, z_p, log_ratio, power, share):
-    """amid's mean of q and p, from `log_ratio`, the log of the student's normaliser less that of the teacher's.
-
-    Its logits, which lie above log mean as the student's lie above log q; log mean - log q and log mean - log p; and
-    the student's part in it. Near is the one with the larger share, in units of whose power the mean's is
-    ``1 + s (exp(y) - 1)``: there, nothing cancels.
-    """
-    gap, q_near = z_p - z_q + log_ratio, share < 0.5
-    s, to_other = tl.where(q_near, share, 1 - share), tl.where(q_near, gap, -gap)
-    y = power * to_other
-    far = tl.where(s > 0, y, 0.0) > 0.5  # in units of the other one's power, the mean's is s + (1 - s) exp(-y)
-    exp, expm1, _ = _exponential(tl.where(far, -y, tl.minimum(y, 0.5)))
-    change = s * expm1
-    mean = tl.where(far, s + (1 - s) * exp, 1 + change)
-    log_mean = tl.where(far, tl.log(mean), _log1p(change)) / tl.where(power == 0, 1.0, power)
-    from_near = tl.where(far, to_other + log_mean, tl.where(power == 0, s * to_other, log_mean))
-    from_other = tl.where(far, log_mean, from_near - to_other)
-    from_q, from_p = tl.where(q_near, from_near, from_other), tl.where(q_near, from_other, from_near)
-    # On top of the smaller step: of a masked id, only the other one's logit is a number to count with.
-    z_mean = tl.where(tl.abs(from_q) < tl.abs(from_p), z_q + from_q, z_p + log_ratio + from_p)
-    near_part, other_part = (1 - s) * tl.where(far, exp, 1.0), s * tl.where(far, 1.0, exp)
-    return z_mean, from_q, from_p, tl.where(q_near, near_part, other_part) / mean
-
-
-@triton.jit
-def _alpha_beta(log_r, log_p, d, alpha, beta):
-    """Terms of the divergence of p from r, none negative, and their slopes on log r, from ``d = log p - log r``.
-
-    The larger one's power alpha + beta times functions of -abs(d). Where that is p, they are those of exchanged powers,
-    as the divergence of p from r is then that of r from p. `near` has no terms of first order, `far` none that grow.
-    """
-    p_larger, x = d > 0, -tl.abs(d)
-    larger = tl.exp((alpha + beta) * tl.where(p_larger, log_p, log_r))
-    exp_a, expm1_a, per_a, less_a = _power(x, alpha)
-    exp_b, expm1_b, per_b, less_b = _power(x, beta)
-    near = tl.where(p_larger, less_a - less_b + expm1_b * per_a, less_b - less_a + expm1_a * per_b)
-    far = tl.where(p_larger, exp_b * per_a - per_b, exp_a * per_b - per_a)
-    terms = larger * tl.where(x * tl.maximum(alpha, beta) > -1.0, near, far) / (alpha + beta)
-    return terms, larger * tl.where(p_larger, exp_b * per_a, -per_a)
-
-
-@triton.jit
-def _power(x, u):
-    """exp(u x), exp(u x) - 1; the latter and exp(u x) - 1 - u x over u, for u = 0 in the limit."""
-    exp, expm1, rest = _exponential(u * x)
-    divisor = tl.where(u == 0, 1.0, u)
-    return exp, expm1, tl.where(u == 0, x, expm1 / divisor), rest / divisor
-
-
-@triton.jit
-def _take_in(z, top, total, T):
-    """Add one z a lane to its maximum and its sum of ``exp((z - maximum) / T)``; one of the two exp() is that of 0."""
-    smaller = tl.exp(-tl.abs(z - top) / T)
-    return tl.maximum(z, top), tl.where(z > top, total * smaller + 1, total + smaller)
-
-
-@triton.jit
-def _meet(tops, totals, T):
-    """Maximum and sum of all lanes."""
-    top = tl.max(tops)
-    return top, tl.sum(totals * tl.exp((tops - top) / T))
-
-
-@triton.jit
-def _softened(logits, ids, label, OBJECTIVE: tl.constexpr):
-    """What is divided by the temperature: in dkd, logits without the label's."""
-    if OBJECTIVE == "dkd":
-        logits = tl.where(ids == label, _LOG_ZERO, logits)
-    return logits
-
-
-@triton.jit
-def _logits(tile, row, ids, V):
-    """Logits of some ids of a row; LOG_ZERO beyond the last id."""
-    # In whole groups of 16, the last of them in the padding, loads are 16 bytes wide whatever V is.
-    z = tl.load(tile.products + row * tile.stride + ids, mask=ids < tl.cdiv(V, 16) * 16, other=0.0)
-    z = tl.where(ids < V, z, 0.0)
-    if tile.bias is not None:
-        z += tl.load(tile.bias + ids, mask=ids < V, other=0.0)
-    z *= tile.scale
-    if tile.softcap is not None:
-        z = tile.softcap * _tanh(z / tile.softcap)
-    # Not by a maximum, which would make a logit of NaN.
-    return tl.where((z < _LOG_ZERO) | (ids >= V), _LOG_ZERO, z)
-
-
-@triton.jit
-def _softmax(logits, top, total):
-    """Centred logits and their probabilities."""
-    z = logits - top
-    return z, tl.exp(z) * (1 / total)
-
-
-@triton.jit
-def _store(gradient, student, row, ids, label, g, q, logits, kd_ratio, V):
-    """Mix the labels' part into a block of dL/dz_q and write it, as dL/d product, over the products.
-
-    Half-precision block k lies over the float32 products from k BLOCK / 2 up to (k + 1) BLOCK / 2, none of them beyond
-    block k. Nothing that is still to be read is overwritten if every thread holds block k before any thread writes it:
-    one barrier a block is enough.
-    """
-    if gradient.products is not None:
-        g = kd_ratio * g + (1 - kd_ratio) * tl.where(ids == label, q - 1, q)
-        g *= student.scale
-        if student.softcap is not None:
-            tanh = tl.maximum(logits / student.softcap, -1.0)
-            g *= 1 - tanh * tanh
-        tl.debug_barrier()
-        tl.store(gradient.products + row * gradient.stride + ids, g, mask=ids < tl.cdiv(V, 16) * 16)
-
-
-@triton.jit
-def _compare(q, p, d):
-    """``q - p`` and the terms of ``KL(p || q)`` and ``KL(q || p)``, none negative, from ``d = log q - log p``.
-
-    The larger of both times a function of -abs(d): nothing cancels where they are close, nothing overflows elsewhere.
-    """
-    larger, x = tl.maximum(q, p), -tl.abs(d)
-    exp, expm1, rest = _exponential(x)
-    y = tl.maximum(x, -0.5)
-    by_larger = larger * rest  # a (b / a - 1 - log(b / a)), a the larger
-    by_smaller = larger * tl.where(x > -0.5, y * y - rest * (1 - y), x * exp - expm1)  # the same, a the smaller
-    difference = larger * tl.where(d > 0, -expm1, expm1)
-    return difference, tl.where(d > 0, by_smaller, by_larger), tl.where(d > 0, by_larger, by_smaller)
-
-
-@triton.jit
-def _label_part(odds_q, odds_p):
-    """dkd: ``q_y - p_y`` and the KL of (label, not label), from log-odds of the label."""
-    log_q, log_p = -_softplus(-odds_q), -_softplus(-odds_p)
-    difference, on, _ = _compare(tl.exp(log_q), tl.exp(log_p), log_q - log_p)
-    log_q, log_p = -_softplus(odds_q), -_softplus(odds_p)
-    _, off, _ = _compare(tl.exp(log_q), tl.exp(log_p), log_q - log_p)
-    return difference, on + off
-
-
-@triton.jit
-def _terms(q, p, d, difference, reverse, beta, skew, OBJECTIVE: tl.constexpr):
-    """What objectives with the gradient J(x) sum over the ids; in adaptive_kl, its reverse KL."""
-    if OBJECTIVE == "tvd":
-        return 0.5 * tl.abs(difference)
-    elif OBJECTIVE == "jsd":
-        p_to_m, q_to_m, _, _ = _to_mixture(d, beta)
-        return beta * p * p_to_m + (1 - beta) * q * q_to_m
-    elif OBJECTIVE == "skew_forward_kl":
-        p_to_m, _, _, _ = _to_mixture(d, skew)
-        return (1 - skew) * difference + p * p_to_m
-    elif OBJECTIVE == "skew_reverse_kl":
-        _, q_to_m, _, _ = _to_mixture(d, 1 - skew)
-        return (skew - 1) * difference + q * q_to_m
-    else:
-        return reverse
-
-
-@triton.jit
-def _derivative(d, beta, skew, OBJECTIVE: tl.constexpr):
-    """The x of J(x), but for a constant: always a function of ``d = log q - log p``."""
-    if OBJECTIVE == "tvd":
-        return tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, 0.0))
-    elif OBJECTIVE == "jsd":
-        _, q_to_m, _, _ = _to_mixture(d, beta)
-        return (1 - beta) * q_to_m
-    elif OBJECTIVE == "skew_forward_kl":
-        _, _, p_over_m, _ = _to_mixture(d, skew)
-        return (skew - 1) * p_over_m
-    elif OBJECTIVE == "skew_reverse_kl":
-        _, q_to_m, _, q_over_m = _to_mixture(d, 1 - skew)
-        return q_to_m - skew * q_over_m
-    else:
-        return d
-
-
-@triton.jit
-def _to_mixture(d, share_of_p):
-    """``log p / m``, ``log q / m``, ``p / m - 1`` and ``q / m - 1`` for ``m = share p + (1 - share) q``."""
-    # m = larger (1 + inner)
-    _, expm1, _ = _exponential(-tl.abs(d))
-    inner = tl.where(d > 0, share_of_p, 1 - share_of_p) * expm1
-    log_ratio = _log1p(inner)
-    of_larger, of_smaller = -inner / (1 + inner), (expm1 - inner) / (1 + inner)
-    p_to_m, q_to_m = -(tl.maximum(d, 0.0) + log_ratio), tl.minimum(d, 0.0) - log_ratio
-    return p_to_m, q_to_m, tl.where(d > 0, of_smaller, of_larger), tl.where(d > 0, of_larger, of_smaller)
 
 
 @triton.jit
@@ -614,42 +429,8 @@ def _below_head(teacher, row, top_p, total_p, head_mass, V, BLOCK: tl.constexpr)
         thresholds = low + width / WAYS * tl.arange(0, WAYS)
         masses = tl.zeros([WAYS, STEP], tl.float32)
         for start in range(0, V, STEP):
-            z_p, p = _softmax(_logits(teacher, row, start + tl.arange(0, STEP), V), top_p, total_p)
+            z_p, p = softmax(load_logits(teacher, row, start + tl.arange(0, STEP), V), top_p, total_p)
             masses += tl.where(z_p[None, :] > thresholds[:, None], p[None, :], 0.0)
         low = tl.max(tl.where(tl.sum(masses, axis=1) >= head_mass, thresholds, low))
         width /= WAYS
     return low
-
-
-# Triton has no expm1, log1p and tanh for every device. These are good to about an ulp.
-
-
-@triton.jit
-def _exponential(x):
-    """exp(x), exp(x) - 1 and exp(x) - 1 - x for x <= 0.5."""
-    y = tl.maximum(x, -0.5)
-    series = 1 / 720 + y * (1 / 5040 + y * (1 / 40320 + y * (1 / 362880)))
-    series = y * y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * series))))
-    exp, near = tl.exp(x), x > -0.5
-    expm1 = tl.where(near, x + series, exp - 1)
-    return exp, expm1, tl.where(near, series, expm1 - x)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for -1 < x <= 1: 2 atanh(x / (2 + x)) by its series down to x = -0.5."""
-    s = x / (2 + x)
-    ss = s * s
-    series = 1 / 5 + ss * (1 / 7 + ss * (1 / 9 + ss * (1 / 11 + ss * (1 / 13))))
-    return tl.where(x >= -0.5, 2 * s * (1 + ss * (1 / 3 + ss * series)), tl.log(1 + x))
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _tanh(x):
-    _, expm1, _ = _exponential(-2 * tl.abs(x))
-    return tl.where(x > 0, -expm1, expm1) / (2 + expm1)
