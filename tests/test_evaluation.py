@@ -36,7 +36,7 @@ from taid.evaluation import lm_eval_tasks as tasks
 from taid.evaluation.held_out import bytes_of, held_out
 from taid.evaluation.lm_eval_tasks import PAPER, Tasks
 from taid.models.loading import load_model
-from test_measures import by_hand as distributions_by_hand
+from test_metrics import by_hand as distributions_by_hand
 
 WORDS = "fox dog token loss falls rises small large teacher student Paris France one time".split()
 
@@ -620,7 +620,7 @@ def test_without_lm_eval_the_remedy_is_named(monkeypatch, capsys):
 
 def test_tasks_of_a_vision_language_model_go_to_lmms_eval(monkeypatch, tmp_path, student_folder, capsys):
     """To a stand-in with its signatures (0.7.3)."""
-    monkeypatch.setattr(tasks, "_sees", lambda name: True)
+    monkeypatch.setattr(tasks, "_is_vision_language", lambda name: True)
     assert evaluate(student_folder, "--tasks", "mme") == 2
     assert "need lmms-eval: pip install lmms-eval" in capsys.readouterr().err
     given = {}

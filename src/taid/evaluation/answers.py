@@ -1,26 +1,29 @@
-"""What a student answers to held-out prompts: beside references, beside each other, and to the teacher.
+"""A student's answers to held-out prompts, measured against references, each other and the teacher's probabilities.
 
-Answers come from transformers' ``generate``, in batches padded on the left: greedy ones for ROUGE-L and exact match,
-samples at temperature 1 for their variety and for the teacher's opinion of them. Only ids that student and teacher
-share are generated. A model's own sampling settings (generation_config.json) are set aside, because they are not its
-distribution; what ends an answer is kept.
+Greedy answers serve for ROUGE-L and exact match. Samples at temperature 1 serve for their variety and for the teacher's
+loss of them. Only ids that student and teacher share are generated. A model's own sampling settings
+(generation_config.json) are set aside, because they are not its distribution; the tokens that end an answer are kept.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from accelerate.utils import gather_object
+
+from taid.config.training import TAIDConfig
 from taid.data import loading
 from taid.data.images import has_images
-
-if TYPE_CHECKING:
-    from taid.config.training import TAIDConfig
+from taid.evaluation.held_out import teacher_loss_of_samples
+from taid.evaluation.metrics import distinct, exact_match, mean, rouge_l, self_bleu
+from taid.models import generation
+from taid.models.loading import output_rows, positions, tokenizer_of
+from taid.models.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,10 @@ class Prompted(NamedTuple):
 
 
 class Generations(NamedTuple):
-    """What :func:`generate` returns.
+    """Measured answers.
 
     Attributes:
-        numbers: the measures by name, and of what they are.
+        numbers: the measures by name, with the numbers of prompts and samples.
         answers: a row for each prompt: the text that the model was shown, the reference, the greedy answer with its
             measures, and the samples.
     """
@@ -60,7 +63,7 @@ class Generations(NamedTuple):
 
 
 def prompted(rows: Any, number: int, name: str) -> list[Prompted]:
-    """The first rows that have a prompt: ``prompt`` and ``completion``, or ``messages`` that end with the assistant's.
+    """Return the first rows with ``prompt`` and ``completion``, or with ``messages`` that end with the assistant's.
 
     Raises:
         ImportError: a package that measures answers is not installed.
@@ -98,7 +101,7 @@ def _prompted(place: int, row: dict[str, Any]) -> Prompted | None:
 
 
 def _tokens(asked: Prompted, tokenizer: Any) -> list[int]:
-    """The ids that the model is shown, as training makes them of a prompt."""
+    """Return the ids of a prompt, as training makes them."""
     if isinstance(asked.prompt, str):
         return list(tokenizer(asked.prompt)["input_ids"])
     shown = tokenizer.apply_chat_template(asked.prompt, add_generation_prompt=True, return_dict=True, **asked.template)
@@ -106,9 +109,7 @@ def _tokens(asked: Prompted, tokenizer: Any) -> list[int]:
 
 
 def require_room(max_new_tokens: int, *models: Any) -> None:
-    """Raise a ValueError where a model has not learned as many positions as an answer may have tokens."""
-    from taid.models.loading import positions
-
+    """Raise a ValueError if an answer may have more tokens than a model has learned positions."""
     most = min((p for model in models if (p := positions(model)) is not None), default=None)
     if most is not None and max_new_tokens >= most:
         raise ValueError(
@@ -132,10 +133,10 @@ def generate(
         prompts: of :func:`prompted`. Those that are longer than `args.max_length`, or leave no room for an answer in
             the positions that a model has learned, are left out.
         args: batch size, max_length and seed.
-        teacher: what gives its opinion of the samples; None for none.
+        teacher: gives ``generation_loss``; None for none.
         teacher_tokenizer: the teacher's.
-        samples: how many are drawn a prompt; 0 for greedy answers alone.
-        max_new_tokens: of an answer; what has not ended by then is cut off.
+        samples: the number drawn a prompt; 0 for greedy answers alone.
+        max_new_tokens: the largest length of an answer, which is cut off there.
 
     Returns:
         ``rouge_l`` (:func:`rouge_l`), ``exact_match`` (:func:`exact_match`), the mean number of ``answer_tokens`` and
@@ -147,8 +148,6 @@ def generate(
     Raises:
         ValueError: no prompt is short enough, or student and teacher have different tokenizers.
     """
-    from taid.models.loading import tokenizer_of
-
     require_room(max_new_tokens, student, teacher)
     tokenizer = tokenizer_of(tokenizer)
     shown = _short_enough(prompts, tokenizer, args, max_new_tokens, student, teacher)
@@ -164,11 +163,13 @@ def generate(
     ]
     numbers = {
         "prompts": len(shown), "samples": samples, "max_new_tokens": max_new_tokens, "seed": args.seed,
-        "rouge_l": _mean_rouge_l(answers, args), "exact_match": _mean(row["exact_match"] for row in answers),
-        "answer_tokens": _mean(map(len, greedy)), "finished": _mean(map(answering.is_finished, greedy)),
+        "rouge_l": _mean_rouge_l(answers, args), "exact_match": mean(row["exact_match"] for row in answers),
+        "answer_tokens": mean(map(len, greedy)), "finished": mean(map(answering.is_finished, greedy)),
         **{f"distinct_{n}": distinct((sample for _, sample in flat), n) for n in ORDERS},
-        "self_bleu": self_bleu(drawn), "sample_tokens": _mean(len(sample) for _, sample in flat),
-        "generation_loss": _loss_of_teacher(flat, student, tokenizer, args, teacher, teacher_tokenizer),
+        "self_bleu": self_bleu(drawn), "sample_tokens": mean(len(sample) for _, sample in flat),
+        "generation_loss": None if teacher is None or not flat else teacher_loss_of_samples(
+            flat, student, tokenizer, args, teacher, teacher_tokenizer
+        ),
     }  # fmt: skip
     return Generations(numbers, answers)
 
@@ -176,7 +177,7 @@ def generate(
 def _answer(
     asked: Prompted, tokenizer: Any, shown: list[int], greedy: list[int], drawn: list[list[int]]
 ) -> dict[str, Any]:
-    """What is kept of a prompt, for a reader."""
+    """Return the texts of a prompt and its answers, for a reader."""
     answer, *samples = (str(tokenizer.decode(of, skip_special_tokens=True)) for of in (greedy, *drawn))
     return {
         "row": asked.row, "prompt": tokenizer.decode(shown), "reference": asked.reference, "answer": answer,
@@ -192,14 +193,12 @@ def _mean_rouge_l(answers: list[dict[str, Any]], args: TAIDConfig) -> float | No
             f"{len(answers) - len(scores)} of {len(answers)} references have neither Latin letters nor digits, and "
             "ROUGE-L counts nothing else: they are not in its mean"
         )
-    return _mean(scores)
+    return mean(scores)
 
 
 def _short_enough(
     prompts: Sequence[Prompted], tokenizer: Any, args: TAIDConfig, max_new_tokens: int, *models: Any
 ) -> list[tuple[Prompted, list[int]]]:
-    from taid.models.loading import positions
-
     room = [p - max_new_tokens for model in models if (p := positions(model)) is not None]
     most = min([*room, *([] if args.max_length is None else [args.max_length])], default=None)
     shown = [(asked, _tokens(asked, tokenizer)) for asked in prompts]
@@ -215,14 +214,11 @@ def _short_enough(
 
 
 class _Answering:
-    """A model that continues prompts with ids that it shares with the teacher."""
+    """Answers prompts in batches, with ids that the model shares with the teacher."""
 
     def __init__(
         self, model: Any, tokenizer: Any, args: TAIDConfig, teacher: Any, teacher_tokenizer: Any, max_new_tokens: int
     ) -> None:
-        from taid.models.loading import output_rows, tokenizer_of
-        from taid.models.vocabulary import Vocabulary
-
         self.model, self.args, self.max_new_tokens = model.to(args.device).eval(), args, max_new_tokens
         size = output_rows(model)
         self.vocabulary = (
@@ -238,7 +234,7 @@ class _Answering:
         self.pad = next((i for i in (tokenizer.pad_token_id, *self.ends) if i is not None), 0)
 
     def is_finished(self, answer: list[int]) -> bool:
-        """Whether it ended by itself."""
+        """Return whether an answer ended by itself."""
         return answer[-1] in self.ends
 
     def __call__(
@@ -249,10 +245,6 @@ class _Answering:
         Batches are dealt to the processes, and each has a seed of its own, so that samples do not depend on how many
         processes there are. They do depend on the batch size.
         """
-        from accelerate.utils import gather_object
-
-        from taid.models import generation
-
         size = max(1, self.args.per_device_eval_batch_size // number)
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         config = generation.decoding(self.ends, self.pad, temperature=temperature)
@@ -266,82 +258,3 @@ class _Answering:
             logger.info(f"{'answers' if temperature is None else 'samples'}: batch {place + 1} of {len(batches)}")
         answers = [answer for _, of_batch in sorted(gather_object(found)) for answer in of_batch]
         return [answers[start : start + number] for start in range(0, len(answers), number)]
-
-
-def _loss_of_teacher(
-    sampled: list[tuple[list[int], list[int]]], student: Any, tokenizer: Any, args: TAIDConfig, teacher: Any,
-    teacher_tokenizer: Any,
-) -> float | None:  # fmt: skip
-    """-log p of what was sampled behind prompts, nats a token: the trainer's evaluation of it as rows."""
-    from datasets import Dataset
-
-    from taid.evaluation.held_out import trainer_of
-
-    if teacher is None or not sampled:
-        return None
-    rows = Dataset.from_list(
-        [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in sampled]
-    )
-    args = copy.copy(args)
-    args.max_length, args.assistant_only_loss, args.chat_template_path = None, False, None
-    trainer = trainer_of(student, tokenizer, rows, args, teacher, teacher_tokenizer)
-    return float(trainer.evaluate(trainer.train_dataset)["eval_teacher_cross_entropy"])
-
-
-# --- measures of text -------------------------------------------------------------------------------------------------
-
-
-def rouge_l(reference: str, answer: str) -> float | None:
-    """ROUGE-L: 2 P R / (P + R) with P and R the share of answer and reference that their longest common subsequence is.
-
-    Of words of the letters a-z and digits, in small letters and stemmed (Porter), as Super-NaturalInstructions'
-    evaluation has it; None where the reference has no such word.
-
-    Reference: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; the package rouge-score.
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenize import tokenize
-
-    if not tokenize(reference, None):
-        return None
-    return float(RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure)
-
-
-def exact_match(reference: str, answer: str) -> bool:
-    """Whether both are the same text but for blanks around it."""
-    return reference.strip() == answer.strip()
-
-
-def distinct(samples: Iterable[Sequence[int]], n: int) -> float | None:
-    """distinct-n: different n-grams of tokens / all n-grams, in all samples together; None where there is none.
-
-    Falls as there is more text, whatever it is: compare at the same prompts, samples a prompt and lengths.
-
-    Reference: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", arXiv 1510.03055.
-    """
-    grams = [tuple(sample[i : i + n]) for sample in samples for i in range(len(sample) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def self_bleu(groups: Sequence[Sequence[Sequence[int]]]) -> float | None:
-    """self-BLEU: the mean BLEU of each sample with the other samples of its prompt as references, in [0, 1].
-
-    1 where all samples of a prompt are the same, near 0 where they share nothing. BLEU is sacrebleu's of a sentence, of
-    tokens up to 4-grams, or up to what the sample has; None where no prompt has two samples.
-
-    Reference: Zhu et al., "Texygen", SIGIR 2018, arXiv 1802.01886; there of all samples of a model together.
-    """
-    from sacrebleu.metrics import BLEU
-
-    bleu = BLEU(tokenize="none", effective_order=True)
-    texts = [[" ".join(map(str, sample)) for sample in group] for group in groups if len(group) > 1]
-    return _mean(
-        min(bleu.sentence_score(sample, group[:i] + group[i + 1 :]).score / 100, 1.0)
-        for group in texts
-        for i, sample in enumerate(group)
-    )
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else None

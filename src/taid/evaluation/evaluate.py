@@ -1,9 +1,9 @@
-"""``taid evaluate``: what a finished student is worth, on held-out rows, on benchmark tasks and to a judge.
+"""``taid evaluate``: measure a finished student on held-out rows, on benchmark tasks and by a judge.
 
-:func:`measure` has the held-out measures of a model in one dictionary: of what it makes of rows (:mod:`.held_out`)
-and of what it answers to their prompts (:mod:`.answers`). Tasks are lm-eval's, and their numbers the ones that
-its own command prints; the judge is :mod:`.judge`. What is wrong with the arguments, the rows, the names of tasks
-or the judge's server is said before a model is loaded.
+:func:`measure` returns the held-out measures of a model in one dictionary: of its distribution (:mod:`.held_out`) and
+of its answers to the rows' prompts (:mod:`.answers`). Tasks are lm-eval's, with the numbers that its own command
+prints; the judge is :mod:`.judge`. Mistakes in the arguments, the rows, the names of tasks or the judge's server are
+reported before a model is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import copy
 import gc
 import json
-import logging
 import sys
 import tempfile
 from argparse import Namespace
@@ -20,24 +19,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from taid.artifacts import run_folder
-from taid.artifacts.tables import generation_tables, grade_table, held_out_tables, speed_table, task_table
+from taid.artifacts.tables import Table, generation_tables, grade_table, held_out_tables, speed_table, task_table
+from taid.config.training import TAIDConfig
+from taid.data import loading
+from taid.data.images import has_images
 from taid.evaluation import inference_speed
-from taid.evaluation.held_out import held_out, quantized
+from taid.evaluation.answers import Prompted, generate, prompted, require_room
+from taid.evaluation.held_out import held_out, quantization_change, teacher_held_out
+from taid.evaluation.judge import Judge, read_prompts
 from taid.evaluation.lm_eval_tasks import Tasks
 from taid.evaluation.options import MARK, answers_file, check, speed_file
-from taid.models.loading import quantization_config
-
-if TYPE_CHECKING:
-    from taid.config.training import TAIDConfig
-    from taid.evaluation.answers import Prompted
-    from taid.evaluation.judge import Judge
-
-logger = logging.getLogger(__name__)
+from taid.models.loading import load_model, load_processing_class, quantization_config, tokenizer_of
 
 _OF_HELD_OUT = ("teacher", "before", "data")
 
@@ -67,8 +65,6 @@ def measure(
     Raises:
         ValueError: as of these two.
     """
-    from taid.evaluation.answers import generate, require_room
-
     if prompts:
         require_room(max_new_tokens, model, teacher)
     found = {"held_out": asdict(held_out(model, tokenizer, rows, args, teacher, teacher_tokenizer))}
@@ -100,19 +96,12 @@ def run(options: Namespace) -> dict[str, Any]:
     """
     check(options)
     if options.teacher_quantization is not None:
-        import torch
-
         quantization_config(options.teacher_quantization, torch.float32)  # names a package that is not installed
     with _configured(options) as args:  # before the rows: it sets up the processes
         return _run(options, args)
 
 
 def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
-    from taid.data import loading
-    from taid.data.images import has_images
-    from taid.evaluation.answers import prompted
-    from taid.models.loading import tokenizer_of
-
     is_main = args.process_index == 0
     judge = _judge(options) if options.judge_url and is_main else None
     tasks = None
@@ -124,16 +113,8 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     prompts = prompted(rows, options.generate, options.data) if options.generate else []
     result: dict[str, Any] = {MARK: 1, "taid_version": metadata.version("taid")}
     result |= {name: getattr(options, name) for name in ("model", *_OF_HELD_OUT)} | _earlier(options)
-    console = _console()
     if options.speed and is_main:  # before this process has a model too
-        result["speed"] = inference_speed.measure(
-            options.model, options.teacher, dtype=options.dtype, use_cpu=options.use_cpu
-        )
-        speed = speed_table(result["speed"])
-        console.print(speed.terminal())
-        _write(options.output, result)
-        if options.output is not None:
-            run_folder.write_atomically(speed_file(options.output), speed.markdown())
+        _measure_speed(options, result)
     if not (rows or options.tasks or options.judge_url):
         return result
     model, processing_class = _load(options, options.model, "student", see=has_images(rows))
@@ -142,32 +123,44 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
     if not is_main:
         return result
     if rows:
-        console.print(*(table.terminal() for table in held_out_tables(result["held_out"])))
-        if prompts:
-            console.print(*(table.terminal() for table in generation_tables(result["generations"])))
-        _write(options.output, result)
+        shown = held_out_tables(result["held_out"]) + (generation_tables(result["generations"]) if prompts else [])
+        _keep(options, result, *shown)
     model.to(args.device).eval()
     tokenizer = tokenizer_of(processing_class)
     if tasks is not None:
         result["tasks"] = tasks.run(
             model, tokenizer, num_fewshot=options.num_fewshot, limit=options.limit, batch_size=options.batch_size
         )
-        console.print(task_table(result["tasks"]).terminal())
-        _write(options.output, result)
+        _keep(options, result, task_table(result["tasks"]))
     if judge is not None:
         result["judge"] = judge.grade(model, tokenizer)
-        console.print(grade_table(result["judge"]).terminal())
-        _write(options.output, result)
+        _keep(options, result, grade_table(result["judge"]))
     return result
 
 
-def _console() -> Console:
-    # What is no terminal would cut the tables at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 120)
+def _measure_speed(options: Namespace, result: dict[str, Any]) -> None:
+    """Measure size and speed into `result`."""
+    result["speed"] = inference_speed.measure(
+        options.model, options.teacher, dtype=options.dtype, use_cpu=options.use_cpu
+    )
+    speed = speed_table(result["speed"])
+    _keep(options, result, speed)
+    if options.output is not None:
+        run_folder.write_atomically(speed_file(options.output), speed.markdown())
+
+
+def _keep(options: Namespace, result: dict[str, Any], *tables: Table) -> None:
+    """Print tables, and write all numbers so far."""
+    # Rich would cut tables at 80 columns where the output is no terminal.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(*(table.terminal() for table in tables))
+    if options.output is not None:
+        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        run_folder.write_atomically(options.output, text)
 
 
 def _earlier(options: Namespace) -> dict[str, Any]:
-    """What an earlier call wrote of this model to the same file, and is not measured again."""
+    """Return the numbers of this model that an earlier call wrote to the same file and that are not measured again."""
     if options.output is None or not options.output.exists():
         return {}
     found = json.loads(options.output.read_text(encoding="utf-8"))
@@ -178,14 +171,7 @@ def _earlier(options: Namespace) -> dict[str, Any]:
     return {name: found[name] for name in kept if kept[name] and name in found}
 
 
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        run_folder.write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-
-
 def _judge(options: Namespace) -> Judge:
-    from taid.evaluation.judge import Judge, read_prompts
-
     return Judge(
         options.judge_url, options.judge_model, read_prompts(options.prompts),
         options.output.with_suffix(".judged.jsonl"), timeout=options.judge_timeout,
@@ -195,9 +181,7 @@ def _judge(options: Namespace) -> Judge:
 
 @contextlib.contextmanager
 def _configured(options: Namespace) -> Iterator[TAIDConfig]:
-    """The trainer's arguments; it makes its folder, which nobody needs."""
-    from taid.config.training import TAIDConfig
-
+    """Yield the trainer's arguments, with a folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="taid-evaluate-") as folder:
         yield TAIDConfig(
             output_dir=folder, objective="sft", max_length=options.max_length, use_cpu=options.use_cpu, bf16=False,
@@ -208,8 +192,6 @@ def _configured(options: Namespace) -> Iterator[TAIDConfig]:
 
 
 def _load(options: Namespace, name: str, role: str, *, see: bool, **init_kwargs: Any) -> tuple[Any, Any]:
-    from taid.models.loading import load_model, load_processing_class
-
     processing_class = load_processing_class(name, role=role, see=see)
     return load_model(name, role=role, dtype=options.dtype, **init_kwargs), processing_class
 
@@ -217,39 +199,47 @@ def _load(options: Namespace, name: str, role: str, *, see: bool, **init_kwargs:
 def _compare(
     options: Namespace, model: Any, tokenizer: Any, rows: Any, args: TAIDConfig, prompts: Sequence[Prompted]
 ) -> dict[str, Any]:
-    """The measures of the student before, the student and the teacher, each that is given; the teacher answers not."""
-    from taid.data.images import has_images
+    """Measure the untrained student, the student and the teacher, as far as each was given.
 
+    The teacher does not generate answers.
+    """
     see = has_images(rows)
-    teacher: tuple[Any, Any] = (
-        (None, None) if options.teacher is None else _load(options, options.teacher, "teacher", see=see)
-    )
-    of_rows: Any = tokenizer
-    if see and options.teacher is not None:  # its own pixels of them
-        of_rows = copy.copy(teacher[1])
-        of_rows.chat_template = tokenizer.chat_template
-    of_quantized = None
+    teacher, teacher_tokenizer, change = None, None, None
+    teacher_rows: Any = tokenizer  # makes the student's rows for the teacher
+    if options.teacher is not None:
+        teacher, teacher_tokenizer = _load(options, options.teacher, "teacher", see=see)
+        if see:  # the teacher's own pixels of them
+            teacher_rows = copy.copy(teacher_tokenizer)
+            teacher_rows.chat_template = tokenizer.chat_template
     if options.teacher_quantization is not None:  # first, because it may not load, and goes before others come
-        config = quantization_config(options.teacher_quantization, teacher[0].dtype)
-        more = {"quantization_config": config, "device_map": {"": args.device}}
-        of_fewer_bits, _ = _load(options, options.teacher, "teacher", see=see, **more)
-        of_quantized = quantized(teacher[0], of_rows, rows, args, of_fewer_bits, teacher[1])
-        del of_fewer_bits
-        gc.collect()  # a trainer refers to itself
+        change = _quantize(options, teacher, teacher_tokenizer, teacher_rows, rows, args)
     pairs = {"student": (model, tokenizer)}
     if options.before is not None:
         pairs = {"student before": _load(options, options.before, "student", see=see)} | pairs
     asked = {"prompts": prompts, "samples": options.samples, "max_new_tokens": options.max_new_tokens}
-    of_models = {
-        name: measure(*pair, rows, args, *teacher, **asked, answers=answers_file(name, options.output))
+    measured = {
+        name: measure(
+            *pair, rows, args, teacher, teacher_tokenizer, **asked, answers=answers_file(name, options.output)
+        )
         for name, pair in pairs.items()
     }
-    found = {kind: {name: of[kind] for name, of in of_models.items()} for kind in of_models["student"]}
-    if options.teacher is not None and not options.student_only:
-        # Beside the student, so that the ids are the shared ones, and on the student's rows.
-        beside = (model, tokenizer if see else teacher[1])
-        of_teacher = asdict(held_out(teacher[0], of_rows, rows, args, *beside, own_order=True))
-        found["held_out"]["teacher"] = of_teacher | {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0}
-    if of_quantized is not None:
-        found["held_out"]["teacher"]["quantized"] = {"name": options.teacher_quantization} | of_quantized
+    found = {kind: {name: of[kind] for name, of in measured.items()} for kind in measured["student"]}
+    if teacher is not None and not options.student_only:
+        beside = (model, tokenizer if see else teacher_tokenizer)
+        found["held_out"]["teacher"] = teacher_held_out(teacher, teacher_rows, rows, args, *beside)
+    if change is not None:
+        found["held_out"]["teacher"]["quantized"] = {"name": options.teacher_quantization} | change
     return found
+
+
+def _quantize(
+    options: Namespace, teacher: Any, teacher_tokenizer: Any, teacher_rows: Any, rows: Any, args: TAIDConfig
+) -> dict[str, float]:
+    """Load the teacher in fewer bits, compare it with itself, and let go of it."""
+    config = quantization_config(options.teacher_quantization, teacher.dtype)
+    more = {"quantization_config": config, "device_map": {"": args.device}}
+    quantized, _ = _load(options, options.teacher, "teacher", see=has_images(rows), **more)
+    change = quantization_change(teacher, teacher_rows, rows, args, quantized, teacher_tokenizer)
+    del quantized
+    gc.collect()  # a trainer refers to itself
+    return change

@@ -1,7 +1,9 @@
-"""What a model makes of held-out rows, beside the teacher where there is one: means over their trained tokens.
+"""Measures of a model on held-out rows, with a teacher or without: means over their trained tokens.
 
-The pass is :meth:`taid.TAIDTrainer.evaluate`'s, so that a trained token is what it is in training; what it does not
-measure is summed on the way (:mod:`taid.evaluation.metrics`), so that each model is asked once.
+:meth:`taid.TAIDTrainer.evaluate` makes the pass, so that a trained token is the same as in training. Measures that it
+lacks are summed on the way (:mod:`taid.evaluation.metrics`), so that each model runs once.
+
+The trainers here never train. :func:`_evaluating` builds one; each function below says in whose place its models stand.
 """
 
 from __future__ import annotations
@@ -9,22 +11,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from taid.config.training import TAIDConfig
-    from taid.training.trainer import TAIDTrainer
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback
+
+from taid.config.training import TAIDConfig
+from taid.data import vision_collator
+from taid.evaluation.metrics import TokenSums
+from taid.models.loading import tokenizer_of
+from taid.training.trainer import TAIDTrainer
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What a model makes of held-out rows; means are over their trained tokens.
+    """Measures of a model on held-out rows; means are over their trained tokens.
 
     Attributes:
         cross_entropy: -log q(y), nats a token, over the ids that the student and the teacher share.
         perplexity: exp(cross_entropy).
-        bits_per_byte: cross_entropy * tokens / (ln 2 * bytes); nothing of it depends on how the text was split into
+        bits_per_byte: cross_entropy * tokens / (ln 2 * bytes), which does not depend on how the text was split into
             tokens. None where the trained tokens are no text.
         kl: KL(p || q) of the teacher p and the model q, nats a token, over the shared ids; None without a teacher.
         reverse_kl: KL(q || p), nats a token, over the shared ids; likewise.
@@ -40,7 +47,7 @@ class Measures:
         others_images: the cross-entropy with the images of other rows of the batch, in the sizes of a row's own (a row
             alone in its batch is shown its own in negative); None for rows without. Where it is no larger, the model
             does not use what it sees.
-        tokens: how many were trained.
+        tokens: the number of trained tokens.
         bytes: of the text that they decode to (:func:`bytes_of`).
     """
 
@@ -61,7 +68,7 @@ class Measures:
 
 
 def bytes_of(input_ids: list[int], labels: list[int], tokenizer: Any) -> int:
-    """The bytes of the text that the trained tokens of a row decode to, in UTF-8.
+    """Return the number of bytes, in UTF-8, of the text that the trained tokens of a row decode to.
 
     Trained are the tokens whose label is not -100; the first of a row is not, because nothing predicts it. A run of
     trained tokens is worth the bytes by which the row's text up to its end is longer than that up to its beginning, so
@@ -92,15 +99,12 @@ def held_out(
         args: `objective` is "sft", `fused` is true; batch size, max_length and which tokens are trained.
         teacher: what it is compared with; it may differ from the student in nothing but padding and special tokens.
         teacher_tokenizer: the teacher's.
-        own_order: take head and tail mass by the model's own order: for a teacher, which is `student` here.
+        own_order: take head and tail mass by the model's own order instead of the teacher's.
 
     Raises:
         ValueError: the rows have no trained token, or student and teacher have different tokenizers.
     """
-    from taid.data import vision_collator
-    from taid.models.loading import tokenizer_of
-
-    trainer = trainer_of(student, tokenizer, rows, args, teacher, teacher_tokenizer)
+    trainer = _evaluating(student, tokenizer, rows, args, teacher, teacher_tokenizer)
     found, more = _evaluated(trainer, own_order=own_order)
     size = sum(bytes_of(*row, tokenizer_of(tokenizer)) for row in _tokens(trainer))
     others_images = None
@@ -131,10 +135,25 @@ def held_out(
     )
 
 
-def quantized(
-    teacher: Any, tokenizer: Any, rows: Any, args: TAIDConfig, of_fewer_bits: Any, teacher_tokenizer: Any
+def teacher_held_out(
+    teacher: Any, tokenizer: Any, rows: Any, args: TAIDConfig, student: Any, student_tokenizer: Any
+) -> dict[str, Any]:
+    """Evaluate a teacher on the student's rows, by a trainer in which the two have exchanged their places.
+
+    The student stands in the teacher's place, so that the ids are the shared ones. Head and tail mass are by the
+    teacher's own order.
+
+    Returns:
+        The numbers of :class:`Measures`; the teacher agrees with itself, and its divergences from itself are 0.
+    """
+    found = held_out(teacher, tokenizer, rows, args, student, student_tokenizer, own_order=True)
+    return asdict(found) | {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0}
+
+
+def quantization_change(
+    teacher: Any, tokenizer: Any, rows: Any, args: TAIDConfig, quantized_teacher: Any, teacher_tokenizer: Any
 ) -> dict[str, float]:
-    """Compare a teacher p with itself in fewer bits, p', which is asked as a teacher is in training.
+    """Compare a teacher p with itself in fewer bits, p', by a trainer in which p stands in the student's place.
 
     Returns:
         Means over the trained tokens of rows, which are those of :func:`held_out`: ``cross_entropy``, -log p'(y) in
@@ -146,7 +165,7 @@ def quantized(
     """
     args = copy.copy(args)
     args.objective = "reverse_kl"  # that is KL(p || p'), with p in the student's place
-    trainer = trainer_of(teacher, tokenizer, rows, args, of_fewer_bits, teacher_tokenizer)
+    trainer = _evaluating(teacher, tokenizer, rows, args, quantized_teacher, teacher_tokenizer)
     found, more = _evaluated(trainer)
     cross_entropy, kl = found["eval_teacher_cross_entropy"], found["eval_loss"]
     if not math.isfinite(cross_entropy) or not math.isfinite(kl):
@@ -158,10 +177,25 @@ def quantized(
     return {"cross_entropy": cross_entropy, "change": change, "kl": kl, "agreement": more["agreement"]}
 
 
-def _evaluated(trainer: TAIDTrainer, *, own_order: bool = False) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the trainer measures on its rows, and what is summed beside it, in one pass."""
-    from taid.evaluation.metrics import TokenSums
+def teacher_loss_of_samples(
+    samples: list[tuple[list[int], list[int]]], student: Any, tokenizer: Any, args: TAIDConfig, teacher: Any,
+    teacher_tokenizer: Any,
+) -> float:  # fmt: skip
+    """Return the mean -log p of sampled tokens behind their prompts, in nats a token, p the teacher.
 
+    The trainer takes prompts and samples as rows of tokens, and only its teacher's cross-entropy is read.
+    """
+    rows = Dataset.from_list(
+        [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in samples]
+    )
+    args = copy.copy(args)
+    args.max_length, args.assistant_only_loss, args.chat_template_path = None, False, None
+    trainer = _evaluating(student, tokenizer, rows, args, teacher, teacher_tokenizer)
+    return float(trainer.evaluate(trainer.train_dataset)["eval_teacher_cross_entropy"])
+
+
+def _evaluated(trainer: TAIDTrainer, *, own_order: bool = False) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the trainer's own measures of its rows, and the sums of :class:`.metrics.TokenSums`, from one pass."""
     trainer.pair_loss.watch = sums = TokenSums(own_order=own_order)
     try:
         found = trainer.evaluate(trainer.train_dataset)
@@ -170,14 +204,10 @@ def _evaluated(trainer: TAIDTrainer, *, own_order: bool = False) -> tuple[dict[s
     return found, sums.means(trainer.accelerator)
 
 
-def trainer_of(
+def _evaluating(
     student: Any, tokenizer: Any, rows: Any, args: TAIDConfig, teacher: Any, teacher_tokenizer: Any
 ) -> TAIDTrainer:
-    """A trainer that evaluates on its rows, and says nothing; arguments as of :func:`held_out`."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    from taid.training.trainer import TAIDTrainer
-
+    """Build a trainer that only evaluates, on the rows that it would train on, and prints nothing."""
     trainer = TAIDTrainer(
         student, teacher, args, train_dataset=rows, processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
@@ -188,7 +218,7 @@ def trainer_of(
 
 
 def _tokens(trainer: TAIDTrainer) -> Iterator[tuple[list[int], list[int]]]:
-    """The ids and labels of each row; of rows with images as they are made for a batch."""
+    """Yield the ids and labels of each row; rows with images get them in the collator."""
     rows = trainer.train_dataset
     if "input_ids" in rows.column_names:
         yield from ((row["input_ids"], row["labels"]) for row in rows.select_columns(["input_ids", "labels"]))

@@ -1,11 +1,11 @@
-"""``taid evaluate --speed``: how large and how fast a student is beside its teacher, and quantized.
+"""``taid evaluate --speed``: size, memory and speed of a student, its teacher and the student in fewer bits.
 
-Each figure of a row comes from a process of its own that holds nothing but that model, so that neither memory nor
-threads are another's. The rows take turns, a round at a time: what disturbs the machine disturbs all of them alike.
-What is given is the median over the rounds.
+Each row's figures come from a process of its own that holds only that model, so that memory and threads are its own.
+The rows take turns, a round at a time, so that a disturbance of the machine meets all of them alike. The figures are
+medians over the rounds.
 
-`python -m taid.evaluation.inference_speed` is that process. Its one argument is what to measure, as JSON; its last
-line is the figures.
+`python -m taid.evaluation.inference_speed` is that process. Its one argument is a subject as JSON; the last line that
+it prints is the figures.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import cached_file, logging
+
+from taid.models import loading
+from taid.models.generation import generate, own_greedy_decoding
+
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 128, 64, 5
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a row is about: a model, and the bits of its weights if they are quantized as it is loaded."""
+    """A model to measure, and the bits of its weights if they are quantized as it is loaded."""
 
     name: str
     model: str
@@ -43,8 +50,8 @@ def measure(
 
     Args:
         student: a folder or a Hub name.
-        teacher: the same; what the ratios are to.
-        dtype: what all of them run in; auto is bfloat16 on a GPU and float32 on a CPU.
+        teacher: likewise; the ratios are to it.
+        dtype: of all models; auto is bfloat16 on a GPU and float32 on a CPU.
         use_cpu: do not use a GPU.
         rounds: how often each is measured.
 
@@ -88,14 +95,14 @@ def measure(
 
 
 def summary(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each figure over the rounds, and the rounds of those that are times."""
+    """Return the median of each figure over the rounds, and all rounds of the two times."""
     timed = ("first_token_seconds", "tokens_per_second")
     medians = {name: statistics.median(of[name] for of in figures) for name in figures[0]}
     return medians | {"rounds": {name: [of[name] for of in figures] for name in timed}}
 
 
 def _count_once(rows: list[dict[str, Any]]) -> None:
-    """A quantized model packs several parameters into one number and lies on no disk: it has the student's count."""
+    """Give quantized models the student's count: they pack several parameters into one number, and lie on no disk."""
     student = next(row for row in rows if row["name"] == "student")
     for row in rows:
         if row["bits"] is not None and "not_available" not in row:
@@ -107,7 +114,7 @@ def _count_once(rows: list[dict[str, Any]]) -> None:
 
 
 def _in_a_process(subject: Subject, *, dtype: str, use_cpu: bool) -> tuple[dict[str, Any], str | None]:
-    """Figures, or the reason why there are none."""
+    """Return figures, or the reason why there are none."""
     if subject.bits is not None and importlib.util.find_spec("bitsandbytes") is None:
         return {}, "bitsandbytes is not installed (pip install 'taid[quantized]')"
     asked = json.dumps(asdict(subject) | {"dtype": dtype, "use_cpu": use_cpu})
@@ -125,13 +132,6 @@ def _in_a_process(subject: Subject, *, dtype: str, use_cpu: bool) -> tuple[dict[
 
 
 def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
-    import torch
-    from transformers import logging
-    from transformers.utils import cached_file
-
-    from taid.models import loading
-    from taid.models.loading import load_model
-
     logging.disable_progress_bar()
     dtype = (
         {"cuda": torch.bfloat16, "cpu": torch.float32}[device] if dtype_name == "auto" else getattr(torch, dtype_name)
@@ -142,7 +142,7 @@ def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
         options |= {"quantization_config": quantized, "device_map": {"": device}}
         importlib.import_module("bitsandbytes")  # its share of the memory is not the model's
     before = _memory(device, peak=False)
-    model = load_model(subject.model, role=subject.name, **options).eval()
+    model = loading.load_model(subject.model, role=subject.name, **options).eval()
     if subject.bits is None:
         model.to(device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -169,28 +169,25 @@ def _figures(subject: Subject, dtype_name: str, device: str) -> dict[str, Any]:
     return sizes | memory | {"first_token_seconds": first, "tokens_per_second": speed}
 
 
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Is given the prompt, then each token as it is there: generate copies it to the CPU for that."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing: no text is left to show."""
+
+
 def _generate(model: Any, new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens a second after it, through transformers' own `generate`."""
-    from transformers.generation.streamers import BaseStreamer
-
-    from taid.models.generation import generate, own_greedy_decoding
-
-    class Clock(BaseStreamer):  # type: ignore[misc]
-        """Is given the prompt, then each token as it is there: generate copies it to the CPU for that."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            """Nothing is left to be shown."""
-
+    """Return seconds to the first token, and tokens a second after it."""
     prompt = [i % model.get_input_embeddings().weight.shape[0] for i in range(PROMPT_TOKENS)]
     config = own_greedy_decoding(model, padding=0)
     config.min_new_tokens = new_tokens
-    clock = Clock()
+    clock = _Clock()
     start = time.perf_counter()
     generate(model, [prompt], config, max_new_tokens=new_tokens, streamer=clock)
     times = clock.times[1:]  # the first is the prompt's
@@ -199,8 +196,6 @@ def _generate(model: Any, new_tokens: int) -> tuple[float, float]:
 
 
 def _memory(device: str, *, peak: bool) -> int:
-    import torch
-
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
     status = Path("/proc/self/status")
@@ -215,8 +210,6 @@ def _memory(device: str, *, peak: bool) -> int:
 
 def _reset_peak(device: str) -> None:
     """Forget the peak of loading, where the system can."""
-    import torch
-
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -224,8 +217,6 @@ def _reset_peak(device: str) -> None:
 
 
 def _machine(dtype_name: str, device: str) -> dict[str, Any]:
-    import torch
-
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -242,9 +233,7 @@ def _machine(dtype_name: str, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what the argument asks for, in this process."""
-    import torch
-
+    """Measure the subject in the argument, in this process."""
     asked = json.loads(sys.argv[1])
     device = "cuda" if torch.cuda.is_available() and not asked["use_cpu"] else "cpu"
     subject = Subject(asked["name"], asked["model"], asked["bits"])

@@ -1,8 +1,8 @@
-"""A student's answers graded by another model, in the manner of MT-Bench (Zheng et al., 2023, arXiv 2306.05685).
+"""Another model grades a student's answers, in the manner of MT-Bench (Zheng et al., 2023, arXiv 2306.05685).
 
-The student answers each prompt greedily, one turn after the other; a model behind an OpenAI-compatible endpoint grades
-each answer from 1 to 10 and ends with ``[[7]]``. Answers and grades are kept as JSON lines as soon as they are there,
-so that a killed run goes on where it was. An answer for which no grade can be had counts as ungraded, never as 0.
+The student answers each prompt greedily, one turn after the other. A model behind an OpenAI-compatible endpoint grades
+each answer from 1 to 10 and ends with ``[[7]]``. Answers and grades are written as JSON lines at once, so that a killed
+run goes on where it was. An answer without a grade counts as ungraded, never as 0.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from taid.data import loading
+from taid.models import generation
 from taid.teachers import fingerprint
 from taid.teachers.server import CONCURRENT, Endpoint, Place, UnusableAnswerError, short
 
@@ -47,11 +48,11 @@ _WITH_TURNS = " The conversation has several turns: judge the reply to the last 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the student is asked.
+    """A prompt for the student.
 
     Attributes:
-        messages: what stands before its first reply; the last message is the user's, or empty where `turns` say all.
-        turns: what the user asks, one after the other; the first may stand at the end of `messages` already.
+        messages: the messages before the first turn; none where `turns` say all.
+        turns: the user's messages, one after the other.
         references: a right reply to each turn, or none.
         category: results are also given by category.
     """
@@ -111,11 +112,11 @@ class Judge:
     Args:
         url: of the endpoint, with or without ``/v1``.
         model: the judge's name on the server.
-        prompts: what the student is asked.
-        path: the file of answers and grades; what stands in it is not asked again.
+        prompts: to the student.
+        path: the file of answers and grades; those that it holds are not asked again.
         timeout: seconds to wait for a byte.
-        max_new_tokens: of an answer.
-        student: the student's folder or Hub name; its answers are known by its weights.
+        max_new_tokens: the largest length of an answer.
+        student: the student's folder or Hub name; kept answers are found by its weights.
 
     Raises:
         ValueError: the address is none, the server does not serve the model, or the file is another kind of file.
@@ -165,7 +166,7 @@ class Judge:
     def _answers(
         self, prompt: Prompt, identity: dict[str, Any], generate: Callable[[list[dict[str, str]]], str]
     ) -> list[_Asked]:
-        """The student's replies to the turns of a prompt, as questions to the judge."""
+        """Return the student's replies to the turns of a prompt, as questions to the judge."""
         messages, asked = list(prompt.messages), []
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
@@ -179,7 +180,7 @@ class Judge:
         return asked
 
     def _grade(self, key: str, question: list[dict[str, str]]) -> None:
-        """Keep what the judge says and its grade; that is None after several tries without one."""
+        """Keep the judge's words and its grade, which is None after several tries without one."""
         said: list[str] = []
         grade: float | None = None
         while grade is None and len(said) < _TRIES:
@@ -238,8 +239,6 @@ _Asked = tuple[str, list[dict[str, str]], int, str | None]
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
     """Return the model's greedy reply, by its own settings but for sampling."""
-    from taid.models import generation
-
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = generation.own_greedy_decoding(model, padding)
@@ -248,7 +247,7 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
 
 
 def grading_messages(messages: list[dict[str, str]], references: Iterable[str]) -> list[dict[str, str]]:
-    """What the judge is shown: the instruction, then the conversation with its last reply, and references."""
+    """Return the messages to the judge: the instruction, then the conversation with its last reply, and references."""
     references = list(references)
     users = [message["content"] for message in messages if message["role"] == "user"]
     instruction = _INSTRUCTION.format(
@@ -261,14 +260,14 @@ def grading_messages(messages: list[dict[str, str]], references: Iterable[str]) 
 
 
 def grade_in(text: str) -> float | None:
-    """The last grade in double square brackets, if it lies in 1 .. 10."""
+    """Return the last grade in double square brackets, if it lies in 1 .. 10."""
     found = _GRADE.findall(text)
     grade = float(found[-1]) if found else 0.0
     return grade if 1.0 <= grade <= 10.0 else None
 
 
 def _read_kept(path: Path) -> dict[str, dict[str, Any]]:
-    """What stands in the file by its keys; a last line that a kill has cut off is taken out."""
+    """Read the file by its keys, and cut off a last line that a kill left unfinished."""
     if not path.exists():
         return {}
     content = path.read_bytes()

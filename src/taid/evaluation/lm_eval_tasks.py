@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PAPER = "taid-paper"
-# Six few-shot tasks, as the Open LLM Leaderboard asked them; why these: docs/evaluate.md.
+# Six few-shot tasks with the shots of the Open LLM Leaderboard; docs/evaluate.md says why these.
 _PAPER_TASKS = {
     "arc_challenge": 25,
     "hellaswag": 10,
@@ -46,7 +46,7 @@ class Tasks:
             ValueError: there is no such task; names it, and one that it may be.
             FileNotFoundError: `include_path` is no folder.
         """
-        package = "lmms_eval" if _sees(model) else "lm_eval"
+        package = "lmms_eval" if _is_vision_language(model) else "lm_eval"
         if importlib.util.find_spec(package) is None:
             remedy = "'taid[evaluation]'" if package == "lm_eval" else "lmms-eval"
             raise ImportError(f"tasks for {model} need {package.replace('_', '-')}: pip install {remedy}")
@@ -73,7 +73,7 @@ class Tasks:
         self, model: Any, tokenizer: Any, *, num_fewshot: int | None = None, limit: float | None = None,
         batch_size: int = 1,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """What ``lm_eval --model hf --model_args pretrained=FOLDER`` prints of the folder that `model` is from.
+        """Run the tasks as ``lm_eval --model hf --model_args pretrained=FOLDER`` does on the folder of `model`.
 
         Returns:
             A row for each metric of each task: `task`, `metric`, `filter`, `value`, `stderr` (None where lm-eval gives
@@ -93,7 +93,7 @@ class Tasks:
         return rows_of(found)
 
     def _loaded(self) -> list[Any]:
-        """The names, but of the paper's set its tasks, which have shots of their own.
+        """Return the names, with the paper's set as its tasks, which have shots of their own.
 
         (Given as ``{"task": name, "num_fewshot": n}``, lm-eval 0.4.13 names all tasks of a group after the group.)
         """
@@ -106,8 +106,8 @@ class Tasks:
         return loaded
 
 
-def _sees(name_or_path: str) -> bool:
-    """Whether it is a vision-language model; one that cannot be looked at is named when it is loaded."""
+def _is_vision_language(name_or_path: str) -> bool:
+    """Return whether it is a vision-language model; one without a readable configuration is named when it is loaded."""
     from taid.models.loading import load_config, sees
 
     with contextlib.suppress(OSError, ValueError):
@@ -116,7 +116,7 @@ def _sees(name_or_path: str) -> bool:
 
 
 def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics in lm-eval's results, one a row."""
+    """Return the metrics in lm-eval's results, one a row."""
     rows = []
     for task, metrics in found["results"].items():
         for key, value in metrics.items():

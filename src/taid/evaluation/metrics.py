@@ -1,7 +1,7 @@
-r"""What a student's distribution is worth, token by token: pure functions of logits, and their sums over tokens.
+r"""Measures of a student's distribution, token by token, and of the texts that it generates: pure functions.
 
 ``q`` is the student's distribution, ``p`` the teacher's, both over the ids that they share (``models.vocabulary``).
-Logits are ``[..., V]`` of any float dtype and are computed with in float32; who calls adds up and divides once by the
+Logits are ``[..., V]`` of any float dtype and are computed with in float32. The caller adds up and divides once by the
 number of tokens. Sums may be added over chunks, batches and processes: :class:`TokenSums` does, in float64.
 
 Shapes: N trained tokens, M of them in a chunk, V shared ids, D and E the widths of student and teacher.
@@ -9,7 +9,7 @@ Shapes: N trained tokens, M of them in a chunk, V shared ids, D and E the widths
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,18 +24,18 @@ from taid.losses.objectives import reverse_kl
 
 HEAD_TOKENS = 10
 BINS = 15
-# Of one [M, V] tile in float32. On a GPU about ten live at once; on a CPU two, because the row work goes through a
-# tile by a few rows that stay in a core's cache: of 151,936 ids it takes 8 ms a token instead of 38.
+# The bytes of one float32 tile [M, V]. On a GPU about ten live at once. On a CPU two do, because the row work goes
+# through a tile by a few rows that stay in a core's cache: with 151,936 ids it takes 8 ms a token instead of 38.
 _TILE_BYTES, _TILE_BYTES_CUDA = 2**26, 2**28
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Whether both have the same likeliest token: ``[...]``, 1 or 0; of equally likely ones the first counts."""
+    """Return whether both have the same likeliest token: ``[...]``, 1 or 0; of equally likely ones the first counts."""
     return (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float()
 
 
 def head_mass(logits: Tensor, order_logits: Tensor) -> Tensor:
-    """The probability that a model gives to the ten tokens that are likeliest to another.
+    """Return the probability that a model gives to the ten tokens that are likeliest to another.
 
     Args:
         logits: ``[..., V]``, the model's.
@@ -54,7 +54,7 @@ def head_mass(logits: Tensor, order_logits: Tensor) -> Tensor:
 
 
 def tail_mass(logits: Tensor, order_logits: Tensor) -> Tensor:
-    """The probability that a model gives to the tokens between the 80th and 100th percentile of another's order.
+    """Return the probability that a model gives to the tokens from the 80th to the 100th percentile of another's order.
 
     From the likeliest token (0) to the least likely one (100), these are the last ``floor(V / 5)``. Arguments, ties
     and reference as in :func:`head_mass`; by a uniform order it is ``floor(V / 5) / V``.
@@ -66,7 +66,7 @@ def tail_mass(logits: Tensor, order_logits: Tensor) -> Tensor:
 
 
 def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Tokens by how sure the model is of its likeliest token: what :func:`calibration_error` is computed of.
+    """Sort tokens by how sure the model is of its likeliest token, for :func:`calibration_error`.
 
     Args:
         logits: ``[N, V]``.
@@ -86,7 +86,7 @@ def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def calibration_error(bins: Tensor) -> float:
-    r"""Expected calibration error of a model's largest probability.
+    r"""Return the expected calibration error of a model's largest probability.
 
     .. math:: \sum_b \frac{n_b}{N} \left| \frac{correct_b}{n_b} - \frac{confidence_b}{n_b} \right|
 
@@ -102,7 +102,7 @@ def calibration_error(bins: Tensor) -> float:
 def token_sums(
     student_NV: Tensor, teacher_NV: Tensor | None, labels_N: Tensor, *, own_order: bool = False
 ) -> dict[str, Tensor]:
-    """All measures summed over N tokens, by the plain formula.
+    """Sum all measures over N tokens, by the plain formula.
 
     Args:
         student_NV: the student's logits.
@@ -133,9 +133,9 @@ def token_sums(
 
 
 class TokenSums:
-    """The same from hidden states and output heads, chunk by chunk: beside them only a few ``[M, V]`` tiles exist.
+    """Sums of :func:`token_sums` from hidden states and output heads, in chunks: only a few ``[M, V]`` tiles exist.
 
-    Called once a batch, as :class:`taid.training.step.PairLoss` calls who watches it.
+    The trainer's loss calls it once a batch, as its ``watch``.
 
     Args:
         own_order: as in :func:`token_sums`.
@@ -173,7 +173,7 @@ class TokenSums:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def means(self, accelerator: Any) -> dict[str, float]:
-        """Over all tokens of all processes, whose sums `accelerator` adds: one small all-reduce.
+        """Return means over all tokens of all processes, whose sums `accelerator` adds in one small all-reduce.
 
         Returns:
             Means a token under the names of :func:`token_sums`, and ``calibration_error``.
@@ -188,7 +188,10 @@ class TokenSums:
 
 
 def _logits(hidden_ND: Tensor, head: Head, size: int, rows: int) -> Iterator[Tensor]:
-    """Logits ``[M, V]`` in float32 of so many tokens after so many, in memory that the next ones overwrite."""
+    """Yield float32 logits ``[M, V]`` chunk by chunk.
+
+    All chunks share one buffer: use each before asking for the next.
+    """
     products = HeadProducts(head.weight.detach(), size, None, False)  # as precise as those of the loss
     finish = Finish(None if head.bias is None else head.bias.detach()[:size], head.scale, head.softcap)
     tile = products.tile(min(rows, max(1, len(hidden_ND))))
@@ -203,7 +206,7 @@ def _chunk_rows(V: int, device: str) -> int:
 
 
 def _mass(logits: Tensor, inside: Tensor, edge: Tensor, count: int) -> Tensor:
-    """The probability of the tokens inside, and the share of that on the edge for which there is still a place."""
+    """Return the probability of the tokens inside, and the share of that on the edge for which a place is left."""
     probs = _log_probs(logits).exp()
     share = (count - inside.sum(-1)) / edge.sum(-1)
     return (probs * inside).sum(-1) + share * (probs * edge).sum(-1)
@@ -216,3 +219,63 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 def _exact(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+# --- measures of text -------------------------------------------------------------------------------------------------
+
+
+def rouge_l(reference: str, answer: str) -> float | None:
+    """Return ROUGE-L: 2 P R / (P + R), P and R the shares of answer and reference in their longest common subsequence.
+
+    Words are of the letters a-z and digits, in small letters and stemmed (Porter), as in the evaluation of
+    Super-NaturalInstructions. None where the reference has no such word.
+
+    Reference: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004; the package rouge-score.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # comes with taid[evaluation] only
+    from rouge_score.tokenize import tokenize
+
+    if not tokenize(reference, None):
+        return None
+    return float(RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure)
+
+
+def exact_match(reference: str, answer: str) -> bool:
+    """Return whether both are the same text but for blanks around it."""
+    return reference.strip() == answer.strip()
+
+
+def distinct(samples: Iterable[Sequence[int]], n: int) -> float | None:
+    """Return distinct-n: different n-grams of tokens / all n-grams, in all samples together; None where there is none.
+
+    It falls as there is more text, whatever it is: compare at the same prompts, samples a prompt and lengths.
+
+    Reference: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", arXiv 1510.03055.
+    """
+    grams = [tuple(sample[i : i + n]) for sample in samples for i in range(len(sample) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def self_bleu(groups: Sequence[Sequence[Sequence[int]]]) -> float | None:
+    """Return self-BLEU: the mean BLEU of each sample with the other samples of its prompt as references, in [0, 1].
+
+    1 where all samples of a prompt are the same, near 0 where they share nothing. BLEU is sacrebleu's of a sentence, of
+    tokens up to 4-grams, or up to what the sample has; None where no prompt has two samples.
+
+    Reference: Zhu et al., "Texygen", SIGIR 2018, arXiv 1802.01886; there of all samples of a model together.
+    """
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU(tokenize="none", effective_order=True)
+    texts = [[" ".join(map(str, sample)) for sample in group] for group in groups if len(group) > 1]
+    return mean(
+        min(bleu.sentence_score(sample, group[:i] + group[i + 1 :]).score / 100, 1.0)
+        for group in texts
+        for i, sample in enumerate(group)
+    )
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Return the mean; None of no values."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else None

@@ -15,7 +15,11 @@ from taid.evaluation.metrics import (
     agreement,
     calibration_bins,
     calibration_error,
+    distinct,
+    exact_match,
     head_mass,
+    rouge_l,
+    self_bleu,
     tail_mass,
 )
 from taid.losses.fused import Head
@@ -274,3 +278,43 @@ def test_beside_hidden_states_and_heads_only_tiles_are_held(monkeypatch):
     assert sum(parts) == 4096 * 32_000 * 4
     assert max(tiles) <= 65 * 2**20
     assert max(parts) <= 4 * 2**20
+
+
+# --- measures of text -------------------------------------------------------------------------------------------------
+
+
+def test_rouge_l_is_that_of_the_longest_common_subsequence():
+    assert rouge_l("the cat sat", "a cat sat down") == pytest.approx(2 / (4 / 2 + 3 / 2))  # 2 of 4 words, 2 of 3
+    assert rouge_l("Jumping dogs!", "dog jumps") == pytest.approx(0.5)  # stemmed, and only in their order
+    assert rouge_l("a cat", "a cat") == 1.0
+    assert rouge_l("a cat", "") == 0.0
+    assert rouge_l("東京です。", "東京です。") is None  # it counts Latin letters and digits only
+
+
+def test_an_exact_match_is_the_text_but_for_blanks_around_it():
+    assert exact_match(" Paris.\n", "Paris.")
+    assert not exact_match("Paris.", "paris.")
+
+
+def test_distinct_n_is_the_share_of_different_n_grams():
+    samples = [[1, 2, 1, 2], [1, 2, 3]]
+    assert distinct(samples, 1) == 3 / 7
+    assert distinct(samples, 2) == 3 / 5  # 12 21 12 | 12 23
+    assert distinct(samples, 4) == 1.0
+    assert distinct(samples, 5) is None
+    assert distinct([[5] * 100], 2) == 1 / 99
+
+
+@pytest.mark.parametrize("sample", [list(range(9)), [1, 2], [7]])
+def test_self_bleu_of_a_student_that_says_one_thing_is_1_however_short(sample):
+    assert self_bleu([[sample] * 4, [sample] * 4]) == pytest.approx(1.0)
+
+
+def test_self_bleu_is_the_mean_over_samples_and_falls_to_0():
+    one, other = list(range(20)), list(range(50, 70))
+    assert self_bleu([[one, other]]) == 0.0
+    assert self_bleu([[one, one, other]]) == pytest.approx(2 / 3)
+    assert self_bleu([[one, one], [one, other]]) == pytest.approx(1 / 2)  # prompts are not compared with each other
+    half = self_bleu([[one, one[:10] + other[:10]]])
+    assert 0.2 < half < 0.8
+    assert self_bleu([[one], [other]]) is None
