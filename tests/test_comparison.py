@@ -26,7 +26,7 @@ from taid.comparison import results as standings
 from taid.comparison import runner
 from taid.comparison.plan import Run, arguments_of
 from taid.comparison.results import Interval, Standings
-from taid.config import parsing as arguments_module
+from taid.config.arguments import COMMANDS
 from taid.config.parsing import parse
 
 OWN = ["--objectives", "forward_kl,taid,sft", "--seeds", "2", "--learning_rates", "1e-3,1e-2"]
@@ -336,7 +336,7 @@ def test_help_has_every_option_of_a_comparison_with_its_default(capsys):
         main.main(["compare", "--help"])
 
     own = capsys.readouterr().out.split("Comparison:")[1].split("Objective and teacher:")[0]
-    usage = arguments_module._COMMANDS["compare"][0]
+    usage = COMMANDS["compare"][0]
     assert set(re.findall(r"^  (--\w+)", own, re.MULTILINE)) == set(re.findall(r"--\w+", usage)) - {"--field"}
     assert "(default: 5)" in own
 

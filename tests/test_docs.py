@@ -45,8 +45,8 @@ from trl import SFTConfig
 import taid
 from taid import objectives
 from taid.cli import main
-from taid.config import parsing as arguments
-from taid.config.parsing import parse
+from taid.config.arguments import COMMANDS, option_parser
+from taid.config.parsing import CLASSES, parse
 from taid.config.training import TAIDConfig
 from taid.data import loading
 from taid.evaluation import judge
@@ -348,7 +348,7 @@ def check_taid(words: list[str]) -> None:
     if "--help" in words:
         assert command == "--help" or options_of(command)
         return
-    if command not in arguments._COMMANDS:
+    if command not in COMMANDS:
         main._parser().parse_args(words)
         return
     if "--config" in rest and not Path(rest[rest.index("--config") + 1]).exists():
@@ -373,13 +373,13 @@ def check_pytest(words: list[str]) -> None:
 
 def beside_the_configuration(command: str) -> list[tuple[str, str]]:
     """The options of a command that are no fields, as its usage shows them: `[--repair]`, `[--gpus N]`."""
-    return re.findall(r"\[(--[a-z_]+)( [A-Z,]+)?\]", arguments._COMMANDS[command][0])
+    return re.findall(r"\[(--[a-z_]+)( [A-Z,]+)?\]", COMMANDS[command][0])
 
 
 def options_of(command: str) -> set[str]:
     """Every ``--option`` of a command of taid's."""
-    if command in arguments._COMMANDS:
-        parser: argparse.ArgumentParser = arguments._parser(command, show_all=True)
+    if command in COMMANDS:
+        parser = option_parser(command, CLASSES, show_all=True)
         return {*parser._option_string_actions, *(option for option, _ in beside_the_configuration(command))}
     return set(commands_of_taid()[command]._option_string_actions)
 

@@ -31,7 +31,7 @@ from taid import TAIDConfig, TAIDTrainer
 from taid.artifacts import run_folder
 from taid.artifacts.tables import held_out_tables
 from taid.cli.main import main
-from taid.config.training import Quantization
+from taid.config.options import Quantization
 from taid.evaluation import lm_eval_tasks as tasks
 from taid.evaluation.held_out import bytes_of, held_out
 from taid.evaluation.lm_eval_tasks import PAPER, Tasks

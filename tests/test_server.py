@@ -32,11 +32,12 @@ from prompt_server import (
 )
 from taid import TAIDConfig, TAIDTrainer
 from taid.artifacts import run_folder
+from taid.config.combinations import TEACHER_SERVER_KEY
 from taid.losses.fused import shifted
 from taid.losses.sparse_logits import TopK
 from taid.models.vocabulary import Vocabulary
 from taid.teachers.cache import Cache
-from taid.teachers.server import API_KEY, Server
+from taid.teachers.server import Server
 from taid.teachers.teacher import ServedTeacher
 from taid.training.capture import capture
 
@@ -255,7 +256,7 @@ SPOILED = {
     "positive": ({}, positive, ValueError, "these are no log-probabilities"),
     "mass above one": ({}, mass_above_one, ValueError, "these are no log-probabilities"),
     "a context too short": ({"max_model_len": 4}, None, ValueError, "maximum context length"),
-    "a key wanted": ({"api_key": "secret"}, None, ValueError, f"answers 401.*environment as {API_KEY}"),
+    "a key wanted": ({"api_key": "secret"}, None, ValueError, f"answers 401.*environment as {TEACHER_SERVER_KEY}"),
 }  # fmt: skip
 
 
@@ -425,7 +426,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(
     serve, tmp_path, student_folder, teacher_folder, monkeypatch, caplog, capsys
 ):
     key = "sk-0123456789abcdef"
-    monkeypatch.setenv(API_KEY, key)
+    monkeypatch.setenv(TEACHER_SERVER_KEY, key)
     server = serve(api_key=key, fault=status(500, times=1))
     with caplog.at_level(logging.DEBUG):
         trainer = trainer_of(tmp_path / "run", student_folder, teacher_folder, teacher_server_url=server.url)
@@ -445,7 +446,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(
 
 @pytest.mark.parametrize("key", ["sk-0123456789abcdef", 'sk-\\back"quote'])
 def test_no_part_of_a_key_is_shown_by_an_answer_that_is_cut(key, serve, monkeypatch):
-    monkeypatch.setenv(API_KEY, key)
+    monkeypatch.setenv(TEACHER_SERVER_KEY, key)
     for before in range(150, 210, 5):
         server = serve()
         text = json.dumps({"object": "x" * before + key})
@@ -457,10 +458,10 @@ def test_no_part_of_a_key_is_shown_by_an_answer_that_is_cut(key, serve, monkeypa
 
 def test_keys_in_the_address_or_that_are_none_are_refused_without_showing_them(tmp_path, monkeypatch):
     for url in ("http://me:secret@host:8000", "http://host:8000/?api_key=secret"):
-        with pytest.raises(ValueError, match=f"environment as {API_KEY}") as raised:
+        with pytest.raises(ValueError, match=f"environment as {TEACHER_SERVER_KEY}") as raised:
             TAIDConfig(output_dir=str(tmp_path), teacher_server_url=url, bf16=False)
         assert "secret" not in str(raised.value)
-    monkeypatch.setenv(API_KEY, "secret\r\nX-Evil: 1")
+    monkeypatch.setenv(TEACHER_SERVER_KEY, "secret\r\nX-Evil: 1")
     with pytest.raises(ValueError, match="holds characters that no key has") as raised:
         Server("http://127.0.0.1:9")
     assert "secret" not in str(raised.value)

@@ -73,7 +73,7 @@ def _status(rank: int, code: int) -> int:
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The options of the launcher, and the command line of each process."""
-    from taid.config.parsing import LAUNCHER
+    from taid.config.arguments import LAUNCHER
 
     values: dict[str, str] = {}
     rest, waiting = [], list(arguments)

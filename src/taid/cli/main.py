@@ -158,7 +158,7 @@ def _planned(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
     import yaml
 
     from taid.config.parsing import configured as configure
-    from taid.config.training import changed
+    from taid.config.values import changed
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", nargs="?")

@@ -13,8 +13,11 @@ from typing import Any
 
 import yaml
 
-from taid.config.parsing import Loader, parse
-from taid.config.training import DataArguments, TAIDConfig, in_yaml, nearest, resolved
+from taid.config.arguments import Loader
+from taid.config.data import DataArguments
+from taid.config.parsing import parse
+from taid.config.training import TAIDConfig
+from taid.config.values import in_yaml, nearest, resolved
 from taid.losses.objective_table import OBJECTIVES
 
 # `taid_linear` is the paper's ablation, `taid_auto` our schedule; GKD and DistiLLM let the student write answers too.

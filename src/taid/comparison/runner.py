@@ -28,8 +28,9 @@ from taid.artifacts import run_folder
 from taid.comparison import results
 from taid.comparison.plan import Plan, Run, arguments_of
 from taid.comparison.workers import Job, Workers
+from taid.config.data import DataArguments
 from taid.config.parsing import configured
-from taid.config.training import DataArguments, TAIDConfig
+from taid.config.training import TAIDConfig
 from taid.data.images import has_images
 from taid.data.loading import load_rows, local_files
 from taid.evaluation.answers import prompted

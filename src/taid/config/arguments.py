@@ -82,11 +82,11 @@ def read_options(
     try:
         namespace, unknown = parser.parse_known_args(in_file + values)
     except ValueError as error:
-        name = re.match(r"argument --(\w+): (.*)", str(error), re.DOTALL)
-        is_from_file = name is not None and not any(v.split("=")[0] == f"--{name[1]}" for v in values)
-        if name is None or not is_from_file:
+        wrong = re.match(r"argument --(\w+): (.*)", str(error), re.DOTALL)
+        is_from_file = wrong is not None and not any(v.split("=")[0] == f"--{wrong[1]}" for v in values)
+        if wrong is None or not is_from_file:
             raise
-        raise ValueError(f"{file}: {name[1]}: {name[2]}") from None
+        raise ValueError(f"{file}: {wrong[1]}: {wrong[2]}") from None
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
         known = _names(parser) | {action.dest for action in (own._group_actions if own else ())}

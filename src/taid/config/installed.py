@@ -137,12 +137,13 @@ class _Source:
         """Return an enumeration that the file defines or imports; any other class as one that takes every value."""
         source = self
         for node in self.tree.body:
-            is_sibling = isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None
-            if is_sibling and name in [alias.name for alias in node.names]:
-                path = self.path.parent / f"{node.module.replace('.', '/')}.py"
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and name in [alias.name for alias in node.names]:
+                path = self.path.parent / f"{str(node.module).replace('.', '/')}.py"
                 source = _Source(path) if path.is_file() else self
         defined = source.classes.get(name)
         if defined is None or not any("Enum" in ast.unparse(base) for base in defined.bases):
             return type(name, (), {"__init__": lambda self, *_: None})
         members = [node for node in defined.body if isinstance(node, ast.Assign)]
-        return Enum(name, [(ast.unparse(m.targets[0]), ast.literal_eval(m.value)) for m in members])
+        kind: Any = Enum
+        made: type = kind(name, [(ast.unparse(m.targets[0]), ast.literal_eval(m.value)) for m in members])
+        return made

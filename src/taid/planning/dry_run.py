@@ -22,14 +22,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from trl import ModelConfig
 
-from taid.config.training import DataArguments, TAIDConfig
+from taid.config.data import DataArguments
+from taid.config.training import TAIDConfig
 from taid.data import images, stream
 from taid.data.loading import load_rows
 from taid.models.loading import sees
 from taid.planning import tiny
 from taid.planning.plan import Recipe
 from taid.teachers.placement import teacher_init_kwargs
-from taid.training.on_policy import is_on
 
 _STEPS, _ROWS, _HELD_OUT, _CHARACTERS, _TOKENS, _NEW_TOKENS = 3, 16, 2, 48, 256, 16
 _WIDTHS = {"student": 32, "teacher": 64}  # two, so that nothing can be right because both are the same
@@ -77,7 +77,7 @@ def miniature(recipe: Recipe) -> Iterator[Miniature]:
         root = Path(folder)
         made = {role: _model(recipe, role, root / role) for role in roles}
         # What a server says is the top k of a teacher; of a stream nothing can be captured.
-        has_server = args.teacher_server_url is not None and not recipe.data.streaming and not is_on(args)
+        has_server = args.teacher_server_url is not None and not recipe.data.streaming and not args.samples_answers
         needs_cache = args.teacher_cache is not None or has_server
         most = _TOKENS if not sees(recipe.config("student")) else 16 * _TOKENS  # images take their own number
         small = {
@@ -194,7 +194,7 @@ def _made_rows(recipe: Recipe, is_chat: bool) -> Iterator[dict[str, Any]]:
         chat = {"messages": [{"role": role, "content": text} for role in ("user", "assistant")]}
         if see:
             yield chat | {"images": [Image.new("RGB", (64, 64), (16 * start % 256, 8 * start % 256, 128))]}
-        elif args.completion_only_loss or (is_on(args) and not args.assistant_only_loss):
+        elif args.completion_only_loss or (args.samples_answers and not args.assistant_only_loss):
             yield {"prompt": text, "completion": f" {text}"}
         elif is_chat:
             yield chat

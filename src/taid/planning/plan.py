@@ -22,7 +22,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, get_peft_config
 
-from taid.config.training import DataArguments, TAIDConfig
+from taid.config.data import DataArguments
+from taid.config.training import TAIDConfig
 from taid.data.loading import local_files
 from taid.models.loading import (
     adapter_config,
@@ -37,7 +38,6 @@ from taid.planning.footprint import ENGINES, PLACEMENTS, STATES, Footprint, Layo
 from taid.teachers.cache_format import Format
 from taid.teachers.placement import teacher_init_kwargs
 from taid.training import capture
-from taid.training.on_policy import is_on
 from taid.training.trainer import TAIDTrainer
 
 _DISTINCT = 12.0  # ids of 50 draws from a large teacher, arXiv 2503.16870
@@ -195,7 +195,7 @@ def plan(recipe: Recipe, train_rows: Any = None, eval_rows: Any = None) -> str:
         ]
     rows = _bounded(recipe) if train_rows is None else _counted(recipe, train_rows, eval_rows)
     lines += ["", *_memory(recipe, student, teacher, rows.longest), "", *_run(recipe, student, teacher, rows)]
-    if teacher is not None and rows.distinct and not is_on(args):
+    if teacher is not None and rows.distinct and not args.samples_answers:
         lines += ["", *_caches(recipe, teacher, rows)]
     return "\n".join(lines)
 
@@ -230,7 +230,7 @@ def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
     distinct = {name: (len(keys), sum(keys.values())) for name, keys in capture.rows_of(trainer).items()}
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     longest = max(lengths)
-    if is_on(recipe.args):
+    if recipe.args.samples_answers:
         longest = min(longest + int(args.sampling_max_new_tokens), args.max_length or sys.maxsize)
     return Rows(len(lengths), longest, sum(lengths), distinct, counted=True)
 
@@ -413,7 +413,11 @@ def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> lis
     elif forward and args.teacher_server_url is not None:
         lines += [_hours(recipe, "the teacher's server, if it has as many", forward * tokens, tokens, bound)]
     lines += [_hours(recipe, "taid train", a_token * tokens, tokens, bound)]
-    return [*lines, "(without the time in which answers are sampled, which is not planned)"] if is_on(args) else lines
+    return (
+        [*lines, "(without the time in which answers are sampled, which is not planned)"]
+        if args.samples_answers
+        else lines
+    )
 
 
 def _steps(args: TAIDConfig, a_step: int, length: int, processes: int, rows: Rows) -> int | None:

@@ -15,14 +15,15 @@ import math
 import os
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3
+
+from taid.config.combinations import TEACHER_SERVER_KEY
+from taid.config.values import check_url
 
 logger = logging.getLogger(__name__)
 
 CONCURRENT = 8  # requests at a time
-API_KEY = "TEACHER_SERVER_API_KEY"
 _TRIES = 7  # with the waits below, two minutes, in which a server can be started again
 _BACKOFF, _LONGEST_WAIT = 1.0, 60.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -53,26 +54,10 @@ class Place:
 
 
 TEACHER = Place(
-    "the teacher's server", "teacher_server_url", "teacher_server_model", "teacher_server_timeout", API_KEY,
+    "the teacher's server", "teacher_server_url", "teacher_server_model", "teacher_server_timeout", TEACHER_SERVER_KEY,
     "Start it again; a run continues with --resume_from_checkpoint, a capture with the same command",
     "A run continues with --resume_from_checkpoint",
 )  # fmt: skip
-
-
-def check_url(url: str, place: Place = TEACHER) -> None:
-    """Raise a ValueError for what is no address of a server, or holds a secret."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:  # brackets that do not close, a port that is no number
-        raise ValueError(f"{place.url} must be like http://localhost:8000") from None
-    if parts.username or parts.password or parts.query:
-        raise ValueError(
-            f"{place.url} holds credentials, which would be saved with the run: put the key into the environment as "
-            f"{place.api_key}"
-        )
-    if not usable or any(character in "#?" or character.isspace() for character in url):
-        raise ValueError(f"{place.url} must be like http://localhost:8000, got {url!r}")
 
 
 class UnusableAnswerError(ValueError):
@@ -94,7 +79,7 @@ class Endpoint:
     """
 
     def __init__(self, url: str, model: str | None, timeout: float, place: Place) -> None:
-        check_url(url, place)
+        check_url(url, place.url, place.api_key)
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout, self.place = timeout, place
         self._key = os.environ.get(place.api_key)

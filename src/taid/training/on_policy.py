@@ -43,54 +43,12 @@ from taid.models.generation import decoding, generate
 from taid.teachers.teacher import LocalTeacher
 
 if TYPE_CHECKING:
-    from taid.config.training import TAIDConfig
     from taid.training.trainer import TAIDTrainer
 
 logger = logging.getLogger(__name__)
 
 FILE = "sampling.json"  # in a checkpoint
-OPTIONS = "sampling sampling_share sampling_temperature sampling_max_new_tokens sampling_buffer_size seq_kd".split()
 _LOOKED_AT = 100  # rows in which an end token is looked for
-
-
-def is_on(args: TAIDConfig) -> bool:
-    """Whether any answer of a run is sampled."""
-    return args.sampling != "none" or args.seq_kd
-
-
-def check_options(args: TAIDConfig) -> None:
-    """Raise a ValueError for an option that sampled answers do not go together with; names the remedy."""
-    if not is_on(args):
-        return
-    name = f"sampling: {args.sampling}" if args.sampling != "none" else "seq_kd: true"
-    padded = "a sampled answer takes the place of one row's, in a padded batch"
-    refused = {
-        "teacher_cache": (
-            args.teacher_cache is not None,
-            "it knows the data set's answers only: load the teacher, or ask a server (teacher_server_url)",
-        ),
-        "train_tokens": (args.train_tokens is not None, "how long answers will be is not known: set max_steps"),
-        "packing": (args.packing, f"{padded}: set packing: false"),
-        "padding_free": (args.padding_free, f"{padded}: set padding_free: false"),
-    }
-    for other, (is_set, why) in refused.items():
-        if is_set:
-            raise ValueError(f"{name} does not go together with {other}: {why}")
-    if args.seq_kd and args.teacher_server_url is not None:
-        raise ValueError(
-            "seq_kd: true lets the teacher write, which it does here only: leave teacher_server_url away, or let the "
-            "server write the data set's answers beforehand"
-        )
-    if args.sampling != "none" and args.distillation_share == 0:
-        raise ValueError(
-            f"{name} needs a teacher that judges what the student writes: with objective {args.objective} and kd_ratio "
-            f"{args.kd_ratio} the student would learn its own answers. Set sampling: none, or another objective"
-        )
-    if args.sampling == "adaptive" and args.eval_strategy == "no":
-        raise ValueError(
-            "sampling: adaptive samples more whenever held-out loss has risen, and nothing is evaluated: set "
-            "eval_strategy: steps and eval_steps, or sampling: mixed"
-        )
 
 
 class Row(NamedTuple):

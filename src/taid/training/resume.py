@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taid.training import on_policy
+from taid.config.combinations import SAMPLING_OPTIONS
 from taid.training.engines import engine_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def of(trainer: TAIDTrainer) -> dict[str, Any]:
         identity |= {name: configuration.get(name) for name in ("dataset_weights", "packing_strategy")}
         identity |= {"files of the stream": stream.identity(), "processes": args.world_size}
     if trainer.sampling is not None:
-        names = [*on_policy.OPTIONS, *(["eval_strategy", "eval_steps"] if args.sampling == "adaptive" else [])]
+        names = [*SAMPLING_OPTIONS, *(["eval_strategy", "eval_steps"] if args.sampling == "adaptive" else [])]
         identity |= {name: configuration.get(name) for name in names}
     signal = trainer.teacher.kind if trainer.teacher is not None and args.distillation_share > 0 else None
     return identity | {

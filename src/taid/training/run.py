@@ -18,7 +18,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from taid.artifacts import run_folder
 from taid.artifacts.report import write_report
-from taid.config.training import DataArguments, TAIDConfig, changed, resolved
+from taid.config.data import DataArguments
+from taid.config.training import TAIDConfig
+from taid.config.values import changed, resolved
 from taid.data import loading, stream
 from taid.data.images import has_images
 from taid.models.loading import load_model, load_processing_class

@@ -33,7 +33,8 @@ from trl import SFTTrainer
 from taid.artifacts import run_folder
 from taid.artifacts.model_card import write_card
 from taid.artifacts.report import write_report
-from taid.config.training import TAIDConfig, changed, resolved
+from taid.config.training import TAIDConfig
+from taid.config.values import changed, resolved
 from taid.data import images, stream, tokenized, vision_collator
 from taid.losses.fused import shifted
 from taid.losses.schedules import ScheduleState
@@ -45,7 +46,7 @@ from taid.teachers.server import Server
 from taid.teachers.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
 from taid.training import capture, engines, resume
 from taid.training.moving import MovingParameters
-from taid.training.on_policy import Sampling, is_on
+from taid.training.on_policy import Sampling
 from taid.training.pair import Pair, load_pair
 from taid.training.step import PairLoss
 from taid.training.sums import MicroBatches, means
@@ -151,7 +152,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
                 "rows with images need a teacher that is loaded here and has the student's tokens: teacher_cache, "
                 "teacher_server_url and tokenizer_from: teacher are for text"
             )
-        if see and is_on(args):
+        if see and args.samples_answers:
             raise ValueError("answers are not sampled for rows with images: set sampling: none and seq_kd: false")
         elsewhere: Cache | Server | None = None
         if args.teacher_cache is not None:
@@ -198,7 +199,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         self._check_rows(pair)
         self.teacher = self._teacher(pair.teacher, elsewhere)
         learned = [most for model in (pair.student, pair.teacher) if (most := positions(model)) is not None]
-        self.sampling = Sampling(self, min(learned, default=None)) if is_on(args) else None
+        self.sampling = Sampling(self, min(learned, default=None)) if args.samples_answers else None
         self.pair_loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
         self.moving = MovingParameters(args)
         self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
