@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, fields
 from enum import Enum
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from trl import ModelConfig, SFTConfig
@@ -45,14 +45,18 @@ def plain(kind: Any) -> Any:
 def test_the_options_that_are_read_from_source_are_those_of_the_installed_classes(name, real):
     read = read_installed()
     assert read is not None
-    read_fields = fields(getattr(read, name))
+    read_fields, read_types, types = (
+        fields(getattr(read, name)),
+        get_type_hints(getattr(read, name)),
+        get_type_hints(real),
+    )
     assert [f.name for f in read_fields] == [f.name for f in fields(real) if f.init]
     by_name = {f.name: f for f in fields(real)}
     for field in read_fields:
         expected = by_name[field.name]
         assert field.default == expected.default, field.name
         assert field.default_factory == expected.default_factory, field.name
-        assert plain(field.type) == plain(expected.type), field.name
+        assert plain(read_types[field.name]) == plain(types[field.name]), field.name
         metadata = dict(expected.metadata)
         if field.name in ("log_level", "log_level_replica"):  # computed from the logger's levels
             metadata.pop("choices")

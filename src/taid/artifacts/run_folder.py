@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
 
 CONFIG, VERSIONS, METRICS, EVALUATION = "config.yaml", "versions.json", "metrics.jsonl", "evaluation.json"
 UNFINISHED = "checkpoint.partial"  # where a checkpoint is written before it is whole
@@ -76,6 +75,8 @@ def clear(folder: Path) -> None:
 @contextlib.contextmanager
 def written(name: str) -> Iterator[None]:
     """Raise an OSError where torch or safetensors cannot write; what they raise themselves names no cause."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
@@ -219,6 +220,8 @@ def check_resumable(checkpoint: Path) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="np"):
             return True
