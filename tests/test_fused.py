@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from taid import objectives
 from taid.losses import fused
-from taid.losses.fused import Head, distillation_loss, fused_distillation_loss
+from taid.losses.distillation import distillation_loss
+from taid.losses.fused import Head, fused_distillation_loss
 from taid.losses.kernels import c_rows, head_matmul
 from test_kernels import CASES, INF, REFERENCES, Case, every_case, only, without
 from test_objectives import reference_target

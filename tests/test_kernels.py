@@ -988,13 +988,13 @@ import torch
 from taid.losses.kernels import c_rows
 from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
 
-native._FLAGS = ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"]
+c_rows._FLAGS = ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"]
 torch.manual_seed(0)
 student, teacher = torch.randn(2, 3, 507)
 columns = torch.empty(3, len(COLUMNS))
 task = RowTask.of("taid", 0.7, {"t": 0.4}, Finish(), Finish())
-native.native_rows(student, teacher, torch.tensor([1, 2, 3]), task, columns, gradient=torch.float32)
-print(native._library() is not None, *columns.flatten().tolist(), *student[:, ::100].flatten().tolist())
+c_rows.native_rows(student, teacher, torch.tensor([1, 2, 3]), task, columns, gradient=torch.float32)
+print(c_rows._library() is not None, *columns.flatten().tolist(), *student[:, ::100].flatten().tolist())
 """
 
 

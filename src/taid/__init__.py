@@ -27,8 +27,8 @@ from taid.losses.schedules import (
 if TYPE_CHECKING:
     from taid.config.training import TAIDConfig as TAIDConfig
     from taid.losses import objectives as objectives
+    from taid.losses.distillation import distillation_loss as distillation_loss
     from taid.losses.fused import Head as Head
-    from taid.losses.fused import distillation_loss as distillation_loss
     from taid.losses.fused import fused_distillation_loss as fused_distillation_loss
     from taid.training.trainer import TAIDTrainer as TAIDTrainer
 
@@ -51,7 +51,7 @@ _LAZY = {
     "Head": "taid.losses.fused",
     "TAIDConfig": "taid.config.training",
     "TAIDTrainer": "taid.training.trainer",
-    "distillation_loss": "taid.losses.fused",
+    "distillation_loss": "taid.losses.distillation",
     "fused_distillation_loss": "taid.losses.fused",
 }
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from taid.losses.fused import Head
 from taid.losses.kernels.head_matmul import HeadProducts
-from taid.losses.kernels.row_task import Finish
 from taid.losses.kernels.torch_rows import block_rows
 from taid.losses.objectives import reverse_kl
 
@@ -193,7 +192,7 @@ def _logits(hidden_ND: Tensor, head: Head, size: int, rows: int) -> Iterator[Ten
     All chunks share one buffer: use each before asking for the next.
     """
     products = HeadProducts(head.weight.detach(), size, None, False)  # as precise as those of the loss
-    finish = Finish(None if head.bias is None else head.bias.detach()[:size], head.scale, head.softcap)
+    finish = head.finish(size)
     tile = products.tile(min(rows, max(1, len(hidden_ND))))
     for part in torch.split(hidden_ND, rows):
         logits_MV = products.project(products.operand(part), tile)[: len(part)].float()

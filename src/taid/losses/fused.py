@@ -14,23 +14,20 @@ the backward pass multiplies what is there by one number.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from taid.losses import objectives
+from taid.losses.distillation import DistillationLoss, exact_dtype
 from taid.losses.kernels import row_stage
 from taid.losses.kernels.head_matmul import HeadProducts, chunk_rows, scalable
 from taid.losses.kernels.row_task import COLUMNS, Finish, RowTask
-from taid.losses.objective_table import OBJECTIVES
-from taid.losses.sparse_logits import Sampled, Sparse, TopK, sparse_rows
+from taid.losses.sparse_logits import Sparse, sparse_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +61,10 @@ class Head:
         bias = None if self.bias is None else self.bias.index_select(0, ids)
         return Head(self.weight.index_select(0, ids), bias, self.scale, self.softcap)
 
+    def finish(self, size: int) -> Finish:
+        """Return what turns products with the first `size` rows of the weight into logits; no gradient."""
+        return Finish(None if self.bias is None else self.bias.detach()[:size], self.scale, self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The plain formula: logits ``[..., V]`` of hidden states ``[..., D]``."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
@@ -73,105 +74,6 @@ class Head:
 def shifted(labels: Tensor) -> Tensor:
     """Return what each position has to predict, from the labels ``[B, T]`` of a batch; the last predicts nothing."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
-
-
-class DistillationLoss(NamedTuple):
-    """What :func:`fused_distillation_loss` and :func:`distillation_loss` return.
-
-    Attributes:
-        loss: the loss summed over trained tokens, 0-dim, nats; differentiable.
-        sums: sums over trained tokens, 0-dim, float64 (float32 where the device has none), without a gradient:
-            ``trained`` (their number), ``objective``, ``kl`` (forward KL to the teacher), ``cross_entropy`` (to the
-            labels), ``entropy`` (of the student), ``correct`` (the label is the student's likeliest token),
-            ``teacher_cross_entropy``, ``target_cross_entropy`` (of TAID's target and the student) and
-            ``temperature_gradient`` (of ctkd's objective). Zero where there is no teacher.
-    """
-
-    loss: Tensor
-    sums: dict[str, Tensor]
-
-
-def distillation_loss(
-    student_NV: Tensor,
-    teacher_NV: Tensor | Sparse | None,
-    labels_N: Tensor,
-    objective: str | Callable[[Tensor, Tensor], Tensor] = "taid",
-    *,
-    kd_ratio: float = 1.0,
-    **parameters: Any,
-) -> DistillationLoss:
-    r"""The same as :func:`fused_distillation_loss` from the logits of N trained tokens, by the plain formula.
-
-    .. math:: \sum_n kd\_ratio \cdot objective_n + (1 - kd\_ratio) \cdot (-\log q_n(label_n))
-
-    Args:
-        student_NV: the student's logits.
-        teacher_NV: the teacher's, or its :class:`TopK` or :class:`Sampled`; None for the label's cross-entropy alone.
-        labels_N: the tokens to predict, int64.
-        objective: the name of a function of :mod:`.objectives`, "sft", or a function of your own of both logits
-            that gives N values.
-        kd_ratio: share of the objective; the rest is cross-entropy to the labels.
-        **parameters: those of the objective.
-
-    Raises:
-        ValueError: as :func:`fused_distillation_loss`, or your own function gives something else.
-    """
-    own = objective if callable(objective) else None
-    objective = "forward_kl" if callable(objective) else objective  # what is asked of the teacher is the same
-    task = RowTask.of(objective, kd_ratio, parameters, Finish(), Finish())
-    V = student_NV.shape[-1]
-    if labels_N.device.type == "cpu" and labels_N.numel() and not 0 <= labels_N.min() <= labels_N.max() < V:
-        raise ValueError(
-            f"labels must be ids 0 .. {V - 1} of trained tokens: leave tokens that are not trained (-100) out"
-        )
-    share, student_NV = task.kd_ratio, student_NV.float()
-    with contextlib.nullcontext() if share < 1 else torch.no_grad():
-        cross_entropy = F.cross_entropy(student_NV, labels_N, reduction="none")
-    zero = torch.zeros_like(cross_entropy)
-    columns = dict.fromkeys(COLUMNS, zero) | {"cross_entropy": cross_entropy}
-    with torch.no_grad():
-        columns["entropy"] = torch.special.entr(student_NV.softmax(-1)).sum(-1)
-        columns["correct"] = student_NV.gather(-1, labels_N[:, None])[:, 0] >= student_NV.amax(-1)
-        if isinstance(teacher_NV, Sparse):
-            columns["teacher_cross_entropy"] = -teacher_NV.label_log_probs
-        elif teacher_NV is not None:
-            columns["teacher_cross_entropy"] = F.cross_entropy(teacher_NV.float(), labels_N, reduction="none")
-    if isinstance(teacher_NV, Sparse) and share > 0:
-        if own is not None:
-            raise ValueError(
-                "an objective of your own needs the teacher's whole distribution, not its top k or samples"
-            )
-        teacher_NV.check_objective(objective)
-    if isinstance(teacher_NV, TopK):  # from here on, of k + 1 outcomes
-        student_NV, teacher_NV = teacher_NV.outcomes(student_NV)
-    if isinstance(teacher_NV, Sampled):
-        estimate = teacher_NV.forward_kl(student_NV)
-        columns |= {"kl": estimate} | ({"objective": estimate} if share > 0 else {})
-        teacher_NV = None
-    if teacher_NV is not None and share > 0:
-        given = task.parameters | ({"labels": labels_N} if OBJECTIVES[objective].needs_labels else {})
-        if objective == "ctkd" and torch.is_grad_enabled():
-            given["temperature"] = torch.as_tensor(given["temperature"]).detach().to(student_NV).requires_grad_()
-        values = columns["objective"] = (own or getattr(objectives, objective))(student_NV, teacher_NV, **given)
-        if not isinstance(values, Tensor) or values.shape != zero.shape:
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"an objective gives one value a token, {list(zero.shape)}; yours gave {got}")
-        if torch.is_grad_enabled() and student_NV.requires_grad and not values.requires_grad:
-            raise ValueError("an objective of your own has no gradient: it must not detach the student's logits")
-        if objective == "ctkd" and torch.is_grad_enabled():
-            total = columns["objective"].sum()
-            gradient = torch.autograd.grad(total, given["temperature"], retain_graph=True)[0]
-            columns["temperature_gradient"] = torch.cat([gradient[None], zero])
-    with torch.no_grad():
-        if teacher_NV is not None:
-            same = objective == "forward_kl" and own is None and share > 0
-            columns["kl"] = columns["objective"] if same else objectives.forward_kl(student_NV, teacher_NV)
-            if objective == "taid" and share > 0:
-                target_NV = objectives.interpolated_log_probs(student_NV, teacher_NV, **task.parameters).exp()
-                columns["target_cross_entropy"] = F.cross_entropy(student_NV, target_NV, reduction="none")
-    loss = (share * columns["objective"] + (1 - share) * cross_entropy).sum()
-    sums = {name: column.detach().sum(dtype=_exact(column)) for name, column in columns.items()}
-    return DistillationLoss(loss, {"trained": zero.new_full((), len(zero), dtype=_exact(zero)), **sums})
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it could not look into a compiled kernel
@@ -190,7 +92,7 @@ def fused_distillation_loss(
 ) -> DistillationLoss:
     r"""The sum over trained tokens of an objective, from hidden states and output heads.
 
-    The contract is the plain formula, :func:`distillation_loss`, of which this is a faster and smaller form:
+    The contract is the plain formula, :func:`taid.distillation_loss`, of which this is a faster and smaller form:
 
     .. code-block:: python
 
@@ -225,11 +127,8 @@ def fused_distillation_loss(
     student_head, teacher_head = _as_head(student_head), None if teacher_head is None else _as_head(teacher_head)
     sparse, teacher_hidden = (teacher_hidden, None) if isinstance(teacher_hidden, Sparse) else (None, teacher_hidden)
     size = _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, vocabulary_size)
-    finish = [
-        Finish(None if h.bias is None else h.bias.detach()[:size], h.scale, h.softcap) if h else Finish()
-        for h in (student_head, teacher_head)
-    ]
-    task = RowTask.of(objective, kd_ratio, _detached(parameters), *finish)
+    teacher_finish = teacher_head.finish(size) if teacher_head else Finish()
+    task = RowTask.of(objective, kd_ratio, _detached(parameters), student_head.finish(size), teacher_finish)
     if task.kd_ratio > 0 and teacher_hidden is None and sparse is None:
         raise ValueError(f"objective {objective!r} needs the teacher's hidden states and head")
     student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
@@ -344,7 +243,7 @@ def _forward(
         if d_bias is not None:
             d_bias[:V] += gradient_MV.sum(0, dtype=exact)
 
-    sums = columns.sum(0, dtype=_exact(columns))
+    sums = columns.sum(0, dtype=exact_dtype(columns))
     by_name = dict(zip(COLUMNS, sums.unbind(), strict=True))
     share = job.task.kd_ratio
     loss = share * by_name["objective"] + (1 - share) * by_name["cross_entropy"] if share else by_name["cross_entropy"]
@@ -427,10 +326,6 @@ def _check(
 
 def _detached(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in parameters.items()}
-
-
-def _exact(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -18,7 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from taid.losses.fused import DistillationLoss, Head
+from taid.losses.distillation import DistillationLoss
+from taid.losses.fused import Head
 
 # What architectures call the number that logits are multiplied by (or, under the same name, divided), and the cap.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from taid.losses.fused import distillation_loss
+from taid.losses.distillation import distillation_loss
 from taid.losses.kernels import cpu_matmul
 from taid.losses.kernels.head_matmul import chunk_rows
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from taid.config.training import TAIDConfig
 from taid.data import vision_collator
-from taid.losses.fused import DistillationLoss, distillation_loss, fused_distillation_loss
+from taid.losses.distillation import DistillationLoss, distillation_loss
+from taid.losses.fused import fused_distillation_loss
 from taid.models.output_head import OutputHead
 from taid.models.vocabulary import Vocabulary
 from taid.teachers.teacher import Hidden, Teacher
