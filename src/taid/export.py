@@ -286,7 +286,7 @@ def _llama_cpp(file: Path) -> Engine:
 
 @dataclass(frozen=True)
 class Engine:
-    """A model by what it can be asked: the ids of a text, and logits [T, V] for T ids."""
+    """A model that gives the ids of a text, and logits [T, V] for T ids."""
 
     name: str
     tokenize: Callable[[str], list[int]]
@@ -295,7 +295,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the source says: the ids of a prompt and of its greedy continuation, and the logits that it comes from."""
+    """The source's answer: the ids of a prompt and of its greedy continuation, and the logits behind them."""
 
     prompt: str
     prompt_ids: list[int]
@@ -305,7 +305,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of `total` greedy tokens `same` are the result's too; `kl` is the mean KL(source ‖ result), nats a token."""
+    """Agreement on greedy tokens, `same` of `total`, and the mean KL(source ‖ result) in nats a token."""
 
     same: int
     total: int
@@ -342,7 +342,7 @@ def _answers(model: Any, tokenizer: Any) -> list[Answer]:
 
 
 def _compared(answers: list[Answer], engine: Engine) -> Comparison:
-    """Ask the result at the same places. A token that only one of the two has counts in neither distribution."""
+    """Compare the result at the same places. A token that only one of the two has counts in neither distribution."""
     same, divergences = 0, []
     for answer in answers:
         if (ids := engine.tokenize(answer.prompt)) != answer.prompt_ids:

@@ -1,7 +1,7 @@
-"""The model card: a run folder in, its README.md out; what is known of the run and nothing of the machine's folders.
+"""The model card: a run folder in, its README.md out, without the names of the machine's folders.
 
-Like the report it reads the folder's files only, so that it can be written again at any time. A README.md without the
-line below is somebody's own and is left alone by ``taid report``.
+It reads only the folder's files, as the report does, so that it can be written again at any time. A README.md without
+the line of :data:`_MARK` is the user's own, and ``taid report`` leaves it alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from huggingface_hub.repocard import metadata_load
 
 from taid.artifacts import tables
 from taid.artifacts.report import Run, opening, read_run
-from taid.artifacts.run_folder import EVALUATION, write_atomically
+from taid.artifacts.run_folder import EVALUATION, read_mapping, write_atomically
 
 CARD = "README.md"
 _MARK = "<!-- Written by taid, and again by `taid report`. Delete this line to keep a text of your own. -->"
@@ -103,7 +103,7 @@ def write_card(run_dir: Path, *, model_name: str | None = None, tags: Any = (), 
 def _kind(run_dir: Path) -> str:
     is_adapter = (run_dir / "adapter_config.json").is_file()
     # Beside an adapter's weights lies no configuration, but the processor, if it is of a model that sees.
-    sees = any(run_dir.glob("*processor_config.json")) or "vision_config" in _json(run_dir / "config.json")
+    sees = any(run_dir.glob("*processor_config.json")) or "vision_config" in read_mapping(run_dir / "config.json")
     return " ".join([*["vision"] * sees, *["adapter"] * is_adapter]) or "text"
 
 
@@ -131,13 +131,13 @@ def _names(value: Any) -> list[str]:
 
 
 def _on_hub(name: Any) -> str | None:
-    """The name, if it is one on the Hub and no file or folder."""
+    """Return the name if it is one on the Hub and no file or folder."""
     is_file = name is None or _FILE.fullmatch(str(name)) or Path(str(name)).expanduser().exists()
     return str(name) if not is_file and _HUB_NAME.fullmatch(str(name)) and str(name)[0] != "." else None
 
 
 def _public(value: Any) -> str:
-    """A value as the card shows it: of paths only the last name."""
+    """Return a value as the card shows it: of paths only the last name."""
     if isinstance(value, list):
         return ", ".join(_public(item) for item in value)
     if isinstance(value, str) and _on_hub(value) is None:
@@ -147,8 +147,10 @@ def _public(value: Any) -> str:
 
 def _snippet(run: Run, run_dir: Path, kind: str) -> str:
     name = json.dumps(str(run.config.get("hub_model_id") or run_dir.resolve().name))
-    chats = (run_dir / "chat_template.jinja").is_file() or "chat_template" in _json(run_dir / "tokenizer_config.json")
-    adapter = _json(run_dir / "adapter_config.json") if kind == "vision adapter" else {}
+    chats = (run_dir / "chat_template.jinja").is_file() or "chat_template" in read_mapping(
+        run_dir / "tokenizer_config.json"
+    )
+    adapter = read_mapping(run_dir / "adapter_config.json") if kind == "vision adapter" else {}
     base = json.dumps(_public(adapter.get("base_model_name_or_path")))
     return _LOADING[kind].format(name=name, base=base) + "\n\n" + (_CHATTING if chats else _ASKING)
 
@@ -157,7 +159,7 @@ def _snippet(run: Run, run_dir: Path, kind: str) -> str:
 
 
 def _held_out(run: Run) -> str:
-    """What the run itself measured on its held-out rows: before, after, and the teacher."""
+    """Return the run's own measures of its held-out rows: before, after, and the teacher's."""
     rows = []
     for name, prefix in run.held_out.items():
         of = f", {name}" if name else ""
@@ -175,8 +177,8 @@ def _held_out(run: Run) -> str:
 
 
 def _evaluated(run_dir: Path) -> list[str]:
-    """What `taid evaluate --output RUN/evaluation.json` measured."""
-    found = _json(run_dir / EVALUATION)
+    """Return the tables of `taid evaluate --output RUN/evaluation.json`."""
+    found = read_mapping(run_dir / EVALUATION)
     parts = []
     if measures := found.get("held_out"):
         parts.append(f"On `{_public(str(found.get('data')))}` (taid evaluate):")
@@ -189,7 +191,7 @@ def _evaluated(run_dir: Path) -> list[str]:
 
 
 def _measures(columns: Sequence[tables.Column], found: dict[str, dict[str, Any]]) -> str:
-    """Measures by model; nothing where no model has one of them."""
+    """Return measures by model; nothing where no model has one of them."""
     return tables.measures(columns, found).markdown().strip() if tables.has_any(columns, found) else ""
 
 
@@ -229,14 +231,3 @@ def _section(title: str, parts: list[str]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int) -> str:
     return tables.Table(head, rows, texts=texts).markdown().strip() if rows else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}: write it again or remove it") from error
-    return found if isinstance(found, dict) else {}

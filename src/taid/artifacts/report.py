@@ -19,7 +19,15 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from taid.artifacts.plots import BLUE, BOLD, GREEN, INK, MUTED, VERMILLION, Line, Plot, Series, draw, panels, png_of
-from taid.artifacts.run_folder import CONFIG, EVALUATION, METRICS, VERSIONS, read_metrics, write_atomically
+from taid.artifacts.run_folder import (
+    CONFIG,
+    EVALUATION,
+    METRICS,
+    VERSIONS,
+    read_mapping,
+    read_metrics,
+    write_atomically,
+)
 from taid.artifacts.tables import task_table
 from taid.losses.objective_table import OBJECTIVES
 from taid.losses.schedules import AutoSchedule, TAIDSchedule, auto_alpha
@@ -70,14 +78,14 @@ def write_report(run_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder tells.
+    """The contents of a run folder.
 
     Attributes:
         config: config.yaml.
         versions: versions.json, empty where it is missing.
         evaluation: evaluation.json, likewise.
         rows: the finite numbers of metrics.jsonl by step, of training and evaluation in one.
-        not_finite: how many were not.
+        not_finite: the number of values that were NaN or infinite.
     """
 
     config: dict[str, Any]
@@ -92,7 +100,7 @@ class Run:
 
     @property
     def objective(self) -> str:
-        """Its name."""
+        """The name of the objective."""
         return str(self.config["objective"])
 
     @property
@@ -103,12 +111,12 @@ class Run:
 
     @property
     def student(self) -> str:
-        """What the student is called."""
+        """The name of the student."""
         return _short(str(self.config.get("model_name_or_path") or "the student"))
 
     @property
     def teacher(self) -> str:
-        """What the teacher is called: a model, a cache or a server."""
+        """The name of the teacher: a model, a cache or a server."""
         sources = ("teacher_model_name_or_path", "teacher_cache", "teacher_server_url")
         return _short(str(next((self.config[key] for key in sources if self.config.get(key)), "a teacher")))
 
@@ -161,30 +169,18 @@ def read_run(folder: Path) -> Run:
     for name in (CONFIG, METRICS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no run folder, it has no {name}: give the output_dir of a run")
-    config = _read_mapping(folder / CONFIG, yaml.safe_load)
+    config = read_mapping(folder / CONFIG, yaml.safe_load)
     if not isinstance(config.get("objective"), str):
         raise ValueError(f"{folder / CONFIG} names no objective: give the output_dir of a run of taid")
-    versions, evaluation = (
-        _read_mapping(folder / name, json.loads) if (folder / name).is_file() else {} for name in (VERSIONS, EVALUATION)
-    )
+    versions, evaluation = read_mapping(folder / VERSIONS), read_mapping(folder / EVALUATION)
     rows, not_finite = _read_rows(folder)
     if not any(key in row for row in rows.values() for key in ("loss", "kl", "cross_entropy")):
         raise ValueError(f"{folder / METRICS} holds no training step yet: wait for the first (every logging_steps)")
     return Run(config, versions, evaluation, rows, not_finite)
 
 
-def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a mapping of names to values, got {type(content).__name__}")
-    return content
-
-
 def _read_rows(folder: Path) -> tuple[dict[int, dict[str, float]], int]:
-    """Rows by step, training and evaluation in one, and how many values were NaN or infinite and are left out."""
+    """Return rows by step, of training and evaluation in one, and the number of NaN or infinite values left out."""
     rows: dict[int, dict[str, float]] = {}
     not_finite = 0
     for record in read_metrics(folder):
@@ -197,12 +193,12 @@ def _read_rows(folder: Path) -> tuple[dict[int, dict[str, float]], int]:
 
 
 def _short(name: str) -> str:
-    """A Hub name as it is; of a long path the folder's name."""
+    """Return a Hub name as it is, of a path only the folder's name."""
     return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
 
 
 def opening(run: Run) -> str:
-    """What happened, in one sentence."""
+    """Return one sentence: what was distilled into what, in how many steps, and the outcome."""
     finished = run.total_steps is None or run.last_step >= run.total_steps
     method = run.objective_title
     if run.objective == "sft":
@@ -219,7 +215,7 @@ def opening(run: Run) -> str:
 
 
 def _outcome(run: Run) -> list[str]:
-    """The clauses on what was reached: on the first evaluation set, or in training where there is none."""
+    """Return the clauses on the outcome: of the first evaluation set, or of training where there is none."""
     name, prefix = next(iter(run.held_out.items()), ("", ""))
     student, kl = run.series(f"{prefix}cross_entropy"), run.series(f"{prefix}kl")
     where = f"held-out cross-entropy{f' on {name}' if name else ''}" if prefix else "training cross-entropy"
@@ -242,7 +238,7 @@ def _change(what: str, series: Series) -> str:
 
 
 def _gap(run: Run, prefix: str, student: Series) -> str:
-    """The share of the gap to the teacher that was closed: (start - end) / (start - teacher)."""
+    """Return the share of the gap to the teacher that was closed: (start - end) / (start - teacher)."""
     teachers = run.series(f"{prefix}teacher_cross_entropy") if prefix else []
     if not teachers:
         return ""
@@ -311,7 +307,7 @@ def _plot_training(run: Run) -> Plot:
 
 
 def _plot_held_out(run: Run) -> list[Plot]:
-    """One picture an evaluation set: cross-entropy beside the teacher's, and below it the KL to the teacher."""
+    """Draw one picture an evaluation set: cross-entropy beside the teacher's, and below it the KL to the teacher."""
     plots = []
     for name, prefix in run.held_out.items():
         student, kl = run.series(f"{prefix}cross_entropy"), run.series(f"{prefix}kl")
@@ -405,7 +401,7 @@ _QUANTITIES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
 
 
 def _last_values(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
-    """The table's columns (training, then each evaluation set) and its rows, each quantity that has a value."""
+    """Return the table's columns (training, each evaluation set) and a row for each quantity that has a value."""
     prefixes = {"training": ""} | {f"held out {name}".strip(): prefix for name, prefix in run.held_out.items()}
     rows = []
     for key, words, form, unit in _QUANTITIES:
@@ -417,7 +413,7 @@ def _last_values(run: Run) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def _plain(value: Any) -> str:
-    """A setting as YAML would show it, on one line."""
+    """Return a setting as YAML would show it, on one line."""
     if value is None or isinstance(value, bool | dict | list):
         return json.dumps(value, default=str)
     return str(value)

@@ -1,4 +1,4 @@
-"""What a run leaves in its `output_dir`, and how it is found again.
+"""The files of a run in its `output_dir`: written whole, found and read again.
 
 config.yaml      the resolved configuration           metrics.jsonl   one object a logged step
 versions.json    versions, machine, N                  checkpoint-N/   written by transformers
@@ -90,7 +90,7 @@ def written(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unfinished(folder: Path, name: str, *, is_writer: bool, wait: Callable[[], None]) -> Iterator[Path]:
-    """Where a checkpoint is written within this context; at its end it gets its name, whole and on disk.
+    """Give a folder for a checkpoint; at the end of this context it gets its name, whole and on disk.
 
     A kill, or a machine that is lost, leaves the whole checkpoint or none of that name.
 
@@ -285,6 +285,23 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is no JSON object: remove the line")
         rows.append(row)
     return rows
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """Read a file of JSON, or of what `parse` reads; return an empty mapping where there is no such file.
+
+    Raises:
+        ValueError: the file is broken, or holds something other than a mapping; names it.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}: write it again or remove it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a mapping of names to values, got {type(content).__name__}")
+    return content
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
