@@ -1,1 +1,1 @@
-"""What is minimised, and how t moves."""
+"""The losses that a student minimises, and the schedules that move their targets."""

@@ -48,13 +48,13 @@ class Head:
     softcap: float | None = None
 
     def to(self, device: torch.device) -> Head:
-        """The same on another device."""
+        """Return the head on another device."""
         return Head(
             self.weight.to(device), None if self.bias is None else self.bias.to(device), self.scale, self.softcap
         )
 
     def at(self, ids: Tensor | None) -> Head:
-        """The same for some ids only, ``[V']``; None for all."""
+        """Return the head of some ids only, ``[V']``; None stands for all."""
         if ids is None:
             return self
         ids = ids.to(self.weight.device)
@@ -159,7 +159,7 @@ def fused_distillation_loss(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """All that :class:`_Fused` needs beside what it differentiates."""
+    """The arguments of :class:`_Fused` that have no gradient."""
 
     teacher_hidden: Tensor | None  # [N', E], untrained tokens included
     teacher_weight: Tensor | None  # [V, E]
@@ -206,7 +206,7 @@ class _Fused(torch.autograd.Function):
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Loss, sums ``[K]`` of all columns, and the gradients that are wanted of hidden, weight, bias and temperature."""
+    """Return the loss, sums ``[K]`` of all columns, and the wanted gradients of hidden, weight, bias, temperature."""
     wants_hidden, wants_weight, wants_bias, wants_temperature = wanted
     student = HeadProducts(weight.detach(), job.size, job.autocast, wants_weight)
     teacher = None if job.teacher_weight is None else HeadProducts(job.teacher_weight, job.size, job.autocast, False)

@@ -47,7 +47,7 @@ class Objective:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """All options that belong to it."""
+        """Return all options that belong to the objective."""
         return (*self.schedule_options, *self.parameters.values())
 
 

@@ -112,7 +112,7 @@ def interpolated_log_probs(
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Forward KL, ``KL(p || q)``: the classic of knowledge distillation; the student covers all of the teacher's modes.
+    """Forward KL, ``KL(p || q)``, the classic of knowledge distillation. The student covers all of the teacher's modes.
 
     Args and result as in the module's docstring. The gradient on ``z_q`` is ``q - p``.
 

@@ -17,7 +17,7 @@ def auto_alpha(total_steps: int) -> float:
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """Where a schedule stands before optimizer step `step`.
+    """The state of a :class:`TAIDSchedule` before optimizer step `step`.
 
     Attributes:
         step: n, the number of optimizer steps done.
@@ -136,7 +136,7 @@ class TAIDSchedule:
 
 @dataclass(frozen=True)
 class AutoState:
-    """Where :class:`AutoSchedule` stands before optimizer step `step`.
+    """The state of an :class:`AutoSchedule` before optimizer step `step`.
 
     Attributes:
         step: n, the number of optimizer steps done.
@@ -210,7 +210,7 @@ class AutoSchedule:
 
 @dataclass(frozen=True)
 class TemperatureState:
-    """Where a temperature stands before optimizer step `step`.
+    """The state of a :class:`CurriculumTemperature` before optimizer step `step`.
 
     Attributes:
         step: n, the number of optimizer steps done.

@@ -40,7 +40,7 @@ from taid.losses.objective_table import OBJECTIVES
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """What is known of a teacher's distribution at N trained tokens: its k likeliest ids.
+    """The k likeliest ids of a teacher at each of N trained tokens, and the mass of all others.
 
     Attributes:
         ids: ``[N, k]``, int64, places in the vocabulary that the student's logits are cut to, no two alike.
@@ -63,18 +63,18 @@ class TopK:
         return TopK(self.ids[tokens], self.log_probs[tokens], self.log_rest[tokens], self.label_log_probs[tokens])
 
     def to(self, device: torch.device) -> TopK:
-        """The same on another device."""
+        """Return the same on another device."""
         return TopK(*(x.to(device) for x in (self.ids, self.log_probs, self.log_rest, self.label_log_probs)))
 
     @classmethod
     def cat(cls, parts: list[TopK]) -> TopK:
-        """The tokens of several, one after another."""
+        """Join the tokens of several, one after another."""
         each = [(part.ids, part.log_probs, part.log_rest, part.label_log_probs) for part in parts]
         return cls(*map(torch.cat, zip(*each, strict=True)))
 
     @classmethod
     def of(cls, teacher_NV: Tensor, labels_N: Tensor, k: int) -> TopK:
-        """The k likeliest ids of full logits."""
+        """Take the k likeliest ids of full logits."""
         log_p_NV = teacher_NV.float().log_softmax(-1)
         log_probs, ids = log_p_NV.topk(min(k, teacher_NV.shape[-1]), sorted=True)
         label_log_probs = log_p_NV.gather(-1, labels_N[:, None])[:, 0]
@@ -92,7 +92,7 @@ class TopK:
             )
 
     def check(self, trained: int, size: int) -> None:
-        """Raise a ValueError where it is not of so many tokens and ids."""
+        """Raise a ValueError unless it has `trained` tokens, and ids below `size`."""
         per_token = (self.log_rest, self.label_log_probs)
         _check("the teacher's top k", self.ids, self.log_probs, per_token, trained, size)
 
@@ -109,7 +109,9 @@ class TopK:
         return torch.cat([self.log_probs, self.log_rest[:, None]], -1).to(dtype).clamp_(min=LOG_ZERO)
 
     def _add_to(self, block: _Block, task: RowTask) -> None:
-        r"""Of g, the gradient with respect to the log-probabilities of the k + 1 outcomes, which sums to 0, follows
+        r"""Add the teacher's part to a block, from g, the gradient on the log-probabilities of the k + 1 outcomes.
+
+        g sums to 0, and so
 
         .. math:: dL/dz_v = g_v \text{ if listed, else } g_{rest} \, q_v / Q
 
@@ -137,7 +139,7 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """What is known of a teacher's distribution at N trained tokens: ids drawn from it, at the most S different ones.
+    """Ids drawn from a teacher's distribution at each of N trained tokens, at most S different ones a token.
 
     Attributes:
         ids: ``[N, S]``, int64, places in the vocabulary that the student's logits are cut to.
@@ -160,7 +162,7 @@ class Sampled:
         return Sampled(self.ids[tokens], self.weights[tokens], self.entropy[tokens], self.label_log_probs[tokens])
 
     def to(self, device: torch.device) -> Sampled:
-        """The same on another device."""
+        """Return the same on another device."""
         return Sampled(*(x.to(device) for x in (self.ids, self.weights, self.entropy, self.label_log_probs)))
 
     @classmethod
@@ -187,7 +189,7 @@ class Sampled:
             )
 
     def check(self, trained: int, size: int) -> None:
-        """Raise a ValueError where it is not of so many tokens and ids."""
+        """Raise a ValueError unless it has `trained` tokens, and ids below `size`."""
         per_token = (self.entropy, self.label_log_probs)
         _check("the teacher's samples", self.ids, self.weights, per_token, trained, size)
 

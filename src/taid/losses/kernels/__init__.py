@@ -25,7 +25,7 @@ def row_stage(
     *,
     gradient: torch.dtype | None,
 ) -> Tensor:
-    """See :func:`taid.losses.kernels.torch_rows.rows`, which defines what is computed."""
+    """Compute :func:`taid.losses.kernels.torch_rows.rows` in the form that is fastest on the device of the tiles."""
     return _form(student_MV.device.type)(student_MV, teacher_MV, labels_M, task, columns_MK, gradient=gradient)
 
 

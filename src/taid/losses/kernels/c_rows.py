@@ -1,4 +1,4 @@
-"""rows.c, built on this machine when it is first wanted, and called without a copy.
+"""Build rows.c on this machine when it is first wanted, and call it without a copy.
 
 The library is kept in the user's cache under a name made of all that it depends on and of its own content: it is
 built once a machine, and again if it was damaged. Where it cannot be built (no C compiler, a read-only home),
@@ -120,7 +120,7 @@ def _library() -> Any:
 
 
 def _built() -> Path:
-    """Where the library lies; builds it if need be."""
+    """Return the path of the library; build it first if it is not there."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError("no C compiler (cc, or what CC names) was found")

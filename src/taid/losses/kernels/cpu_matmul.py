@@ -1,4 +1,4 @@
-"""The products with an output head on a CPU, each in the way that its processor does best.
+"""Multiply with an output head on a CPU, in the way that its processor does best.
 
 PyTorch multiplies in float32 by MKL, which uses half of the width of AVX-512 where the processor is not Intel's:
 oneDNN, which PyTorch brings as well, is twice as fast there. On Intel's, a batch of MKL multiplies slabs of ids on one
@@ -69,7 +69,7 @@ def add_outer(total_VD: Tensor, gradient_MV: Tensor, hidden_MD: Tensor, beta: in
 
 
 def row_multiple(dtype: torch.dtype) -> int:
-    """Of how many tokens these products should be given a multiple, the last of them zeros.
+    """Return the number of which these products should be given a multiple of tokens; fill up with zeros.
 
     oneDNN keeps what it has made for every shape that it has met, 0.4 MB for each: of any number of tokens, that became
     240 MB in some thousand steps of a small model.
@@ -78,7 +78,7 @@ def row_multiple(dtype: torch.dtype) -> int:
 
 
 def slab_ids(V: int, dtype: torch.dtype) -> int:
-    """Ids of a product that :func:`project` holds beside `out`."""
+    """Return the number of ids whose product :func:`project` holds beside `out_MV`."""
     return min(V, _SLAB) if dtype == torch.float32 and _is_another_avx512() else 0
 
 

@@ -57,13 +57,13 @@ class HeadProducts:
         self.is_first = True
 
     def operand(self, hidden: Tensor) -> Tensor:
-        """Hidden states as the products want them: in their dtype, and with rows of zeros up to a multiple."""
+        """Return hidden states in the dtype of the products, with rows of zeros up to a multiple of `row_multiple`."""
         hidden = hidden.to(self.operand_dtype)
         missing = -len(hidden) % self.row_multiple
         return nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
 
     def tile(self, rows: int) -> Tensor:
-        """Memory for the logits of so many tokens, and of the zeros behind them."""
+        """Return memory for the logits of `rows` tokens and the zeros behind them."""
         # Rows begin at multiples of 64 elements, so that loads stay aligned where V is odd.
         stride = -(-self.size // 64) * 64
         rows += -rows % self.row_multiple
@@ -72,7 +72,7 @@ class HeadProducts:
         return tile[:, : self.size]
 
     def project(self, hidden_MD: Tensor, tile: Tensor) -> Tensor:
-        """``hidden @ weight.T`` into the first rows of a tile, which are returned."""
+        """Write ``hidden @ weight.T`` into the first rows of a tile, and return these rows."""
         out_MV = tile[: len(hidden_MD)]
         mixed = {"out_dtype": out_MV.dtype} if out_MV.dtype != self.operand_dtype else {}
         for slab in self.slabs:
@@ -84,7 +84,7 @@ class HeadProducts:
         return out_MV
 
     def project_back(self, gradient_MV: Tensor) -> Tensor:
-        """``gradient @ weight``: the gradient of the hidden states."""
+        """Return ``gradient @ weight``, the gradient of the hidden states."""
         multiply = cpu_matmul.project_back if self.on_cpu else torch.mm
         parts = (
             multiply(gradient_MV[:, slab].to(self.operand_dtype), self.weight[slab].to(self.operand_dtype))
@@ -104,7 +104,7 @@ class HeadProducts:
                 torch.addmm(total, columns.t(), hidden_MD, beta=beta, out=total, **mixed)
 
     def outer_sum(self) -> Tensor:
-        """The weight's gradient, in its dtype and with zeros for rows beyond the vocabulary."""
+        """Return the weight's gradient in its dtype, with zeros for rows beyond the vocabulary."""
         if self.is_first:  # there was no trained token
             return torch.zeros_like(self.weight, dtype=self.gradient_dtype)
         first = self.sums[0]
@@ -118,7 +118,7 @@ class HeadProducts:
 
 
 def chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
-    """Rows of a tile: as many as keep products fast, in chunks of about equal size, and as a budget of bytes holds."""
+    """Return the rows of a tile: enough for fast products, within a budget of bytes, in chunks of about equal size."""
     if device == "cuda":  # the sums of weight gradients go through its memory once a chunk
         most, budget, unit = 2**14, 2**31, 1
     elif itemsize >= 4:
@@ -132,6 +132,8 @@ def chunk_rows(N: int, V: int, itemsize: int, device: str) -> int:
 
 
 def scalable(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient waits in for its factor: in float16 a sum overflows that the mean would not, and a gradient
-    vanishes that a scaler would save."""
+    """Return the dtype that a gradient waits in for its factor: float32 for float16, which overflows in sums.
+
+    A gradient scaler could not save what has vanished in float16 before.
+    """
     return torch.float32 if dtype == torch.float16 else dtype

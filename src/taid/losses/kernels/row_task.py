@@ -26,7 +26,9 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Finish:
-    """From products of hidden states and weight to logits: ``cap(scale (product + bias))``, ``cap(z) = c tanh(z / c)``.
+    """The last step to logits: ``cap(scale (product + bias))`` of a product of hidden state and weight.
+
+    ``cap(z) = c tanh(z / c)``, or z itself without a cap.
 
     Attributes:
         bias: ``[V]`` or None.
@@ -54,7 +56,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class RowTask:
-    """What is computed of each row.
+    """The task of the row stage, the same for every row.
 
     Attributes:
         objective: a name of :mod:`taid.losses.objectives`, or "sft".

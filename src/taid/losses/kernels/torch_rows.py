@@ -94,7 +94,7 @@ def rows(
 
 
 def block_rows(V: int, *, on_cpu: bool = True) -> int:
-    """How many rows of V ids at a time stay in a core's cache, or keep another device busy."""
+    """Return the number of rows of V ids that stay in a core's cache, or keep another device busy."""
     return max(1, (_BLOCK if on_cpu else 2**22) // V)
 
 

@@ -161,7 +161,7 @@ def derivative(d, beta, skew, OBJECTIVE: tl.constexpr):
 
 @triton.jit
 def summands(q, p, d, difference, reverse, beta, skew, OBJECTIVE: tl.constexpr):
-    """What objectives with the gradient J(x) sum over the ids; in adaptive_kl, its reverse KL."""
+    """Return the terms that objectives with the gradient J(x) sum over the ids; in adaptive_kl, those of reverse KL."""
     if OBJECTIVE == "tvd":
         return 0.5 * tl.abs(difference)
     elif OBJECTIVE == "jsd":
@@ -229,7 +229,7 @@ def powers_of(x, u):
 
 @triton.jit
 def softened(logits, ids, label, OBJECTIVE: tl.constexpr):
-    """What is divided by the temperature: in dkd, logits without the label's."""
+    """Return the logits that the temperature divides: in dkd, without the label's."""
     if OBJECTIVE == "dkd":
         logits = tl.where(ids == label, _LOG_ZERO, logits)
     return logits
