@@ -30,6 +30,7 @@ lint: dev  ## format, style, types, imports, dead code, dependencies, spelling, 
 	$(BIN)/vulture
 	$(BIN)/deptry src
 	$(BIN)/codespell
+	$(BIN)/python scripts/check_prose.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 
 check: lint test  ## both

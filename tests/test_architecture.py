@@ -275,10 +275,10 @@ def _check(kind: str) -> None:
 
 def shrink() -> None:
     """Lower every exception to its present size, and drop those that are not needed. Nothing grows."""
-    kept = {}
-    for kind, allowed in _exceptions().items():
-        found = MEASURES[kind](ROOT)
-        kept[kind] = {name: min(size, found[name]) for name, size in allowed.items() if name in found}
+    kept = _exceptions()
+    for kind, measure in MEASURES.items():
+        found = measure(ROOT)
+        kept[kind] = {name: min(size, found[name]) for name, size in kept.get(kind, {}).items() if name in found}
     EXCEPTIONS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
