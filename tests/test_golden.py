@@ -5,6 +5,8 @@ recorded on. tests/golden/runs.py says which runs, tests/golden/record.py how to
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,10 @@ def found(request, shared, server, tmp_path_factory):
         recipe |= {"teacher_server_url": server.url} if "teacher_server_url" in recipe else {}
         (folders[name] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         jobs.append((str(folders[name]), command_lines(name)))
-    commands.do(jobs)
+    (shared / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).parent / "golden" / "commands.py"
+    done = subprocess.run([sys.executable, str(script), str(shared / "jobs.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = {name: result(name, folder) for name, folder in folders.items()}
     if IS_RECORDING:
         whole = {"machine": outcome.machine(), "runs": found}
