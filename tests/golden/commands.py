@@ -82,6 +82,7 @@ def _do(folder, command_lines):
 
 def _run(number, words, killed_at):
     from matplotlib.figure import Figure
+
     from taid.__main__ import run
 
     def watch(event, given):

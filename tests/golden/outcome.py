@@ -74,11 +74,11 @@ def _is_same(expected, found, exact):
 
 def _digest(folder):
     """Of names, types, shapes and bytes of all weights; what else a file holds may change."""
-    weights = {name: weight for path in sorted(folder.glob("*.safetensors")) for name, weight in load_file(path).items()}
     digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}".encode())
-        digest.update(weights[name].flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, weight in sorted(load_file(path).items()):
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            digest.update(weight.flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ RUNS = {
     "taid, LoRA": LORA,
     "taid, vision": {
         "model_name_or_path": "./eyes_student", "teacher_model_name_or_path": "./eyes_teacher",
-        "dataset_name": "./images.jsonl", "eval_dataset_name": "./images.jsonl", "max_length": 512, "max_steps": 4,
+        "dataset_name": "./images.jsonl", "eval_dataset_name": "./images.jsonl", "max_length": 512,
     },
     "taid, resumed": SAVED,
     "taid, two processes": {"per_device_train_batch_size": 2},
@@ -48,7 +48,7 @@ RUNS = {
 }  # fmt: skip
 
 # Options of the launcher, which starts processes of its own.
-PROCESSES = {"taid, two processes": ["--accelerate_config", "ddp", "--num_processes", "2"]}
+PROCESSES = {"taid, two processes": ["--accelerate_config", "ddp", "--num_processes", "2", "--main_process_port", "0"]}
 
 # A run that ends itself by SIGKILL when it begins to write this checkpoint, and is then resumed from the one before.
 KILLED = {"taid, resumed": "checkpoint-6", "forward_kl, resumed": "checkpoint-6"}
