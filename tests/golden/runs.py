@@ -30,7 +30,9 @@ RUNS = {
     "taid, server": SERVED,
     "taid, packed": {"packing": True, "max_length": 24, "per_device_train_batch_size": 2},
     "taid, padding-free": {"padding_free": True, "max_length": None},
-    "taid, two micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "kd_ratio": 0.7},
+    "taid, two micro-batches": {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "kd_ratio": 0.7, "learning_rate": 0.03,
+    },
     "taid, LoRA": LORA,
     "taid, vision": {
         "model_name_or_path": "./eyes_student", "teacher_model_name_or_path": "./eyes_teacher",
@@ -56,11 +58,11 @@ KILLED = {"taid, resumed": "checkpoint-6", "forward_kl, resumed": "checkpoint-6"
 # `taid compare`: what it is given beside a recipe of its own.
 COMPARISON = {
     "per_device_train_batch_size": 2, "max_steps": 6, "max_length": 32, "eval_strategy": "steps", "eval_steps": 3,
-    "optim": "adamw_torch", "taid_alpha": "auto", "dataset_name": "./compared.jsonl",
-    "eval_dataset_name": "./validation.jsonl",
+    "taid_alpha": "auto", "dataset_name": "./compared.jsonl", "eval_dataset_name": "./validation.jsonl",
 }  # fmt: skip
 COMPARED = [
-    "--test", "./test.jsonl", "--objectives", "forward_kl,taid", "--seeds", "2", "--learning_rates", "1e-3,1e-2",
+    "--test", "./test.jsonl", "--objectives", "forward_kl,taid", "--seeds", "2", "--learning_rates", "0.03,0.3",
+    "--processes", "2",
 ]  # fmt: skip
 
 # `taid plan`: recipes of the repository, and how many GPUs each is for.
