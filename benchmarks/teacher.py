@@ -39,7 +39,6 @@ from step import SIZES, STEPS, WARM_UP, _machine, _model, _tokenizer, _trained, 
 from stories import RECIPE, generate
 from taid import TAIDConfig, TAIDTrainer, demo
 from taid.data import loading
-from taid.training.capture import capture, rows_of
 
 RESULTS = Path(__file__).parent / "results" / "teacher.md"
 FORMATS: dict[str, dict[str, Any]] = {
@@ -102,8 +101,8 @@ def quality(student: Path | None, teacher: Path | None, out: Path) -> str:
             reference = None
         else:
             folder = out / f"cache_{form.replace(' ', '_').replace(',', '')}"
-            capture(trainer_of(form, student, **options), folder)
-            tokens = sum(sum(rows.values()) for rows in rows_of(trainer_of(form, student, **options)).values())
+            trainer_of(form, student, **options).capture(folder)
+            tokens = sum(sum(rows.values()) for rows in trainer_of(form, student, **options).rows.keys().values())
             each = sum(path.stat().st_size for path in (folder / "shards").iterdir()) / tokens
             given["teacher_cache"] = str(folder)
         trainer = trainer_of(form, student, **given)
@@ -127,7 +126,7 @@ def _one_batch(trainer: TAIDTrainer) -> tuple[float, torch.Tensor]:
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
     gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
-    trainer._micro_batches.clear()
+    trainer._totals.clear()
     return loss.item(), torch.cat([g.flatten() for g in gradients])
 
 
@@ -169,7 +168,7 @@ def timed(method: str, folder: str, ratio: str | None = None) -> dict[str, Any]:
     if method == "local teacher":
         return _summed(_trained(trainer()), 0.0, steps, ratio) | {"head": _head_product(size, teacher)}
     start = time.perf_counter()
-    capture(trainer(**FORMATS[method]), Path(folder) / "cache")
+    trainer(**FORMATS[method]).capture(Path(folder) / "cache")
     captured = time.perf_counter() - start
     student = _model(size["V"], *size["student"], "float32")  # the other's head is watched by the capture's trainer
     del teacher

@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM
 
 import taid.teachers.cache
 import taid.teachers.cache_manifest
-import taid.training.capture
 from taid import TAIDConfig, TAIDTrainer
 from taid.artifacts import run_folder
 from taid.losses.fused import shifted
 from taid.teachers.cache import Cache, Writer
 from taid.teachers.cache_format import Format
 from taid.teachers.sequences import sequences
-from taid.training.capture import capture
+from taid.training.cache_check import AskedTeacher
+
+capture = TAIDTrainer.capture
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 ROWS = [{"prompt": TEXT[: 4 + 3 * i], "completion": TEXT[4 + 3 * i : 20 + 9 * i]} for i in range(8)]
@@ -334,8 +335,8 @@ FIELDS = {
 def test_a_cache_of_another_run_is_refused_with_the_field_and_both_values(
     field, cache, tmp_path, student_folder, teacher_folder, monkeypatch
 ):
-    manifest_of = taid.training.capture.manifest_of
-    monkeypatch.setattr(taid.training.capture, "manifest_of", lambda *a, **k: manifest_of(*a, **k) | {field: "another"})
+    manifest = AskedTeacher.manifest
+    monkeypatch.setattr(AskedTeacher, "manifest", lambda *a: manifest(*a) | {field: "another"})
     before = Cache(cache).manifest[field]
     message = re.escape(f"{FIELDS[field]} was {before!r} at its capture and is 'another' now. Remedy: ")
     with pytest.raises(ValueError, match=message):
@@ -537,7 +538,7 @@ def test_every_process_knows_of_every_data_set_even_without_a_share(tmp_path, st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(trainer.accelerator), "num_processes", 2)
         patch.setattr(type(trainer.accelerator), "process_index", 1)
-        found = taid.training.capture.rows_of(trainer)
+        found = trainer.rows.keys()
     assert {name: len(keys) for name, keys in found.items()} == {"train": 4, "a": 0, "b": 1}
 
 

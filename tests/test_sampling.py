@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ from prompt_server import PromptServer
 from taid import TAIDConfig, TAIDTrainer, objectives
 from taid.artifacts import report, run_folder
 from taid.config.parsing import parse
-from taid.training.on_policy import FILE, Row, Sampling, Threshold, require_prompts, row_of
+from taid.training.on_policy import FILE, Row, Threshold, check_run, require_prompts, row_of
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 TIMING = ("tokens_per_second", "seconds")
@@ -89,7 +88,7 @@ def batch_of(trainer, places=range(8)):
 def sampled(trainer, batch=None):
     """A batch with sampled answers."""
     counts = {"micro_batches": 0, "sampled": 0}
-    (made,) = trainer.sampling.replaced([batch or batch_of(trainer)], counts)
+    (made,) = trainer.sampler.replaced([batch or batch_of(trainer)], counts)
     return made
 
 
@@ -166,7 +165,7 @@ def test_sampling_draws_by_the_probabilities_of_the_student(make, student_folder
     trainer = make(data=data, sampling_share=1.0, sampling_max_new_tokens=1)
     counts, found = torch.zeros(300), {"micro_batches": 0, "sampled": 0}
     batch = batch_of(trainer, range(500))
-    for made in trainer.sampling.replaced([batch] * 8, found):
+    for made in trainer.sampler.replaced([batch] * 8, found):
         counts += torch.bincount(torch.tensor([a[0] for _, a in prompts_and_answers(made)]), minlength=300)
     logits = AutoModelForCausalLM.from_pretrained(student_folder)(torch.tensor([[7, 8]])).logits[0, -1]
     probabilities = logits.softmax(-1).detach()
@@ -208,10 +207,10 @@ def test_a_student_that_is_not_finite_any_more_stops_the_run_before_the_optimize
 def test_steps_micro_batches_seeds_and_processes_draw_other_answers_and_the_same_ones_again(make):
     trainer = make(sampling_share=1.0)
     batch, counts = batch_of(trainer), {"micro_batches": 0, "sampled": 0}
-    of_step = trainer.sampling.replaced([batch, batch], counts)
-    again = trainer.sampling.replaced([batch, batch], counts)
+    of_step = trainer.sampler.replaced([batch, batch], counts)
+    again = trainer.sampler.replaced([batch, batch], counts)
     trainer.state.global_step = 1
-    later = trainer.sampling.replaced([batch], counts)
+    later = trainer.sampler.replaced([batch], counts)
     other_seed = make(sampling_share=1.0, seed=43).sampling.replaced([batch], counts)
     answers = [prompts_and_answers(made) for made in (*of_step, *later, *other_seed)]
     assert all(a != b for i, a in enumerate(answers) for b in answers[:i])
@@ -292,10 +291,10 @@ def test_the_expected_share_of_micro_batches_is_sampled(counted):
     batch = batch_of(trainer)
     for step in range(1_000):
         trainer.state.global_step = step
-        trainer.sampling.replaced([batch, batch], counts)
+        trainer.sampler.replaced([batch, batch], counts)
     assert counts["micro_batches"] == 2_000
     assert abs(counts["sampled"] - 600) <= 4 * math.sqrt(2_000 * 0.3 * 0.7)
-    assert trainer.sampling.times == counts["sampled"]
+    assert trainer.sampler.times == counts["sampled"]
 
 
 def test_the_threshold_rises_by_a_tenth_at_each_rise_of_held_out_loss_and_never_passes_one():
@@ -313,7 +312,7 @@ def test_the_threshold_rises_by_a_tenth_at_each_rise_of_held_out_loss_and_never_
 def test_adaptive_fills_its_buffer_and_then_samples_ever_less_and_draws_the_last_rows_again(counted):
     options = {"sampling": "adaptive", "eval_strategy": "steps", "eval_steps": 1, "sampling_buffer_size": 64}
     trainer, counts = counted(**options)
-    sampling, batch = trainer.sampling, batch_of(trainer)
+    sampling, batch = trainer.sampler, batch_of(trainer)
     for step in range(20):
         trainer.state.global_step = step
         sampling.replaced([batch], counts)
@@ -451,9 +450,9 @@ def test_a_resumed_run_ends_like_one_left_alone_byte_for_byte(make, monkeypatch,
 
 def test_a_trainer_that_begins_anew_forgets_threshold_and_buffer(make):
     trainer = make(**ADAPTIVE)
-    trainer.sampling.threshold, trainer.sampling.buffer = Threshold(5, 1.0, 3), [Row([1, 2], 1)]
-    trainer.sampling.start(None)
-    assert (trainer.sampling.threshold, trainer.sampling.buffer) == (Threshold(), [])
+    trainer.sampler.threshold, trainer.sampler.buffer = Threshold(5, 1.0, 3), [Row([1, 2], 1)]
+    trainer.sampler.start(None)
+    assert (trainer.sampler.threshold, trainer.sampler.buffer) == (Threshold(), [])
 
 
 def test_a_checkpoint_whose_rows_are_lost_or_damaged_is_refused(make, tmp_path):
@@ -536,7 +535,7 @@ def test_chats_are_answered_from_their_last_turn(make):
                    eos_token="<|im_end|>", sampling_share=1.0)  # fmt: skip
     ((prompt, _),) = prompts_and_answers(sampled(trainer, batch_of(trainer, [0])))
     assert trainer.processing_class.decode(prompt).endswith("One token at a time.<|im_end|>\n<|im_start|>assistant\n")
-    assert set(trainer.sampling.ends) == {0, 2}
+    assert set(trainer.sampler.ends) == {0, 2}
 
 
 def test_answers_that_never_end_are_warned_of(make, caplog):
@@ -558,17 +557,13 @@ def test_a_run_that_sampling_does_not_fit_is_named_with_the_remedy(make, student
     images = Dataset.from_list([{"images": [Image.new("RGB", (8, 8))], "prompt": "a", "completion": "b"}])
     with pytest.raises(ValueError, match="answers are not sampled for rows with images: set sampling: none"):
         make(data=images)
-    together = SimpleNamespace(
-        get_tp_size=lambda: 2, args=None, model=None, vocabulary=None, processing_class=None, teacher=None
-    )
     with pytest.raises(ValueError, match="compute together does not sample: leave distributed_config away"):
-        Sampling(together, None)
+        check_run(TAIDConfig(use_cpu=True, bf16=False), None, None, None, tensor_parallel=2)
 
 
 def test_a_student_with_the_teachers_tokenizer_ends_by_that_tokenizers_end_token(make):
     trainer = make(tokenizer_from="teacher", sampling_share=1.0)
-    trainer.model.generation_config.eos_token_id = [5, 6]
-    assert trainer.sampling._end_tokens() == [0]
+    assert trainer.sampler.ends == [0]
     assert len(prompts_and_answers(sampled(trainer))) == 8
 
 

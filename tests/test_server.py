@@ -39,11 +39,12 @@ from taid.models.vocabulary import Vocabulary
 from taid.teachers.cache import Cache
 from taid.teachers.server import Server
 from taid.teachers.teacher import ServedTeacher
-from taid.training.capture import capture
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
 DATA = Dataset.from_list([{"prompt": TEXT[: 4 + i], "completion": TEXT[4 + i : 20 + 5 * i]} for i in range(12)])
 HELD_OUT = Dataset.from_list([{"prompt": TEXT[i : i + 9], "completion": TEXT[i + 9 : i + 40]} for i in range(3)])
+
+capture = TAIDTrainer.capture
 
 
 @pytest.fixture(autouse=True)

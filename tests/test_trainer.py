@@ -326,7 +326,7 @@ def test_ctkd_learns_its_temperature_and_keeps_it(tmp_path, student_folder, teac
     start = CurriculumTemperature(6).temperature(CurriculumTemperature(6).initial_state())
     assert temperatures[:2] == [start, start]  # lambda is 0 in the first step
     assert len(set(temperatures)) == 5
-    assert trainer.moving.temperature != temperatures[-1]
+    assert trainer.objective_state.temperature != temperatures[-1]
 
     saving = {**options, "save_strategy": "steps", "save_steps": 2}
     train(tmp_path / "resumed", student_folder, teacher_folder, **saving)
@@ -335,7 +335,7 @@ def test_ctkd_learns_its_temperature_and_keeps_it(tmp_path, student_folder, teac
     resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
     rows = [row for row in run_folder.read_metrics(tmp_path / "resumed") if "loss" in row]
     assert [row["temperature"] for row in rows] == temperatures
-    assert resumed.moving.temperature == trainer.moving.temperature
+    assert resumed.objective_state.temperature == trainer.objective_state.temperature
 
 
 def test_the_temperature_goes_up_the_loss(tmp_path, student_folder, teacher_folder):
@@ -359,7 +359,7 @@ def test_the_temperature_goes_up_the_loss(tmp_path, student_folder, teacher_fold
     gradient = (total[1] - total[-1]) / 2e-4 / count
     for _ in range(2):
         state = schedule.advance(state, gradient)
-    assert abs(trainer.moving.state.theta - state.theta) < 1e-4 * abs(state.theta - schedule.initial)
+    assert abs(trainer.objective_state.state.theta - state.theta) < 1e-4 * abs(state.theta - schedule.initial)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from taid.data import images, vision_collator
 from taid.data.loading import load_rows
 from taid.models.vocabulary import Vocabulary
 from taid.planning import tiny
-from taid.training.capture import capture
 from vision_models import ARCHITECTURES, make_processor, make_vision_model
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
@@ -361,7 +360,7 @@ def test_a_student_that_sees_keeps_its_tokenizer_also_for_rows_of_text(tmp_path)
 
 def test_a_cache_of_rows_with_images_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="rows with images are not cached"):
-        capture(make(tmp_path / "run"), tmp_path / "cache")
+        TAIDTrainer.capture(make(tmp_path / "run"), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -40,6 +40,15 @@ def with_paths(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         yield place, row
 
 
+def prepared_sets(train: Dataset, held_out: Any, *, skip: bool) -> tuple[Dataset, Any]:
+    """Return training rows and held-out rows (one set, a dict of several, or None), :func:`prepared`."""
+    if isinstance(held_out, dict):
+        found: Any = {name: prepared(rows, f"the {name} data set", skip=skip) for name, rows in held_out.items()}
+    else:
+        found = None if held_out is None else prepared(held_out, "the eval data set", skip=skip)
+    return prepared(train, "the train data set", skip=skip), found
+
+
 def prepared(
     dataset: Dataset, name: str, *, places: list[str] | None = None, folder: Path | None = None, skip: bool = False
 ) -> Dataset:

@@ -66,8 +66,8 @@ def open_stream(
     return Stream(sources, weights, seed=_seed(args), text_field=text_field, packing=args.packing)
 
 
-def of(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None:
-    """The stream that the training rows of a trainer are; None for rows that are all known.
+def as_stream(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None:
+    """Return the stream that a trainer's training rows are; None for rows that are all known.
 
     An ``IterableDataset`` of `datasets` becomes one; its rows are not checked.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -13,13 +13,6 @@ from taid.data import images, vision_collator
 from taid.models.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-def each(dataset: Any, function: Callable[[Any, str], Any]) -> Any:
-    """A held-out data set, each of a dict of them, or none, through a function of it and its name."""
-    if isinstance(dataset, dict):
-        return {name: function(rows, name) for name, rows in dataset.items()}
-    return dataset if dataset is None else function(dataset, "eval")
 
 
 def require_chat_template(processing_class: Any, args: TAIDConfig, dataset: Any) -> None:
@@ -54,6 +47,34 @@ def without_untrained(prepared: Dataset, count: int, name: str, args: TAIDConfig
             "away all their trained tokens"
         )
     return kept
+
+
+def checked(
+    train: Any, held_out: Any, vocabulary: Vocabulary, tokenizer: Any, positions: dict[str, int | None], *,
+    is_stream: bool,
+) -> Any:  # fmt: skip
+    """Return the training rows, seen to be usable; those of a stream are checked as they come.
+
+    Args:
+        train: prepared training rows.
+        held_out: prepared held-out rows, a dict of several, or None.
+        vocabulary: the ids that student and teacher share.
+        tokenizer: the student's.
+        positions: how many positions each model has learned; None for any.
+        is_stream: whether `train` is one, of which the first chunk is looked at.
+
+    Raises:
+        ValueError: a data set has no trained token, a token that the teacher does not share, or too long a row.
+    """
+    if is_stream:
+        train = require_usable(train, "train", vocabulary, tokenizer)
+    named = held_out if isinstance(held_out, dict) else {"eval": held_out}
+    for name, dataset in {"train": train, **named}.items():
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            require_usable(dataset, name, vocabulary, tokenizer)
+            for role, most in positions.items():
+                require_positions(dataset, name, most, role)
+    return train
 
 
 def require_usable(dataset: Any, name: str, vocabulary: Vocabulary, tokenizer: Any) -> Any:

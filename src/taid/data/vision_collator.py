@@ -38,7 +38,7 @@ class Collator:
         skip: rows whose images cannot be read or do not fit into ``max_length`` are not trained on; else an error.
 
     Attributes:
-        exchange: whether the rows of a batch are shown each other's images, as :func:`check_sight` does.
+        exchange: whether the rows of a batch are shown each other's images, as :func:`check_images_matter` does.
     """
 
     def __init__(self, collator: Any, teacher: ProcessorMixin | None, vocabulary: Vocabulary, *, skip: bool) -> None:
@@ -171,7 +171,7 @@ def _nothing(row: dict[str, Any]) -> dict[str, Any]:
     } | {"images": []}
 
 
-def check_sight(
+def check_images_matter(
     rows: Iterable[dict[str, Any]], collator: Collator, measure: Callable[[dict[str, Tensor]], dict[str, float]]
 ) -> None:
     """Show both models the images of other rows, and see that they notice.

@@ -22,7 +22,7 @@ from taid.data.images import has_images
 from taid.evaluation.held_out import teacher_loss_of_samples
 from taid.evaluation.metrics import distinct, exact_match, mean, rouge_l, self_bleu
 from taid.models import generation
-from taid.models.loading import output_rows, positions, tokenizer_of
+from taid.models.loading import learned_positions, output_rows, tokenizer_of
 from taid.models.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _tokens(asked: Prompted, tokenizer: Any) -> list[int]:
 
 def require_room(max_new_tokens: int, *models: Any) -> None:
     """Raise a ValueError if an answer may have more tokens than a model has learned positions."""
-    most = min((p for model in models if (p := positions(model)) is not None), default=None)
+    most = min((p for model in models if (p := learned_positions(model)) is not None), default=None)
     if most is not None and max_new_tokens >= most:
         raise ValueError(
             f"--max_new_tokens {max_new_tokens} leaves no room for a prompt in the {most} positions that a model has "
@@ -199,7 +199,7 @@ def _mean_rouge_l(answers: list[dict[str, Any]], args: TAIDConfig) -> float | No
 def _short_enough(
     prompts: Sequence[Prompted], tokenizer: Any, args: TAIDConfig, max_new_tokens: int, *models: Any
 ) -> list[tuple[Prompted, list[int]]]:
-    room = [p - max_new_tokens for model in models if (p := positions(model)) is not None]
+    room = [p - max_new_tokens for model in models if (p := learned_positions(model)) is not None]
     most = min([*room, *([] if args.max_length is None else [args.max_length])], default=None)
     shown = [(asked, _tokens(asked, tokenizer)) for asked in prompts]
     kept = [(asked, tokens) for asked, tokens in shown if tokens and (most is None or len(tokens) <= most)]

@@ -196,11 +196,11 @@ def teacher_loss_of_samples(
 
 def _evaluated(trainer: TAIDTrainer, *, own_order: bool = False) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the trainer's own measures of its rows, and the sums of :class:`.metrics.TokenSums`, from one pass."""
-    trainer.pair_loss.watch = sums = TokenSums(own_order=own_order)
+    trainer.micro_batch_loss.watch = sums = TokenSums(own_order=own_order)
     try:
         found = trainer.evaluate(trainer.train_dataset)
     finally:
-        trainer.pair_loss.watch = None
+        trainer.micro_batch_loss.watch = None
     return found, sums.means(trainer.accelerator)
 
 

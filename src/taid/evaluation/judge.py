@@ -21,7 +21,7 @@ from typing import Any
 
 from taid.data import loading
 from taid.models import generation
-from taid.teachers import fingerprint
+from taid.teachers import digests
 from taid.teachers.server import CONCURRENT, Endpoint, Place, UnusableAnswerError, short
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class Judge:
         """
         if tokenizer.chat_template is None:
             raise ValueError("the model's tokenizer has no chat template, so it cannot be asked: it is no chat model")
-        identity = fingerprint.of_model(self.student, None) | {"name": self.student}
+        identity = digests.model_digests(self.student, None) | {"name": self.student}
         asked: list[_Asked] = []
         for prompt in self.prompts:
             asked += self._answers(

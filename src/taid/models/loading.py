@@ -237,10 +237,10 @@ def output_rows(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def positions(model: Any) -> int | None:
-    """For how many positions a model has learned a vector each, as GPT-2 and OPT; None where they are computed."""
-    if model is None:
-        return None
+def learned_positions(model: Any) -> int | None:
+    """Return the size of the learned position embedding (GPT-2, OPT); None if positions are computed, as with RoPE."""
+    if not hasattr(model, "config"):
+        return None  # no teacher, or one of the user's
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = (module for name, module in model.named_modules() if re.search(r"wpe$|embed_positions$", name))
     return most if any(isinstance(table, torch.nn.Embedding) for table in tables) else None

@@ -37,7 +37,6 @@ from taid.planning.activation_trace import Batch, Loss
 from taid.planning.footprint import ENGINES, PLACEMENTS, STATES, Footprint, Layout, Size, size
 from taid.teachers.cache_format import Format
 from taid.teachers.placement import teacher_init_kwargs
-from taid.training import capture
 from taid.training.trainer import TAIDTrainer
 
 _DISTINCT = 12.0  # ids of 50 draws from a large teacher, arXiv 2503.16870
@@ -227,7 +226,7 @@ def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
         trainer = TAIDTrainer(
             smallest, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
         )
-    distinct = {name: (len(keys), sum(keys.values())) for name, keys in capture.rows_of(trainer).items()}
+    distinct = {name: (len(keys), sum(keys.values())) for name, keys in trainer.rows.keys().items()}
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     longest = max(lengths)
     if recipe.args.samples_answers:

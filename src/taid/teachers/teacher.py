@@ -1,7 +1,7 @@
-"""What the trainer asks of a teacher, and the teachers that answer: a model at hand, one on a server, or a cache.
+"""What the trainer asks of a teacher, and the teachers that answer: a loaded model, one on a server, or a cache.
 
 The trainer and the objectives do not know which one it is. A teacher is given a batch and the places of its trained
-tokens, and answers with its final hidden states and head, which determine its whole distribution, or with some tokens
+tokens. It answers with its final hidden states and head, which determine its whole distribution, or with some tokens
 of it (:mod:`taid.losses.sparse_logits`).
 """
 
@@ -12,7 +12,7 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any, NamedTuple
 
@@ -38,42 +38,118 @@ _AGREEMENT = 0.05
 
 
 class Hidden(NamedTuple):
-    """Hidden states ``[B, T, E]`` as the teacher's output head is given them, and that head, cut to the shared ids."""
+    """Final hidden states ``[B, T, E]`` of a teacher, and the output head behind them, cut to the shared ids."""
 
     hidden: Tensor
     head: Head
 
 
 class Teacher(ABC):
-    """A frozen language model, wherever it is."""
+    """A frozen language model, wherever it is: here, on a server, or as a cache of what it said.
 
-    kind: str
-    """What its answers are worth: "exact", or which part of a distribution they give."""
-    is_cut = False
-    """Whether processes hold it together, so that all of them have to ask at once."""
-    fetches = False
-    """Whether it is worth to say a step early what it is asked for."""
+    A subclass of your own answers :meth:`__call__`; one whose hidden states you have extends :class:`ExactTeacher`
+    instead. Hand it over as ``TAIDTrainer(teacher_model=...)``, which captures it, trains from it and evaluates it.
+
+    Attributes:
+        kind: what its answers determine of its distribution: "exact", or which part of it. Checkpoints remember it.
+        is_sharded: whether processes hold it together, so that all of them have to ask at once.
+        prefetches: whether it is told a step early what it will be asked for.
+        writer: the model by which it writes answers of its own (``seq_kd``), or None.
+        autocast: makes the context that the teacher runs in.
+        vocabulary: the token ids that student and teacher share, once :meth:`start` was called.
+    """
+
+    kind = "exact"
+    is_sharded = False
+    prefetches = False
+    writer: Any = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    vocabulary: Vocabulary
+
+    def start(self, vocabulary: Vocabulary) -> None:
+        """Hear which ids student and teacher share; the trainer calls this before anything is asked."""
+        self.vocabulary = vocabulary
 
     @abstractmethod
     def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden | Sparse:
-        """What it says of a batch.
+        """Answer for the trained tokens of a batch.
 
         Args:
             inputs: what a model's forward takes.
-            labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained. What is said
-                of untrained positions is not read.
+            labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained. Answers for
+                untrained positions are not read.
         """
 
-    @abstractmethod
     def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | Sparse:
-        """The same for the plain formula: logits ``[N, V]`` of the N trained tokens over the shared ids."""
+        """Answer for the plain formula (``fused: false``): logits ``[N, V]`` of the trained tokens over shared ids."""
+        signal = self(inputs, labels)
+        if isinstance(signal, Sparse):
+            return signal
+        return signal.head.logits(signal.hidden[labels != -100])[:, : len(self.vocabulary.ids)]
+
+    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:  # noqa: B027
+        """Hear which batches are asked for next, their labels not shifted yet; all others may be forgotten."""
+
+    def answers(self, inputs: dict[str, Any], rows: list[Sequence]) -> Iterator[tuple[Sequence, Tensor | Sparse]]:
+        """Answer for some rows of a batch, one by one, as a cache keeps them: hidden states ``[N, E]``, or top k."""
+        raise ValueError(f"a {type(self).__name__} cannot be captured: it gives no answer a row (Teacher.answers)")
+
+    def properties(self, device: Any) -> dict[str, Any]:
+        """Return what a cache's manifest says of this teacher: rows of its head, width and dtype of hidden states."""
+        raise ValueError(f"a {type(self).__name__} cannot be captured: it does not say what it is (Teacher.properties)")
+
+
+class ExactTeacher(Teacher):
+    """A teacher whose whole distribution is known: by its final hidden states and the head that they go through."""
 
     @abstractmethod
-    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Say which batches are asked for next, their labels not shifted yet; all others may be forgotten."""
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the final hidden states ``[B, T, E]`` of a batch, without a gradient."""
+
+    @abstractmethod
+    def output_head(self) -> Head:
+        """Return the output head over all of the teacher's ids: ``logits = head.logits(hidden)``."""
+
+    def shared_head(self) -> Head:
+        """Return the output head cut to the ids that student and teacher share."""
+        return self.output_head().at(self.vocabulary.holes)
+
+    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden:
+        """See :class:`Teacher`."""
+        hidden = self.hidden(inputs).to(labels.device)  # a teacher that device_map has spread may end on another one
+        return Hidden(hidden, self.shared_head().to(labels.device))
+
+    def example(self, device: Any) -> Tensor:
+        """Return hidden states ``[1, 2, E]`` of nothing in particular: their width, dtype and device."""
+        return self.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)})
+
+    def answers(self, inputs: dict[str, Any], rows: list[Sequence]) -> Iterator[tuple[Sequence, Tensor]]:
+        """Yield each row with its hidden states ``[N, E]`` at its trained tokens.
+
+        Raises:
+            ValueError: they are not finite; names the row and the remedy.
+        """
+        hidden = self.hidden(inputs)
+        for row in rows:
+            places = row.start + torch.from_numpy(row.positions).to(hidden.device)
+            of_tokens = hidden[row.row, places]
+            if not of_tokens.isfinite().all():
+                raise ValueError(
+                    f"the teacher's hidden states are not finite on the row that begins with tokens "
+                    f"{row.ids[:8].tolist()}, in {str(of_tokens.dtype).removeprefix('torch.')}: float16 overflows "
+                    "in many models, bfloat16 does not (teacher_model_init_kwargs' dtype, or bf16)"
+                )
+            yield row, of_tokens
+
+    def properties(self, device: Any) -> dict[str, Any]:
+        """See :class:`Teacher`."""
+        example, rows = self.example(device), self.output_head().weight.shape[0]
+        return {
+            "teacher_rows": rows, "hidden_size": example.shape[-1], "dtype": str(example.dtype), "server_model": None
+        }  # fmt: skip
 
 
-class LocalTeacher(Teacher):
+class LocalTeacher(ExactTeacher):
     """A loaded model.
 
     Args:
@@ -86,23 +162,27 @@ class LocalTeacher(Teacher):
         ValueError: its output head cannot be fused; says why and the remedy.
     """
 
-    kind = "exact"
-
     def __init__(
         self, model: Any, vocabulary: Vocabulary, autocast: Callable[[], AbstractContextManager[Any]], fused: bool
     ) -> None:
         self.model, self.vocabulary, self.autocast = model, vocabulary, autocast
-        self.is_cut = getattr(model, "is_distributed_loading_by_transformers", False)
+        self.writer = model
+        self.is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
         mesh = model._device_mesh["tp"] if (getattr(model, "tp_size", None) or 1) > 1 else None
         self._sharing = None if mesh is None else mesh.get_group()
-        self.head = OutputHead(model, "teacher") if fused else None
-        if self.head is not None and mesh is not None:
-            self.head.gather()
+        self._head = OutputHead(model, "teacher") if fused else None
+        if self._head is not None and mesh is not None:
+            self._head.gather()
+
+    def output_head(self) -> Head:
+        """See :class:`ExactTeacher`."""
+        assert self._head is not None, "not fused"
+        return self._head.head()
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """Hidden states ``[B, T, E]``; its head is not computed."""
-        head, hidden = self.head, list[Tensor]()
-        assert head is not None
+        """Return the hidden states ``[B, T, E]``; the head itself is not computed."""
+        head, hidden = self._head, list[Tensor]()
+        assert head is not None, "not fused"
 
         def ask(inputs: dict[str, Any]) -> Tensor:
             with head.replaced_by(hidden.append):
@@ -113,7 +193,7 @@ class LocalTeacher(Teacher):
 
     @torch.no_grad()
     def _asked(self, ask: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
-        """What `ask` says of `inputs`.
+        """Return ``ask(inputs)``.
 
         Processes that each hold a part of every matrix compute each product together, of the same tokens: the batch of
         the first, then that of the second, and so on.
@@ -130,15 +210,6 @@ class LocalTeacher(Teacher):
         assert answer is not None
         return answer
 
-    def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden:
-        """See :class:`Teacher`."""
-        assert self.head is not None
-        hidden = self.hidden(inputs).to(labels.device)  # a teacher that device_map has spread may end on another one
-        return Hidden(hidden, self.head.head(self.vocabulary.holes).to(labels.device))
-
-    def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Nothing to fetch."""
-
     def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """See :class:`Teacher`."""
         logits = self._asked(lambda inputs: self.model(**inputs).logits, inputs)
@@ -146,9 +217,9 @@ class LocalTeacher(Teacher):
 
 
 class _RowTeacher(Teacher):
-    """One that knows rows by themselves, wherever they are: threads ask for those that come next."""
+    """A teacher that knows rows by themselves, wherever they are. Threads ask for those that come next."""
 
-    fetches = True
+    prefetches = True
 
     def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
         self.vocabulary = vocabulary
@@ -158,15 +229,15 @@ class _RowTeacher(Teacher):
 
     @abstractmethod
     def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
-        """Those that are fetched at once."""
+        """Yield the rows that are fetched at once."""
 
     @abstractmethod
     def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
-        """What is known of each row; in a thread."""
+        """Return what is known of each row; runs in a thread."""
 
     @abstractmethod
     def _joined(self, answers: list[Any], labels: Tensor) -> Hidden | Sparse:
-        """What was fetched of the rows of a batch, as one answer."""
+        """Join what was fetched of the rows of a batch."""
 
     def _submit(self, rows: list[Sequence]) -> dict[bytes, AsyncResult[dict[bytes, Any]]]:
         answers = ((group, self._threads.apply_async(self._fetch, (group,))) for group in self._groups(rows))
@@ -185,16 +256,9 @@ class _RowTeacher(Teacher):
         answers = self._coming | self._submit(list({s.key: s for s in rows if s.key not in self._coming}.values()))
         return self._joined([answers[row.key].get()[row.key] for row in rows], labels)
 
-    def logits(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | Sparse:
-        """See :class:`Teacher`."""
-        signal = self(inputs, labels)
-        if isinstance(signal, Sparse):
-            return signal
-        return signal.head.logits(signal.hidden[labels != -100])[:, : len(self.vocabulary.ids)]
-
 
 class CachedTeacher(_RowTeacher):
-    """What a teacher said when the cache was captured: the same answer for the same row, whatever batch it is in.
+    """A cache of what a teacher said: the same answer for the same row, whatever batch it is in.
 
     Args:
         cache: checked against the run.
@@ -206,7 +270,7 @@ class CachedTeacher(_RowTeacher):
         super().__init__(vocabulary, threads=1)
         self.cache, self.kind = cache, cache.format.kind
         head = cache.head()
-        self.head = None if head is None else head.at(vocabulary.holes).to(device)
+        self._head = None if head is None else head.at(vocabulary.holes).to(device)
 
     def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
         yield from ([row] for row in rows)
@@ -218,14 +282,14 @@ class CachedTeacher(_RowTeacher):
         signal = self.cache.format.decoded(answers, labels.device)
         if isinstance(signal, Sparse):
             return signal
-        assert self.head is not None
+        assert self._head is not None
         hidden = signal.new_zeros(*labels.shape, signal.shape[-1])
         hidden[labels != -100] = signal
-        return Hidden(hidden, self.head)
+        return Hidden(hidden, self._head)
 
 
 class ServedTeacher(_RowTeacher):
-    """The k likeliest tokens that a server lists of each position, and the mass of the rest.
+    """A served teacher: the k likeliest tokens that the server lists of each position, and the mass of the rest.
 
     Args:
         server: what is asked.
@@ -271,7 +335,7 @@ class ServedTeacher(_RowTeacher):
     def _of_position(
         self, listed: Listed, label: int, asked: int
     ) -> tuple[list[int], list[float], float, float] | None:
-        """Ids, log-probabilities, log of the rest and the label's; None where fewer than k likeliest are shared."""
+        """Return ids, log-probabilities, log of the rest and the label's; None if fewer than k likeliest are shared."""
         shared = {i: entry["logprob"] for i, entry in listed.items() if i in self._shared}
         # One more than was asked for is the label, which is not among the likeliest.
         if len(shared) - (len(listed) > asked) < self.k:
@@ -285,11 +349,17 @@ class ServedTeacher(_RowTeacher):
         log_rest = -math.inf if self.k == len(self._shared) else math.log(rest)
         return ids, log_probs, log_rest, shared[label] - log_shared
 
-    def ask(self, rows: list[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
-        """What it says of rows, as they come."""
+    def answers(self, inputs: dict[str, Any], rows: list[Sequence]) -> Iterator[tuple[Sequence, TopK]]:
+        """Yield each row with its top k, as the server answers."""
         answers = self._submit(rows)
         for row in rows:
             yield row, answers[row.key].get()[row.key]
+
+    def properties(self, device: Any) -> dict[str, Any]:
+        """See :class:`Teacher`. Nothing is known of a server's weights, nor of the options that it runs with."""
+        unknown = dict.fromkeys(("teacher_options", "teacher_config", "teacher_weights", "teacher_revision"))
+        known = {"teacher_rows": self.rows, "hidden_size": 0, "dtype": str(torch.float32)}
+        return unknown | known | {"server_model": self.server.model}
 
     def _joined(self, answers: list[Any], labels: Tensor) -> TopK:
         if not answers:
@@ -298,7 +368,7 @@ class ServedTeacher(_RowTeacher):
         return TopK.cat(answers).to(labels.device)
 
     def check(self, row: Sequence, tokenizer: Any, local: nn.Module | None) -> None:
-        """Ask for one row, and see whether the server's tokens and values are those of the teacher.
+        """Ask for one row, and compare the server's tokens and values with those of the teacher.
 
         Args:
             row: any.

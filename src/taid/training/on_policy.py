@@ -29,21 +29,20 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 
+from taid.config.training import TAIDConfig
 from taid.models.generation import decoding, generate
-from taid.teachers.teacher import LocalTeacher
-
-if TYPE_CHECKING:
-    from taid.training.trainer import TAIDTrainer
+from taid.models.vocabulary import Vocabulary
+from taid.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -112,81 +111,105 @@ class Threshold:
         return Threshold(self.rises + (self.loss is not None and loss > self.loss), loss, step)
 
 
-class Sampling:
-    """Decides which micro-batches have sampled answers, and samples them.
+def check_run(
+    args: TAIDConfig, teacher: Teacher | None, train_rows: Any, held_out: Any, *, tensor_parallel: int
+) -> None:
+    """Raise a ValueError where sampled answers do not go together with a run's models or rows; names the remedy."""
+    if tensor_parallel > 1:
+        raise ValueError(
+            "a student whose products processes compute together does not sample: leave distributed_config away "
+            "(--accelerate_config fsdp2 shards it), or set sampling: none"
+        )
+    if args.seq_kd and (teacher is None or teacher.writer is None or teacher.is_sharded):
+        raise ValueError(
+            "seq_kd: true needs a teacher that each process has whole: name it as teacher_model_name_or_path, with "
+            "teacher_placement: replicated or cpu"
+        )
+    if args.sampling == "adaptive" and isinstance(held_out, dict):
+        raise ValueError(
+            f"sampling: adaptive goes by one held-out loss, but there are {len(held_out)} held-out data sets: give one"
+        )
+    rows = args.per_device_train_batch_size * args.world_size
+    if args.sampling == "adaptive" and args.sampling_buffer_size < rows:
+        raise ValueError(
+            f"sampling_buffer_size {args.sampling_buffer_size} is less than the {rows} rows of a micro-batch of "
+            f"all processes, which are drawn from it: set at least {rows}"
+        )
+    require_prompts(train_rows)
+
+
+def end_tokens(
+    tokenizer: Any, generation_config: Any, vocabulary: Vocabulary, train_rows: Any, *, say: bool
+) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end token and those of the student's generation_config.json.
 
     Args:
-        trainer: of the run; its teacher is there.
-        positions: how many tokens a row may have at the most, by what both models have learned; None for any.
+        tokenizer: the student's.
+        generation_config: the student's; None where it was given the teacher's tokenizer.
+        vocabulary: the ids that student and teacher share.
+        train_rows: of which the first are looked at.
+        say: whether to warn where none of these rows' answers has such a token.
 
     Raises:
-        ValueError: no end token is shared with the teacher, or what is asked for does not go together with the run.
+        ValueError: the teacher shares none of them.
+    """
+    listed = None if generation_config is None else generation_config.eos_token_id
+    known = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    ends, names = known & set(vocabulary.ids), tokenizer.convert_ids_to_tokens(sorted(known))
+    if not ends:
+        raise ValueError(
+            f"a sampled answer would never end: the teacher does not have the student's end token {names}. Set "
+            "eos_token to one that both have"
+        )
+    first = (row_of(row["input_ids"], row["labels"]) for row in itertools.islice(train_rows, _LOOKED_AT))
+    if say and not any(ends & set(row.ids[row.prompt :]) for row in first if row):
+        logger.warning(
+            f"none of the first answers of the train data set has one of the tokens {names}, which end the "
+            "student's: those will be as long as sampling_max_new_tokens. Set eos_token to what ends an answer, or "
+            "a larger max_length if that cuts the ends away"
+        )
+    return sorted(ends)
+
+
+class AnswerSampler:
+    """Decide which micro-batches have sampled answers, and sample them.
+
+    Args:
+        args: the options of the run.
+        student: returns the student as it is now, unwrapped.
+        teacher: writes answers where ``seq_kd`` is set.
+        vocabulary: the ids that student and teacher share; no other is written.
+        tokenizer: the student's.
+        train_rows: of which the first are looked at, for a token that ends an answer.
+        collator: makes a batch of rows, as training does.
+        progress: returns how many optimizer steps are done, and how many the run has.
+        positions: how many tokens a row may have at most, by what both models have learned; None for any.
+        together: whether each forward pass needs all processes, because they share out weights.
     """
 
-    def __init__(self, trainer: TAIDTrainer, positions: int | None) -> None:
-        self.trainer, self.args, self.positions = trainer, trainer.args, positions
+    def __init__(
+        self, args: TAIDConfig, *, student: Callable[[], Any], teacher: Teacher | None, vocabulary: Vocabulary,
+        tokenizer: Any, train_rows: Any, collator: Callable[[list[Any]], dict[str, Any]],
+        progress: Callable[[], tuple[int, int]], positions: int | None, together: bool,
+    ) -> None:  # fmt: skip
+        self.args, self.vocabulary, self.positions, self.together = args, vocabulary, positions, together
+        self._student, self._teacher, self._collator, self._progress = student, teacher, collator, progress
         self.threshold, self.buffer = Threshold(), list[Row]()
-        self._check()
-        self.ends = self._end_tokens()
-        self._decoding = decoding(
-            self.ends, trainer.processing_class.pad_token_id, temperature=float(self.args.sampling_temperature)
-        )
-
-    def _check(self) -> None:
-        trainer, args = self.trainer, self.args
-        if trainer.get_tp_size() > 1:
-            raise ValueError(
-                "a student whose products processes compute together does not sample: leave distributed_config away "
-                "(--accelerate_config fsdp2 shards it), or set sampling: none"
-            )
-        if args.seq_kd and (not isinstance(trainer.teacher, LocalTeacher) or trainer.teacher.is_cut):
-            raise ValueError(
-                "seq_kd: true needs a teacher that each process has whole: name it as teacher_model_name_or_path, with "
-                "teacher_placement: replicated or cpu"
-            )
-        if args.sampling == "adaptive" and isinstance(trainer.eval_dataset, dict):
-            raise ValueError(
-                f"sampling: adaptive goes by one held-out loss, but there are {len(trainer.eval_dataset)} held-out "
-                "data sets: give one"
-            )
-        rows = args.per_device_train_batch_size * args.world_size
-        if args.sampling == "adaptive" and args.sampling_buffer_size < rows:
-            raise ValueError(
-                f"sampling_buffer_size {args.sampling_buffer_size} is less than the {rows} rows of a micro-batch of "
-                f"all processes, which are drawn from it: set at least {rows}"
-            )
-        require_prompts(trainer.train_dataset)
-
-    def _end_tokens(self) -> list[int]:
-        """What ends an answer: the tokenizer's end token and those of the student's generation_config.json."""
-        trainer, tokenizer = self.trainer, self.trainer.processing_class
-        of_model = trainer.model.generation_config.eos_token_id if self.args.tokenizer_from == "student" else None
-        known = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
-        ends, names = known & set(trainer.vocabulary.ids), tokenizer.convert_ids_to_tokens(sorted(known))
-        if not ends:
-            raise ValueError(
-                f"a sampled answer would never end: the teacher does not have the student's end token {names}. Set "
-                "eos_token to one that both have"
-            )
-        first = (row_of(row["input_ids"], row["labels"]) for row in itertools.islice(trainer.train_dataset, _LOOKED_AT))
-        if self.args.process_index == 0 and not any(ends & set(row.ids[row.prompt :]) for row in first if row):
-            logger.warning(
-                f"none of the first answers of the train data set has one of the tokens {names}, which end the "
-                "student's: those will be as long as sampling_max_new_tokens. Set eos_token to what ends an answer, or "
-                "a larger max_length if that cuts the ends away"
-            )
-        return sorted(ends)
+        config = student().generation_config if args.tokenizer_from == "student" else None
+        self.ends = end_tokens(tokenizer, config, vocabulary, train_rows, say=args.process_index == 0)
+        temperature = float(self.args.sampling_temperature)
+        self._decoding = decoding(self.ends, tokenizer.pad_token_id, temperature=temperature)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def replaced(self, batches: list[dict[str, Any]], counts: dict[str, float]) -> list[dict[str, Any]]:
-        """The micro-batches of the coming optimizer step, some of them with sampled answers.
+        """Return the micro-batches of the coming optimizer step, some of them with sampled answers.
 
         Args:
             batches: of the data set, as they are collated.
             counts: to which ``micro_batches`` and, of them, those that the student ``sampled`` are added.
         """
-        step, made = self.trainer.state.global_step, []
+        step, made = self._progress()[0], []
         for number, batch in enumerate(batches):
             seed = (self.args.seed, step, number)
             draws = np.random.default_rng(seed)  # the same in all processes, so that none waits for another
@@ -195,7 +218,7 @@ class Sampling:
             if by_student:
                 batch = self._by_student(batch, seed, draws, is_fresh=u < self.share * self._fresh)
             elif self.args.seq_kd:
-                batch = self._collated(batch, self._sampled(batch, self._teacher(), seed))
+                batch = self._collated(batch, self._sampled(batch, self._by_teacher(), seed))
             made.append(batch)
             counts["micro_batches"] += 1
             counts["sampled"] += by_student
@@ -203,21 +226,22 @@ class Sampling:
 
     @property
     def share(self) -> float:
-        """Of micro-batches with the student's answers."""
+        """The share of micro-batches with the student's answers."""
         return self.threshold.value if self.args.sampling == "adaptive" else float(self.args.sampling_share)
 
     @property
     def _fresh(self) -> float:
-        """Of these, the share of those that are sampled in this step."""
+        """Of these, the share that is sampled in this step."""
         if self.args.sampling == "mixed" or len(self.buffer) < self.args.sampling_buffer_size:
             return 1.0
-        return 1 - float(self.trainer.state.global_step / self.trainer.state.max_steps)
+        step, total_steps = self._progress()
+        return 1 - float(step / total_steps)
 
     def _by_student(
         self, batch: dict[str, Any], seed: tuple[int, ...], draws: np.random.Generator, *, is_fresh: bool
     ) -> dict[str, Any]:
         if is_fresh:
-            rows = self._sampled(batch, self._student(), seed)
+            rows = self._sampled(batch, contextlib.nullcontext(self._student()), seed)
             if self.args.sampling == "adaptive":
                 known = [row for row in gather_object(rows) if row is not None]
                 self.buffer = (self.buffer + known)[-self.args.sampling_buffer_size :]
@@ -227,9 +251,9 @@ class Sampling:
         return self._collated(batch, [self.buffer[place] for place in drawn[rank * size :][:size]])
 
     def _collated(self, batch: dict[str, Any], rows: list[Row | None]) -> dict[str, Any]:
-        """A batch of rows in place of another; None is a row of which nothing is trained (``data.tokenized``)."""
+        """Return a batch of rows in place of another; None is a row of which nothing is trained."""
         filler = {"input_ids": [self.ends[0]] * 2, "labels": [-100] * 2}
-        made = self.trainer.data_collator(
+        made = self._collator(
             [
                 filler if row is None else {"input_ids": row.ids, "labels": [-100] * row.prompt + row.ids[row.prompt :]}
                 for row in rows
@@ -243,7 +267,7 @@ class Sampling:
     def _sampled(
         self, batch: dict[str, Any], writer: AbstractContextManager[Any], seed: tuple[int, ...]
     ) -> list[Row | None]:
-        """The rows of a batch, their answers sampled; None where nothing was trained."""
+        """Return the rows of a batch with sampled answers; None where nothing was trained."""
         rows = []
         columns = (batch[name].tolist() for name in ("input_ids", "labels", "attention_mask"))
         for ids, labels, mask in zip(*columns, strict=True):
@@ -262,7 +286,7 @@ class Sampling:
     def _answers(
         self, prompts: list[list[int]], writer: AbstractContextManager[Any], seed: tuple[int, ...]
     ) -> list[list[int]]:
-        """An answer to each prompt, up to and with its end token, as long as ``max_length`` leaves room for it."""
+        """Return an answer to each prompt, with its end token, as long as ``max_length`` leaves room for it."""
         lengths = [len(prompt) for prompt in prompts]
         longest, limit, most = max(lengths), self.args.max_length, int(self.args.sampling_max_new_tokens)
         room = [most if limit is None else min(most, max(limit - length, 1)) for length in lengths]
@@ -272,38 +296,26 @@ class Sampling:
         own = np.random.default_rng((*seed, 1 + self.args.process_index))  # other tokens in each process
         with writer as model:
             answers = generate(
-                model, prompts, self._decoding, max_new_tokens=most, vocabulary=self.trainer.vocabulary,
-                seed=int(own.integers(2**63)), device=self.args.device, synced_gpus=self._is_together,
+                model, prompts, self._decoding, max_new_tokens=most, vocabulary=self.vocabulary,
+                seed=int(own.integers(2**63)), device=self.args.device, synced_gpus=self.together,
             )  # fmt: skip
         return [answer[:most] for answer, most in zip(answers, room, strict=True)]
 
-    @property
-    def _is_together(self) -> bool:
-        """Whether each forward pass needs all processes, because they share out weights."""
-        trainer = self.trainer
-        return bool(self.args.world_size > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled))
-
-    def _student(self) -> AbstractContextManager[Any]:
-        # What TRL's unwrap_model_for_generation gives without gathering ZeRO-3's weights; it also switches activation
-        # checkpointing off, by a name that transformers warns about, but in evaluation mode there is none.
-        return contextlib.nullcontext(self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped))
-
     @contextlib.contextmanager
-    def _teacher(self) -> Iterator[Any]:
-        teacher = self.trainer.teacher
-        assert isinstance(teacher, LocalTeacher)
-        with teacher.autocast():
-            yield teacher.model
+    def _by_teacher(self) -> Iterator[Any]:
+        assert self._teacher is not None
+        with self._teacher.autocast():
+            yield self._teacher.writer
 
     # --- over a run ---------------------------------------------------------------------------------------------------
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """Hear of an evaluation, in training."""
         if self.args.sampling == "adaptive":
-            self.threshold = self.threshold.after(metrics["eval_loss"], self.trainer.state.global_step)
+            self.threshold = self.threshold.after(metrics["eval_loss"], self._progress()[0])
 
     def logged(self, counts: dict[str, float]) -> dict[str, float]:
-        """What stands in the log: the share of sampled micro-batches since the last, and the threshold."""
+        """Return what is logged: the share of sampled micro-batches since the last, and the threshold."""
         if self.args.sampling == "none":
             return {}
         shares = {"sampled": counts["sampled"] / max(counts["micro_batches"], 1)}

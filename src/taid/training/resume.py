@@ -1,4 +1,4 @@
-"""What must not change between a checkpoint and its continuation."""
+"""Resuming: what a checkpoint and its continuation must share, and checkpoints of other engines or processes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from taid.config.combinations import SAMPLING_OPTIONS
+from taid.config.training import TAIDConfig
+from taid.data.stream import Stream
 from taid.training.engines import engine_of
-
-if TYPE_CHECKING:
-    from taid.training.trainer import TAIDTrainer
 
 # Beside objective, schedule and N: what a checkpoint's optimizer state, rows and weights belong to.
 _OPTIONS = (
@@ -22,23 +21,33 @@ _OPTIONS = (
 ).split()
 
 
-def of(trainer: TAIDTrainer) -> dict[str, Any]:
-    """What a run is, as far as its checkpoints depend on it."""
-    args, configuration, stream = trainer.args, trainer.configuration, trainer.stream
-    names = ["objective", "kd_ratio", *trainer.moving.options, *_OPTIONS]
+def run_identity(
+    args: TAIDConfig, configuration: dict[str, Any], *, options: list[str], stream: Stream | None,
+    teacher_kind: str | None, total_steps: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what a run is, as far as its checkpoints depend on it.
+
+    Args:
+        args: the options of the run.
+        configuration: all options as config.yaml has them.
+        options: of the objective and its schedule.
+        stream: of the rows, if they are one.
+        teacher_kind: what the teacher's answers are worth; None where nothing is distilled.
+        total_steps: how many optimizer steps the run has.
+    """
+    names = ["objective", "kd_ratio", *options, *_OPTIONS]
     identity = {name: configuration.get(name) for name in names}
     if stream is not None:
         # A place counts prepared rows, and is that of one process among so many.
         identity |= {name: configuration.get(name) for name in ("dataset_weights", "packing_strategy")}
         identity |= {"files of the stream": stream.identity(), "processes": args.world_size}
-    if trainer.sampling is not None:
+    if args.samples_answers:
         names = [*SAMPLING_OPTIONS, *(["eval_strategy", "eval_steps"] if args.sampling == "adaptive" else [])]
         identity |= {name: configuration.get(name) for name in names}
-    signal = trainer.teacher.kind if trainer.teacher is not None and args.distillation_share > 0 else None
     return identity | {
-        "total_steps": trainer.state.max_steps,
+        "total_steps": total_steps,
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "teacher_signal": signal,
+        "teacher_signal": teacher_kind if args.distillation_share > 0 else None,
     }
 
 

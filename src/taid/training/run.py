@@ -26,7 +26,6 @@ from taid.data.images import has_images
 from taid.models.loading import load_model, load_processing_class
 from taid.training import engines
 from taid.training.callbacks import StepProgress
-from taid.training.capture import capture
 from taid.training.trainer import TAIDTrainer
 
 
@@ -74,7 +73,7 @@ def cache(model: ModelConfig, data: DataArguments, args: TAIDConfig, *, repair: 
     folder = Path(str(args.teacher_cache)).expanduser()
     with run_folder.claimed(folder, "teacher_cache") if args.process_index == 0 else contextlib.nullcontext():
         trainer = build_trainer(model, data, changed(args, teacher_cache=None), resuming=False)
-        capture(trainer, folder, repair=repair)
+        trainer.capture(folder, repair=repair)
         if args.process_index == 0:
             print(f"teacher cache: {folder}; train from it with --teacher_cache {folder}")
 

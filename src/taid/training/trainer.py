@@ -1,4 +1,4 @@
-"""TAIDTrainer: TRL's SFTTrainer with a teacher, an objective and a moving t. The only file that knows TRL's inside.
+"""TAIDTrainer: TRL's SFTTrainer with a teacher, an objective and a moving t.
 
 One optimizer step, from the batch to t:
 
@@ -9,70 +9,42 @@ One optimizer step, from the batch to t:
     _get_grad_norm      the last place before the optimizer: sums the step over ranks, stops if it is not finite,
                         and moves t (or ctkd's temperature) by the global loss
     log                 means over the steps since the last log
+
+What TRL and transformers make necessary beside these stands in :mod:`taid.training.upstream`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from trl import SFTTrainer
 
 from taid.artifacts import run_folder
-from taid.artifacts.model_card import write_card
-from taid.artifacts.report import write_report
 from taid.config.training import TAIDConfig
 from taid.config.values import changed, resolved
 from taid.data import images, stream, tokenized, vision_collator
 from taid.losses.fused import shifted
-from taid.losses.schedules import ScheduleState
-from taid.losses.sparse_logits import TopK
-from taid.models.loading import keep_embeddings, positions
-from taid.teachers import placement
-from taid.teachers.cache import Cache
-from taid.teachers.server import Server
-from taid.teachers.teacher import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
-from taid.training import capture, engines, resume
-from taid.training.moving import MovingParameters
-from taid.training.on_policy import Sampling
-from taid.training.pair import Pair, load_pair
-from taid.training.step import PairLoss
-from taid.training.sums import MicroBatches, means
-from taid.training.upstream import load_renamed_weights
+from taid.models.loading import keep_embeddings, learned_positions
+from taid.training import capture, engines, on_policy, resume
+from taid.training.cache_check import AskedTeacher, RunRows
+from taid.training.callbacks import RunFolder
+from taid.training.objective_state import ObjectiveState
+from taid.training.on_policy import AnswerSampler
+from taid.training.pair import Pair, check_teacher, load_pair, make_teacher, require_trainable
+from taid.training.step import MicroBatchLoss, StepLog, TokenTotals, cross_entropies, means
+from taid.training.upstream import UpstreamTrainer, own_arguments
 
 logger = logging.getLogger(__name__)
 
 
-class _SeamOnce(logging.Filter):
-    """Lets one warning of TRL's by that a prompt ends within a token: it has 600 characters for each such end."""
-
-    is_said = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is another message, or the first of these."""
-        if "not a prefix of the tokenized prompt+completion" not in record.getMessage():
-            return True
-        is_first, self.is_said = not self.is_said, True
-        return is_first
-
-
-_SEAM_ONCE = _SeamOnce()  # of a process: a comparison and an evaluation prepare the same rows again and again
-_NOT_LOGGED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
-
-
-class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
+class TAIDTrainer(UpstreamTrainer):
     """Distil a teacher into a student.
 
     The loss of an optimizer step is ``sum over trained tokens / their number``, over all micro-batches and ranks, of
@@ -86,18 +58,19 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     Args:
         model: the student, loaded or by name.
-        teacher_model: the teacher, loaded or by name; ``args.teacher_model_name_or_path`` if None. ``objective: sft``
-            needs none, and with one it still reports the KL to it when evaluating.
+        teacher_model: the teacher, loaded, by name or as a :class:`taid.Teacher`; if None,
+            ``args.teacher_model_name_or_path``. ``objective: sft`` needs none, and with one it still reports the KL to
+            it when evaluating.
         args: a :class:`TAIDConfig`.
         train_dataset: rows with ``messages``, ``prompt``/``completion``, ``text`` or ``input_ids``, and with ``images``
-            where both models see.
+            for vision-language models.
         eval_dataset: held-out rows, or a dict of them.
         processing_class: the student's tokenizer or processor; loaded with the student if None.
         teacher_processing_class: the teacher's; loaded with the teacher if None.
         peft_config: trains an adapter (LoRA, DoRA) instead of the student's own weights.
         callbacks: as in transformers.
         optimizers: as in transformers.
-        objective: a function of your own instead of ``args.objective``, of the student's and the teacher's logits
+        objective: your own function instead of ``args.objective``, of the student's and the teacher's logits
             ``[N, V]`` in float32, that gives the loss of N tokens ``[N]`` in nats; differentiated by autograd.
 
     Raises:
@@ -131,108 +104,93 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         optimizers: tuple[Any, Any] = (None, None),
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        asked = args or TAIDConfig()
-        if objective is not None and not callable(objective):
-            raise TypeError(f"objective is a function of both logits, not {objective!r}: named ones go into args")
-        if objective is not None:
-            name: Any = getattr(objective, "__name__", type(objective).__name__)
-            asked = changed(asked, fused=False, objective=name)
-        args = changed(asked)  # for what transformers and TRL want otherwise; what was asked for stays as it is
-        engines.prepare(args)
-        set_seed(args.seed)  # transformers does so too, but after an adapter is drawn
-        if args.activation_offloading and not torch.accelerator.is_available():
-            raise ValueError("activation_offloading moves activations from a GPU to the CPU, and there is no GPU here")
-        self._checkpoints_in: str | None = None
-        self.was_stopped = self._is_asked_to_stop = False
-        self.stream = stream.of(train_dataset, eval_dataset, args)
+        asked = _with_objective(args or TAIDConfig(), objective)
+        engines.prepare(asked)
+        set_seed(asked.seed)  # transformers does so too, but after an adapter is drawn
+        self.stream = stream.as_stream(train_dataset, eval_dataset, asked)
         train_dataset = self.stream.dataset if self.stream else train_dataset
-        see = images.has_images(train_dataset)
-        if see and (args.teacher_cache or args.teacher_server_url or args.tokenizer_from == "teacher"):
-            raise ValueError(
-                "rows with images need a teacher that is loaded here and has the student's tokens: teacher_cache, "
-                "teacher_server_url and tokenizer_from: teacher are for text"
-            )
-        if see and args.samples_answers:
-            raise ValueError("answers are not sampled for rows with images: set sampling: none and seq_kd: false")
-        elsewhere: Cache | Server | None = None
-        if args.teacher_cache is not None:
-            elsewhere = Cache(Path(args.teacher_cache).expanduser())
-        elif args.teacher_server_url is not None:
-            elsewhere = Server(args.teacher_server_url, args.teacher_server_model, args.teacher_server_timeout)
-        pair = load_pair(model, teacher_model or args.teacher_model_name_or_path, args, processing_class,
-                         teacher_processing_class, elsewhere, see=see)  # fmt: skip
-        args.model_init_kwargs = None  # used up; TRL would warn that a loaded model ignores them
-        if getattr(peft_config, "is_prompt_learning", False):
-            raise ValueError(f"{type(peft_config).__name__} adds virtual tokens that the teacher has not: use LoRA")
-        if peft_config is not None and is_peft_model(pair.student):
-            raise ValueError(
-                f"student {pair.names['model_name_or_path']!r} is an adapter, and is trained on as it is: leave "
-                "use_peft away, or make a model of it first (taid export --format merged-lora)"
-            )
-
-        if args.device.type == "cpu":  # nothing to pin for, and torch warns
-            args.dataloader_pin_memory = False
-        is_mixture_of_experts = hasattr(pair.student.config.get_text_config(), "output_router_logits")
-        if args.ddp_find_unused_parameters is None and not is_mixture_of_experts and not see:
-            args.ddp_find_unused_parameters = False  # only experts, and eyes without an image, can stay unused
-        if see:
-            train_dataset = images.prepared(train_dataset, "the train data set", skip=args.skip_bad_images)
-            eval_dataset = tokenized.each(eval_dataset, lambda of, name: images.prepared(
-                of, f"the {name} data set", skip=args.skip_bad_images))  # fmt: skip
-
-        tokenized.require_chat_template(pair.processing_class, args, train_dataset)
-
+        has_images = images.has_images(train_dataset)
+        _require_possible(asked, has_images=has_images)
+        teacher_model = teacher_model or asked.teacher_model_name_or_path
+        pair = load_pair(model, teacher_model, asked, processing_class, teacher_processing_class, has_images=has_images)
+        require_trainable(pair, peft_config)
+        own = own_arguments(asked, pair.student, has_images=has_images)
+        if has_images:
+            train_dataset, eval_dataset = images.prepared_sets(train_dataset, eval_dataset, skip=asked.skip_bad_images)
+        tokenized.require_chat_template(pair.processing_class, own, train_dataset)
         super().__init__(
-            model=pair.student, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            model=pair.student, args=own, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=pair.processing_class, peft_config=peft_config, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
+        engines.check(self.accelerator)
+        self._connect(pair, asked, objective, has_images=has_images)
+
+    def _connect(self, pair: Pair, asked: TAIDConfig, objective: Any, *, has_images: bool) -> None:
+        """Connect the prepared rows, the pair and the loss; check that they fit."""
+        args, self.vocabulary, self.teacher_tokenizer = self.args, pair.vocabulary, pair.teacher_tokenizer
         if args.tokenizer_from == "teacher" and is_peft_model(self.model):
             keep_embeddings(self.model)
-        engines.check(self.accelerator)
-
-        self.vocabulary, self.teacher_tokenizer = pair.vocabulary, pair.teacher_tokenizer
-        self.configuration = resolved(asked) | pair.names
-        if see:
+        if has_images:
             self.data_collator = vision_collator.Collator(
                 self.data_collator, pair.teacher_processing_class, self.vocabulary, skip=args.skip_bad_images
             )
-        self._check_rows(pair)
-        self.teacher = self._teacher(pair.teacher, elsewhere)
-        learned = [most for model in (pair.student, pair.teacher) if (most := positions(model)) is not None]
-        self.sampling = Sampling(self, min(learned, default=None)) if args.samples_answers else None
-        self.pair_loss = PairLoss(self.model, self.teacher, self.vocabulary, args, objective)
-        self.moving = MovingParameters(args)
+        positions = {"student": learned_positions(pair.student), "teacher": learned_positions(pair.teacher)}
+        if not self._skip_prepare_dataset:
+            self.train_dataset: Any = tokenized.checked(
+                self.train_dataset, self.eval_dataset, self.vocabulary, pair.tokenizer, positions,
+                is_stream=self.stream is not None,
+            )  # fmt: skip
+        self.configuration = resolved(asked) | pair.names
+        self.teacher = make_teacher(pair, args, self.accelerator.autocast)
+        self.configuration |= check_teacher(pair, self.teacher, self.asked_teacher, self.rows)
+        self.sampler = self._make_sampler(positions) if args.samples_answers else None
+        self.micro_batch_loss = MicroBatchLoss(self.model, self.teacher, self.vocabulary, args, objective)
+        self.objective_state = ObjectiveState(args)
+        self.was_stopped = self._is_asked_to_stop = False
         self._epoch, self._ahead = None, list[dict[str, Any]]()  # micro-batches that were taken from it early
         self._place: dict[str, Any] | None = None  # in the stream, behind the rows of this step
-        self._micro_batches = MicroBatches(self.accelerator, self.get_tp_size())  # since the last optimizer step
-        self._window: dict[str, float] = defaultdict(float)  # since the last log, over all ranks
-        self._train_start = self._window_start = self._seconds_before = 0.0
-        self._total_train_tokens: int
-        self.add_callback(_RunFolder(self))
+        self._totals = TokenTotals(self.accelerator, self.get_tp_size())  # since the last optimizer step
+        self._step_log = StepLog()  # since the last log, over all ranks
+        self.add_callback(RunFolder(
+            lambda: self.configuration, engines.engine_of(self.accelerator), begin=self._begin, stop=self._stop,
+            is_stream=self.stream is not None,
+        ))  # fmt: skip
 
-    def _teacher(self, model: Any, elsewhere: Cache | Server | None) -> Teacher | None:
-        """What answers for the teacher: a cache that fits this run, a server that fits it, or the model."""
-        if isinstance(elsewhere, Cache):
-            capture.require(self, elsewhere)
-            self._name_teacher(elsewhere.manifest["teacher"])
-            self.configuration["teacher_cache_format"] = elsewhere.format.name
-            return CachedTeacher(elsewhere, self.vocabulary, self.args.device)
-        if model is not None:
-            model.requires_grad_(False).eval()
-            placement.place(model, self.args)
-        if isinstance(elsewhere, Server):
-            self._name_teacher(elsewhere.model)
-            ids = max(self.teacher_tokenizer.get_vocab().values()) + 1
-            served = ServedTeacher(elsewhere, self.vocabulary, self.args.teacher_top_k or 64, ids)
-            capture.check_sparse(TopK, self.args)
-            served.check(capture.first_row(self), self.teacher_tokenizer, model)
-            return served
-        return model and LocalTeacher(model, self.vocabulary, self.accelerator.autocast, self.args.fused)
+    @property
+    def rows(self) -> RunRows:
+        """The prepared rows of the run, and how they become batches."""
+        return RunRows(self.train_dataset, self.eval_dataset, self.data_collator, self.accelerator)
 
-    def _name_teacher(self, name: str) -> None:
-        """For the report and the model card, where the configuration has no name."""
-        if self.configuration["teacher_model_name_or_path"] is None:
-            self.configuration["teacher_model_name_or_path"] = name
+    @property
+    def asked_teacher(self) -> AskedTeacher:
+        """The teacher of the run, as far as a cache of it depends on it."""
+        name = self.configuration.get("teacher_model_name_or_path")
+        return AskedTeacher(name, self.processing_class, self.teacher_tokenizer, self.vocabulary, self.args)
+
+    def capture(self, folder: Path, *, repair: bool = False) -> None:
+        """Write what the teacher says of every row into a cache; see :func:`taid.training.capture.capture`."""
+        capture.capture(
+            self.teacher, self.asked_teacher, self.rows, folder, first_epoch=self._first_epoch,
+            prepare=self._prepare_inputs, repair=repair,
+        )  # fmt: skip
+
+    def _first_epoch(self) -> Iterable[dict[str, Any]]:
+        yield from self.get_train_dataloader()
+        for dataset in self.rows.named_held_out.values():
+            yield from self.get_eval_dataloader(dataset)
+
+    def _make_sampler(self, positions: dict[str, int | None]) -> AnswerSampler:
+        on_policy.check_run(
+            self.args, self.teacher, self.train_dataset, self.eval_dataset, tensor_parallel=self.get_tp_size()
+        )
+        return AnswerSampler(
+            self.args, student=lambda: self.accelerator.unwrap_model(self.model_wrapped), teacher=self.teacher,
+            vocabulary=self.vocabulary, tokenizer=self.processing_class, train_rows=self.train_dataset,
+            collator=lambda rows: self.data_collator(rows),
+            progress=lambda: (self.state.global_step, self.state.max_steps),
+            positions=min((most for most in positions.values() if most is not None), default=None),
+            together=bool(self.args.world_size > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled)),
+        )  # fmt: skip
 
     # --- the loss -------------------------------------------------------------------------------------------------
 
@@ -243,18 +201,19 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The loss of one micro-batch: its sum over trained tokens, divided by the trained tokens of the whole step."""
+        """Return the loss of one micro-batch: its sum over trained tokens, divided by those of the whole step."""
         assert not return_outputs, "TAIDTrainer evaluates without compute_metrics"
         labels = shifted(inputs.pop("labels"))
         num_trained = inputs.pop("num_trained", None)
         inputs["use_cache"] = False
         with_teacher = self.teacher is not None and (self.args.distillation_share > 0 or not model.training)
-        outputs, (loss, sums) = self.pair_loss(
-            model, inputs, labels, parameters=self.moving.of_step(training=model.training), with_teacher=with_teacher,
-            num_trained=num_trained, **({"output_router_logits": True} if self.aux_loss_enabled else {}),
+        outputs, (loss, sums) = self.micro_batch_loss(
+            model, inputs, labels, parameters=self.objective_state.parameters(training=model.training),
+            with_teacher=with_teacher, num_trained=num_trained,
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )  # fmt: skip
         sums = self._logged(sums, with_teacher=with_teacher, training=model.training)
-        is_read = (labels != -100).any(-1, keepdim=True)  # rows.FullBatches fills up with others
+        is_read = (labels != -100).any(-1, keepdim=True)  # FullBatches fills up with others
         sums["num_tokens"] = (inputs.get("attention_mask", torch.ones_like(labels)) * is_read).sum()
         if num_items_in_batch is not None:
             # DDP and FSDP average gradients over ranks; the count is that of all ranks.
@@ -266,74 +225,52 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             sums |= {"aux_loss": outputs.aux_loss.detach(), "aux_batches": torch.ones_like(outputs.aux_loss)}
         if model.training:
             sums["stops"] = torch.full_like(sums["trained"], self._is_asked_to_stop)
-        self._micro_batches.add(sums)
+        self._totals.add(sums)
         return loss
 
     def _logged(self, sums: dict[str, Tensor], *, with_teacher: bool, training: bool) -> dict[str, Tensor]:
-        """Of all sums those that are logged, and ``signal``: what t or the temperature moves by."""
+        """Return the sums that are logged, and ``signal``, by which t or the temperature moves."""
         names = ["trained", "cross_entropy", "entropy", "correct"]
         names += ["kl"] if with_teacher else []
         names += ["teacher_cross_entropy"] if with_teacher and not training else []
         share = self.args.distillation_share
         loss = share * sums["objective"] + (1 - share) * sums["cross_entropy"]
-        return {name: sums[name] for name in names} | {"loss": loss, "signal": sums[self.moving.signal]}
+        return {name: sums[name] for name in names} | {"loss": loss, "signal": sums[self.objective_state.signal]}
 
     @property
     def t(self) -> float:
-        """Where TAID's target stands in this optimizer step."""
-        return self.moving.t
+        """The t of TAID's target in this optimizer step."""
+        return self.objective_state.t
 
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """Batches of a stream say where they end and begin where the checkpoint's do; others are full on each rank."""
+        """Return the training batches; those of a stream say where they end, and begin where the checkpoint's do."""
         if self.stream is None:
-            return self._full_batches()
+            return super().get_train_dataloader()
         shared = self.get_tp_size()  # ranks that split one model see the same rows
         return stream.Batches(
             self.stream, self.train_dataset, self.data_collator, size=self._train_batch_size,
             rank=self.accelerator.process_index // shared, processes=self.accelerator.num_processes // shared,
         )  # fmt: skip
 
-    def _full_batches(self) -> Any:
-        dataset, size = self.train_dataset, self._train_batch_size
-        processes = self.accelerator.num_processes // self.get_tp_size()
-        is_even = isinstance(dataset, Dataset) and len(dataset) % (processes * size) == 0
-        if processes == 1 or is_even or not isinstance(dataset, Dataset) or self.args.dataloader_drop_last:
-            return super().get_train_dataloader()
-        loader = self._get_dataloader(
-            dataset=tokenized.filled(dataset, 1), description="Training", batch_size=size, is_training=True,
-            sampler_fn=lambda _: self._get_train_sampler(dataset),
-        )  # fmt: skip
-        dealt = loader.batch_sampler
-        if dealt.num_processes > 1:  # or the sampler itself knows of processes
-            dealt.batch_sampler = tokenized.FullBatches(dealt.batch_sampler, processes, filler=len(dataset))
-        return loader
-
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(*args)
-        # A stream goes on by itself: transformers would read it again up to there, and skip.
-        return epochs, 0 if self.stream else batches
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers takes one step too many when it resumes a run that is already at its end
         try:
-            if self.state.global_step < self.state.max_steps:
-                super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, **kwargs)
         finally:
             self._epoch, self._ahead = None, []  # or a stream would prepare rows that nobody waits for
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of a step, and the number of trained tokens in them on all ranks."""
+        """Return the micro-batches of a step, and the number of trained tokens in them on all ranks."""
         if epoch_iterator is not self._epoch:
             self._epoch, self._ahead = epoch_iterator, []
         # One step more than is needed now, if what the teacher says of it is fetched while this one is computed.
-        ahead = self.teacher is not None and self.teacher.fetches and self.args.distillation_share > 0
-        wanted = (2 if ahead and self.sampling is None else 1) * num_batches
+        ahead = self.teacher is not None and self.teacher.prefetches and self.args.distillation_share > 0
+        wanted = (2 if ahead and self.sampler is None else 1) * num_batches
         coming, _ = super().get_batch_samples(epoch_iterator, wanted - len(self._ahead), device)
         self._ahead += coming
-        if self.sampling is not None:
-            self._ahead = self.sampling.replaced(self._ahead, self._window)
+        if self.sampler is not None:
+            self._ahead = self.sampler.replaced(self._ahead, self._step_log.sums)
         if ahead and self.teacher is not None:
             self.teacher.prefetch(self._ahead)
         batches, self._ahead = self._ahead[:num_batches], self._ahead[num_batches:]
@@ -354,7 +291,7 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _end_step(self, grad_norm: float) -> None:
         """Reduce the step over ranks; stop if it is not finite; move t. Runs before the optimizer does."""
-        sums = self._micro_batches.total()
+        sums = self._totals.total()
         trained = max(sums["trained"], 1.0)
         step = self.state.global_step + 1
         # A gradient scaler (float16) skips overflowing steps by design, so there only the loss counts.
@@ -368,34 +305,18 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
             )
         if sums.pop("stops"):  # of one rank or all: with the sums of the step, every rank hears of it in the same step
             self.control.should_save = self.control.should_training_stop = self.was_stopped = True
-        self._window["steps"] += 1
-        self._window["trained_steps"] += bool(sums["trained"])
-        self._window["mean_loss"] += sums["loss"] / trained
-        for name, value in sums.items():
-            self._window[name] += value
-        self._total_train_tokens += int(sums["num_tokens"])
-        self._window |= self.moving.logged()  # of the last step, not a sum
+        self._step_log.add(sums, self.objective_state.logged())
         if sums["trained"]:  # a step without trained tokens says nothing about the student
-            self.moving.advance(sums["signal"] / trained)
+            self.objective_state.advance(sums["signal"] / trained)
 
     # --- logs, evaluation, checkpoints ----------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log means over the steps since the last log; loss and KL in nats a token."""
-        window = self._window
-        if "loss" in logs and window["steps"]:
-            logs |= means(window) | {
-                "loss": window["mean_loss"] / max(window["trained_steps"], 1),
-                "num_tokens": self._total_train_tokens,
-            }
-            logs |= {name: window[name] for name in self.moving.logged()}
-            logs |= self.sampling.logged(window) if self.sampling is not None else {}
-            if isinstance(self.moving.state, ScheduleState):
-                logs["momentum"] = self.moving.state.momentum
-            now = time.perf_counter()
-            logs["tokens_per_second"] = window["num_tokens"] / max(now - self._window_start, 1e-9)
-            logs["seconds"] = self._seconds_before + now - self._train_start
-            self._window, self._window_start = defaultdict(float), now
+        sums = self._step_log.sums
+        if "loss" in logs and sums["steps"]:
+            sampled = self.sampler.logged(sums) if self.sampler is not None else {}
+            logs |= sampled | self._step_log.row(self.objective_state.logged())
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -407,70 +328,33 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Evaluate, with means over all held-out tokens instead of means of batch means."""
-        with self._micro_batches.apart():
+        with self._totals.apart():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-            sums = self._micro_batches.total()
+            sums = self._totals.total()
         found = means(sums) | {"loss": sums["loss"] / max(sums["trained"], 1.0), "tokens": int(sums["trained"])}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        found: dict[str, float] = super()._evaluate(*args, **kwargs)
-        wanted = self.args.metric_for_best_model
-        if wanted and f"eval_{wanted.removeprefix('eval_')}" not in found:  # transformers says so in a traceback
-            measured = ", ".join(name for name in sorted(found) if name.startswith("eval_"))
-            raise ValueError(f"metric_for_best_model: {wanted!r} is not measured; there is {measured}")
-        if self.sampling is not None:
-            self.sampling.evaluated(found)
+        found = super()._evaluate(*args, **kwargs)
+        if self.sampler is not None:
+            self.sampler.evaluated(found)
         return found
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Pad the held-out rows with untrained ones to full batches on every rank, so that no row counts twice."""
-        dataset = (
-            self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset or self.eval_dataset
-        )
-        missing = -len(dataset) % (self.accelerator.num_processes * self.args.eval_batch_size)
-        if isinstance(dataset, Dataset) and self.accelerator.num_processes > 1 and missing:
-            dataset = tokenized.filled(dataset, missing)
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # it is meant for training
-        try:
-            return super().get_eval_dataloader(dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def _sees(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """The cross-entropy of student and teacher on a batch, in nats a token."""
+    def _cross_entropies(self, batch: dict[str, Tensor]) -> dict[str, float]:
         inputs = self._prepare_inputs(batch)
-        labels = shifted(inputs.pop("labels"))
-        model, training = self.model_wrapped, self.model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                if self.teacher is not None:
-                    role = "teacher"
-                    self.teacher(vision_collator.for_teacher(inputs), labels) if self.args.fused else None
-                role = "student"
-                _, (_, sums) = self.pair_loss(
-                    model, inputs, labels, parameters=self.moving.of_step(training=False),
-                    with_teacher=self.teacher is not None,
-                )  # fmt: skip
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            raise ValueError(f"the {role} cannot take what the student's processor makes of a row: {error}") from error
-        finally:
-            model.train(training)
-        trained = max(float(sums["trained"]), 1.0)
-        names = {"student": "cross_entropy"}
-        names |= {"teacher": "teacher_cross_entropy"} if self.teacher is not None else {}
-        return {role: float(sums[name]) / trained for role, name in names.items()}
+        labels, parameters = shifted(inputs.pop("labels")), self.objective_state.parameters(training=False)
+        with self.compute_loss_context_manager():
+            return cross_entropies(self.micro_batch_loss, self.model_wrapped, inputs, labels, parameters)
 
     def _begin(self) -> None:
         """Make the schedule, or take it up where the checkpoint left it."""
         if not any(weight.requires_grad for weight in self.model.parameters()):
             raise ValueError("no weight of the student can be trained: all have requires_grad = False")
         if isinstance(self.data_collator, vision_collator.Collator):
-            vision_collator.check_sight(iter(self.train_dataset), self.data_collator, self._sees)
-        self._train_start = self._window_start = time.perf_counter()
-        self.moving.start(self.state.max_steps, say=self.is_world_process_zero())
+            vision_collator.check_images_matter(iter(self.train_dataset), self.data_collator, self._cross_entropies)
+        self._step_log.begin()
+        self.objective_state.start(self.state.max_steps, say=self.is_world_process_zero())
         if self.stream:
             self.stream.start = None
         if self.state.global_step == 0:
@@ -478,178 +362,62 @@ class TAIDTrainer(SFTTrainer):  # type: ignore[misc]
         saved = self.state.stateful_callbacks.get(type(self).__name__)
         if saved is None:
             raise ValueError("the checkpoint was not written by TAIDTrainer: its schedule is unknown")
-        resume.require_same(saved["identity"], resume.of(self))
-        self.moving.restore(saved["schedule"])
+        resume.require_same(saved["identity"], self._identity())
+        self.objective_state.restore(saved["schedule"])
         if self.stream:
             self.stream.start = saved["places"][self.accelerator.process_index]
-        self._window = defaultdict(float, saved["window"])
-        self._total_train_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
+        self._step_log.restore(saved)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         is_converted = False
         if resume_from_checkpoint is not None:
             resume.check_checkpoint(Path(resume_from_checkpoint), self.accelerator)
             is_converted = resume.fit_checkpoint(Path(resume_from_checkpoint), self.accelerator)
-        if self.sampling is not None:
-            self.sampling.start(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
+        if self.sampler is not None:
+            self.sampler.start(None if resume_from_checkpoint is None else Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if is_converted:
             resume.part_steps(self.model_wrapped.optimizer.optimizer)
         return prepared
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_renamed(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_renamed(self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _load_renamed(self, folder: str) -> bool:
-        of_engine = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(self.model)
-        return not of_engine and load_renamed_weights(self.model, Path(folder))
+    def _identity(self) -> dict[str, Any]:
+        return resume.run_identity(
+            self.args, self.configuration, options=self.objective_state.options, stream=self.stream,
+            teacher_kind=None if self.teacher is None else self.teacher.kind, total_steps=self.state.max_steps,
+        )  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.stateful_callbacks[type(self).__name__] = {
-            "identity": resume.of(self),
-            "schedule": self.moving.saved(),
-            "window": dict(self._window),
+            "identity": self._identity(),
+            "schedule": self.objective_state.saved(),
             "places": gather_object([self._place]) if self.stream else None,
-            "num_tokens": self._total_train_tokens,
-            "seconds": self._seconds_before + time.perf_counter() - self._train_start,
-        }
-        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        is_writer, wait = self.args.should_save, self.accelerator.wait_for_everyone
-        best = self.state.best_model_checkpoint
-        with run_folder.unfinished(folder, name, is_writer=is_writer, wait=wait) as made:
-            self._checkpoints_in = str(made.parent)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._checkpoints_in = None
-            # transformers looks whether the folder is there, which under FSDP a faster process may have made by then.
-            is_best = self.state.best_global_step == self.state.global_step
-            self.state.best_model_checkpoint = str(folder / name) if is_best else best
-            if is_writer:
-                self.state.save_to_json(str(made / "trainer_state.json"))
-                if self.sampling is not None:
-                    self.sampling.save(made)
-        if is_writer:
-            run_folder.thin_out(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        } | self._step_log.saved()
+        super()._save_checkpoint(model, trial)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._checkpoints_in or str(super()._get_output_dir(trial))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student as an ordinary folder, gathered where FSDP has cut it up; checkpoints keep their shards."""
-        is_cut = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if is_cut and output_dir in (None, self.args.output_dir):
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        super().save_model(output_dir, _internal_call)  # which writes nothing of a model that is cut up
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if state_dict is None and self.get_tp_size() > 1:
-            state_dict = model.state_dict()
-        if state_dict is not None:  # gathered from processes, where tied weights no longer share their memory
-            tied = getattr(model, "all_tied_weights_keys", None) or {}
-            state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
-        with run_folder.written(output_dir or self.args.output_dir):
-            super()._save(output_dir, state_dict)
-        # transformers pickles its arguments beside the weights; config.yaml holds them, in the open and without tokens.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
-    ) -> None:
-        """Write README.md beside the student, from the run's files; before the first logged step there is no card.
-
-        TRL asks for one at each checkpoint. It is made at the last, because it reads all that was logged, which would
-        take time and memory that grow with the run.
-        """
-        if self._checkpoints_in is not None and self.state.global_step < self.state.max_steps:
-            return
-        folder = Path(self.args.output_dir)
-        logged = run_folder.read_metrics(folder) if (folder / run_folder.METRICS).is_file() else []
-        if self.is_world_process_zero() and any("loss" in row for row in logged):
-            write_card(folder, model_name=model_name, tags=tags, overwrite=True)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the run folder: student, card and report; neither checkpoints nor what the optimizer holds."""
-        if self.is_world_process_zero():
-            write_report(Path(self.args.output_dir))
-        return super().push_to_hub(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: transformers would pickle its arguments, hub_token among them, into what it uploads."""
-
-    def _send_telemetry(self) -> None:
-        """TRL reports each run to its makers; taid does not."""
-
-    # --- rows -----------------------------------------------------------------------------------------------------
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if self._is_vision_dataset and images.PLACE not in self._signature_columns:
-            self._signature_columns += [
-                images.PLACE,
-                self.args.dataset_text_field,
-            ]
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
-        logging.getLogger("trl.trainer.sft_trainer").addFilter(_SEAM_ONCE)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-        if isinstance(dataset, Dataset) and not packing:
-            return tokenized.without_untrained(prepared, len(dataset), rest[-1], args)
-        return prepared
-
-    def _check_rows(self, pair: Pair) -> None:
-        """Each data set has a trained token, no token that the teacher does not share, and fits into both models."""
-        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in {"train": self.train_dataset, **named}.items():
-            is_stream = self.stream is not None and name == "train"  # of which the first chunk is looked at
-            is_known = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
-            if (is_stream or is_known) and not self._skip_prepare_dataset:
-                checked = tokenized.require_usable(dataset, name, self.vocabulary, pair.tokenizer)
-                if is_stream:
-                    self.train_dataset: Any = checked
-                else:
-                    tokenized.require_positions(dataset, name, positions(pair.student), "student")
-                    tokenized.require_positions(dataset, name, positions(pair.teacher), "teacher")
+    def save_beside(self, checkpoint: Path) -> None:
+        """Keep what the sampler's next steps depend on."""
+        if self.sampler is not None:
+            self.sampler.save(checkpoint)
 
 
-class _RunFolder(TrainerCallback):  # type: ignore[misc]
-    """Keeps config.yaml, versions.json and metrics.jsonl, on the main process; listens for SIGTERM on each."""
+def _with_objective(args: TAIDConfig, objective: Any) -> TAIDConfig:
+    """Return the configuration of a run with an objective of the user's, which goes by its name and is not fused."""
+    if objective is None:
+        return args
+    if not callable(objective):
+        raise TypeError(f"objective is a function of both logits, not {objective!r}: named ones go into args")
+    name = getattr(objective, "__name__", type(objective).__name__)
+    return changed(args, fused=False, objective=name)
 
-    def __init__(self, trainer: TAIDTrainer) -> None:
-        self.trainer = trainer
-        self._before: Any = None  # what was done on SIGTERM
 
-    def on_train_begin(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._begin()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            run_folder.start(
-                folder, self.trainer.configuration,
-                total_steps=state.max_steps, processes=args.world_size, device=str(args.device),
-                engine=engines.engine_of(self.trainer.accelerator),
-            )  # fmt: skip
-            run_folder.truncate_metrics(folder, state.global_step)
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self.trainer._stop)
-
-    def on_train_end(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def on_step_end(self, args: TAIDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stream:  # transformers counts from where it resumed
-            state.epoch = state.global_step / state.max_steps
-        if state.global_step >= state.max_steps:  # or the last steps would be missing from metrics.jsonl
-            control.should_log = True
-
-    def on_log(self, args: TAIDConfig, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        is_step = "loss" in logs or any(name.endswith("_cross_entropy") for name in logs)
-        if state.is_world_process_zero and is_step:
-            row = {k: v for k, v in logs.items() if not (k.startswith("eval_") and k.endswith(_NOT_LOGGED))}
-            run_folder.append_metrics(Path(args.output_dir), {"step": state.global_step, **row})
+def _require_possible(args: TAIDConfig, *, has_images: bool) -> None:
+    """Raise a ValueError where options do not go together with this machine or with rows with images."""
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError("activation_offloading moves activations from a GPU to the CPU, and there is no GPU here")
+    if has_images and (args.teacher_cache or args.teacher_server_url or args.tokenizer_from == "teacher"):
+        raise ValueError(
+            "rows with images need a teacher that is loaded here and has the student's tokens: teacher_cache, "
+            "teacher_server_url and tokenizer_from: teacher are for text"
+        )
+    if has_images and args.samples_answers:
+        raise ValueError("answers are not sampled for rows with images: set sampling: none and seq_kd: false")

@@ -13,8 +13,8 @@ _BLOCK = 2**16
 _BLOCKS = 4096  # of a weight file that are read: all of a file up to 256 MB
 
 
-def of_tokenizer(tokenizer: Any) -> str:
-    """Of all tokens with their ids, and of how text is split."""
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of all tokens with their ids, and of how text is split."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     # Padding and truncation are a tokenizer's state of the moment.
@@ -23,18 +23,18 @@ def of_tokenizer(tokenizer: Any) -> str:
     return _digest(content)
 
 
-def of_text(text: str | None) -> str | None:
-    """Of a chat template, or None where there is none."""
+def text_digest(text: str | None) -> str | None:
+    """Return the digest of a chat template; None if there is none."""
     return None if text is None else _digest(text)
 
 
-def of_ids(ids: tuple[int, ...]) -> str:
-    """Of the ids that two models share."""
+def ids_digest(ids: tuple[int, ...]) -> str:
+    """Return the number and digest of the ids that two models share."""
     return f"{len(ids)} ids, {_digest(','.join(map(str, ids)))}"
 
 
-def of_model(name_or_path: str | None, revision: str | None) -> dict[str, str | None]:
-    """Of a model's configuration and weights, as far as they are on this machine; None where they are not.
+def model_digests(name_or_path: str | None, revision: str | None) -> dict[str, str | None]:
+    """Return digests of a model's configuration and weights; None where they are not on this machine.
 
     A file of more than 256 MB is read in 4,096 blocks of 64 KB that are spread evenly over it, beside its header and
     size: another training run changes nearly every weight, and a 144 GB teacher is known in seconds.
@@ -55,7 +55,7 @@ def of_model(name_or_path: str | None, revision: str | None) -> dict[str, str | 
     # What transformers notes of itself and of where the folder lay.
     config = {name: value for name, value in config.items() if name not in ("transformers_version", "_name_or_path")}
     if "base_model_name_or_path" in config:  # an adapter is nothing without its base
-        base = of_model(config.pop("base_model_name_or_path"), config.get("revision"))
+        base = model_digests(config.pop("base_model_name_or_path"), config.get("revision"))
         digest.update(str(base["teacher_weights"]).encode())
         config["base"] = base["teacher_config"]
     return {

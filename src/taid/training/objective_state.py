@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _WITH_T = (ScheduleState, AutoState)
 
 
-class MovingParameters:
+class ObjectiveState:
     """The parameters that an objective is given beside logits, in each optimizer step.
 
     Args:
@@ -67,7 +67,7 @@ class MovingParameters:
             state = schedule.initial_state()
         return schedule.temperature(state)
 
-    def of_step(self, *, training: bool) -> dict[str, float]:
+    def parameters(self, *, training: bool) -> dict[str, float]:
         """Return the objective's parameters in this optimizer step; in evaluation t stands at its end."""
         parameters = {name: getattr(self.args, option) for name, option in self._objective.parameters.items()}
         if self._objective.moves == "t":
@@ -90,8 +90,10 @@ class MovingParameters:
             self.state = self.schedule.advance(self.state, signal)  # type: ignore[arg-type]
 
     def logged(self) -> dict[str, float]:
-        """Return the moving parameter, if any, as the log of this optimizer step shows it."""
-        if isinstance(self.state, _WITH_T):
+        """Return what is logged of this optimizer step."""
+        if isinstance(self.state, ScheduleState):
+            return {"t": self.t, "momentum": self.state.momentum}
+        if isinstance(self.state, AutoState):
             return {"t": self.t}
         return {} if self.state is None else {"temperature": self.temperature}
 
