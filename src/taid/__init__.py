@@ -2,12 +2,14 @@
 
 The flow, from the command line to the gradient:
 
-    cli.main -> arguments.parse -> data.load_rows -> trainer.TAIDTrainer.compute_loss -> pair_loss -> fused -> kernels
-                                                  trainer._end_step -> schedule.TAIDSchedule.advance -> t
+    cli.main -> config.parsing.configured -> training.run.train -> training.trainer.TAIDTrainer.compute_loss
+             -> training.step.MicroBatchLoss -> losses.fused -> losses.kernels
+                TAIDTrainer._end_step -> losses.schedules.TAIDSchedule.advance -> t
 
-Public names: :class:`TAIDTrainer`, :class:`TAIDConfig`, the schedules, :func:`fused_distillation_loss` with its
-:class:`Head`, its plain form :func:`distillation_loss`, and the functions of ``taid.objectives``, which define what
-all the others compute. Importing taid imports no torch: each name is loaded when it is first used.
+Public names: :class:`TAIDTrainer`, :class:`TAIDConfig`, :class:`Teacher` for a teacher of your own, the schedules,
+:func:`fused_distillation_loss` with its :class:`Head`, its plain form :func:`distillation_loss`, and the functions of
+``taid.objectives``, which define what all the others compute. Importing taid imports no torch: each name is loaded when
+it is first used.
 """
 
 from __future__ import annotations
@@ -30,17 +32,21 @@ if TYPE_CHECKING:
     from taid.losses.distillation import distillation_loss as distillation_loss
     from taid.losses.fused import Head as Head
     from taid.losses.fused import fused_distillation_loss as fused_distillation_loss
+    from taid.teachers.teacher import ExactTeacher as ExactTeacher
+    from taid.teachers.teacher import Teacher as Teacher
     from taid.training.trainer import TAIDTrainer as TAIDTrainer
 
 __all__ = [
     "AutoSchedule",
     "AutoState",
     "CurriculumTemperature",
+    "ExactTeacher",
     "Head",
     "ScheduleState",
     "TAIDConfig",
     "TAIDSchedule",
     "TAIDTrainer",
+    "Teacher",
     "TemperatureState",
     "distillation_loss",
     "fused_distillation_loss",
@@ -48,9 +54,11 @@ __all__ = [
 ]
 
 _LAZY = {
+    "ExactTeacher": "taid.teachers.teacher",
     "Head": "taid.losses.fused",
     "TAIDConfig": "taid.config.training",
     "TAIDTrainer": "taid.training.trainer",
+    "Teacher": "taid.teachers.teacher",
     "distillation_loss": "taid.losses.distillation",
     "fused_distillation_loss": "taid.losses.fused",
 }

@@ -29,11 +29,13 @@ from taid.comparison import results
 from taid.comparison.plan import Plan, Run, arguments_of
 from taid.comparison.workers import Job, Workers
 from taid.config.data import DataArguments
-from taid.config.parsing import configured
+from taid.config.parsing import configured, quiet_logs
 from taid.config.training import TAIDConfig
 from taid.data.images import has_images
 from taid.data.loading import load_rows, local_files
+from taid.evaluation import evaluate
 from taid.evaluation.answers import prompted
+from taid.evaluation.options import parse as evaluation_options
 from taid.teachers import cache_manifest
 from taid.teachers.cache import file_digest
 from taid.training.run import cache, train
@@ -271,8 +273,6 @@ def _cache(arguments: list[str], mark: Path) -> None:
 
 
 def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, Any]) -> None:
-    from taid.config.parsing import configured
-
     try:
         train(*configured(arguments))
     except FloatingPointError as error:  # a result of its own: the method cannot bear this learning rate
@@ -302,7 +302,8 @@ def _test(arguments: list[str], result: Path, generate: int) -> None:
     output = result.with_suffix(".test.json")
     for path in (output, output.with_suffix(".generations.jsonl")):  # of one that was killed
         path.unlink(missing_ok=True)
-    _taid("evaluate", [*arguments, "--output", str(output)])
+    quiet_logs()
+    evaluate.run(evaluation_options([*arguments, "--output", str(output)]))
     measured = json.loads(output.read_text(encoding="utf-8"))
     known = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
     known.pop("generations", None)  # of another number of prompts
@@ -313,13 +314,6 @@ def _test(arguments: list[str], result: Path, generate: int) -> None:
         if kind in measured:
             found[kind] = measured[kind]["student"]
     run_folder.write_atomically(result, json.dumps(found, indent=2) + "\n")
-
-
-def _taid(command: str, arguments: list[str]) -> None:
-    from taid.cli import main
-
-    if status := main.main([command, *arguments]):
-        sys.exit(status)
 
 
 def _peak_memory() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from taid.artifacts.run_folder import EVALUATION
@@ -50,6 +51,15 @@ def add_options(parser: ArgumentParser) -> None:
     add("--speed", action="store_true", help="size, memory and speed, also quantized; with --dtype auto all of them in "
         "bfloat16 on a GPU and in float32 on a CPU")  # fmt: skip
     add("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Return the options of ``taid evaluate``, checked; argparse ends the process where one does not exist."""
+    parser = ArgumentParser(prog="taid evaluate", allow_abbrev=False)
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    check(options)
+    return options
 
 
 def check(options: Namespace) -> None:

@@ -6,11 +6,13 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from taid.artifacts import run_folder
 from taid.config.training import TAIDConfig
 from taid.data import vision_collator
 from taid.losses.distillation import DistillationLoss, distillation_loss
@@ -209,6 +211,19 @@ class StepLog:
         """Go on from a checkpoint's state."""
         self.sums = defaultdict(float, saved["window"])
         self.num_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
+
+
+def not_finite(
+    step: int, sums: dict[str, float], grad_norm: float, output_dir: str, *, has_moved: bool
+) -> FloatingPointError:
+    """Return the error that ends a run whose loss or gradient is not finite: the step, both, and what to try."""
+    last = run_folder.last_checkpoint(Path(output_dir))
+    return FloatingPointError(
+        f"step {step}: the loss is {sums['loss'] / max(sums['trained'], 1.0)} and the gradient's norm {grad_norm}. "
+        f"Training stopped {'after' if has_moved else 'before'} the optimizer moved; the last good checkpoint is "
+        f"{last or 'none'}. Usual remedies: a lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, "
+        "a look at the rows of this step."
+    )
 
 
 def cross_entropies(

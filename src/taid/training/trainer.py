@@ -26,7 +26,6 @@ from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 
-from taid.artifacts import run_folder
 from taid.config.training import TAIDConfig
 from taid.config.values import changed, resolved
 from taid.data import images, stream, tokenized, vision_collator
@@ -38,7 +37,7 @@ from taid.training.callbacks import RunFolder
 from taid.training.objective_state import ObjectiveState
 from taid.training.on_policy import AnswerSampler
 from taid.training.pair import Pair, check_teacher, load_pair, make_teacher, require_trainable
-from taid.training.step import MicroBatchLoss, StepLog, TokenTotals, cross_entropies, means
+from taid.training.step import MicroBatchLoss, StepLog, TokenTotals, cross_entropies, means, not_finite
 from taid.training.upstream import UpstreamTrainer, own_arguments
 
 logger = logging.getLogger(__name__)
@@ -195,12 +194,9 @@ class TAIDTrainer(UpstreamTrainer):
     # --- the loss -------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return the loss of one micro-batch: its sum over trained tokens, divided by those of the whole step."""
         assert not return_outputs, "TAIDTrainer evaluates without compute_metrics"
         labels = shifted(inputs.pop("labels"))
@@ -244,16 +240,6 @@ class TAIDTrainer(UpstreamTrainer):
 
     # --- once an optimizer step -----------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> Any:
-        """Return the training batches; those of a stream say where they end, and begin where the checkpoint's do."""
-        if self.stream is None:
-            return super().get_train_dataloader()
-        shared = self.get_tp_size()  # ranks that split one model see the same rows
-        return stream.Batches(
-            self.stream, self.train_dataset, self.data_collator, size=self._train_batch_size,
-            rank=self.accelerator.process_index // shared, processes=self.accelerator.num_processes // shared,
-        )  # fmt: skip
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._run_epoch(*args, **kwargs)
@@ -292,22 +278,15 @@ class TAIDTrainer(UpstreamTrainer):
     def _end_step(self, grad_norm: float) -> None:
         """Reduce the step over ranks; stop if it is not finite; move t. Runs before the optimizer does."""
         sums = self._totals.total()
-        trained = max(sums["trained"], 1.0)
-        step = self.state.global_step + 1
-        # A gradient scaler (float16) skips overflowing steps by design, so there only the loss counts.
-        if not math.isfinite(sums["loss"]) or not (math.isfinite(grad_norm) or self.accelerator.scaler):
-            last = run_folder.last_checkpoint(Path(self.args.output_dir))
-            moved = "after" if self.is_deepspeed_enabled else "before"  # DeepSpeed moves it at the end of backward
-            raise FloatingPointError(
-                f"step {step}: the loss is {sums['loss'] / trained} and the gradient's norm {grad_norm}. Training "
-                f"stopped {moved} the optimizer moved; the last good checkpoint is {last or 'none'}. Usual remedies: "
-                "a lower learning_rate, a smaller max_grad_norm, bf16 instead of fp16, a look at the rows of this step."
-            )
+        is_finite = math.isfinite(grad_norm) or self.accelerator.scaler  # which skips overflowing steps by design
+        if not math.isfinite(sums["loss"]) or not is_finite:
+            has_moved = self.is_deepspeed_enabled  # DeepSpeed moves the optimizer at the end of backward
+            raise not_finite(self.state.global_step + 1, sums, grad_norm, self.args.output_dir, has_moved=has_moved)
         if sums.pop("stops"):  # of one rank or all: with the sums of the step, every rank hears of it in the same step
             self.control.should_save = self.control.should_training_stop = self.was_stopped = True
         self._step_log.add(sums, self.objective_state.logged())
         if sums["trained"]:  # a step without trained tokens says nothing about the student
-            self.objective_state.advance(sums["signal"] / trained)
+            self.objective_state.advance(sums["signal"] / sums["trained"])
 
     # --- logs, evaluation, checkpoints ----------------------------------------------------------------------------
 
@@ -320,13 +299,9 @@ class TAIDTrainer(UpstreamTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
         """Evaluate, with means over all held-out tokens instead of means of batch means."""
         with self._totals.apart():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)

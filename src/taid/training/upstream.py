@@ -21,7 +21,7 @@ from taid.artifacts.model_card import write_card
 from taid.artifacts.report import write_report
 from taid.config.training import TAIDConfig
 from taid.config.values import changed
-from taid.data import images, tokenized
+from taid.data import images, stream, tokenized
 
 
 class _SeamOnce(logging.Filter):
@@ -196,7 +196,20 @@ class UpstreamTrainer(SFTTrainer):  # type: ignore[misc]
         return prepared
 
     def get_train_dataloader(self) -> Any:
-        """Fill up the batches of the last step with an untrained row, where accelerate would repeat the first rows."""
+        """Return the training batches.
+
+        Those of a stream say where they end, and begin where the checkpoint's do. The last others are filled up with
+        an untrained row, where accelerate would repeat the first rows.
+        """
+        if self.stream is None:
+            return self._full_batches()
+        shared = self.get_tp_size()  # ranks that split one model see the same rows
+        return stream.Batches(
+            self.stream, self.train_dataset, self.data_collator, size=self._train_batch_size,
+            rank=self.accelerator.process_index // shared, processes=self.accelerator.num_processes // shared,
+        )  # fmt: skip
+
+    def _full_batches(self) -> Any:
         dataset, size = self.train_dataset, self._train_batch_size
         processes = self.accelerator.num_processes // self.get_tp_size()
         is_even = isinstance(dataset, Dataset) and len(dataset) % (processes * size) == 0
