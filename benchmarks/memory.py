@@ -83,9 +83,9 @@ def write_pair(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from taid.planning.tiny import tokenizer
+    from taid.planning.recipe import make_tokenizer
 
-    words = tokenizer(ordinary=VOCABULARY - 1, special=["<|endoftext|>"], eos_token="<|endoftext|>")
+    words = make_tokenizer(ordinary=VOCABULARY - 1, special=["<|endoftext|>"], eos_token="<|endoftext|>")
     for role, sizes in MODELS.items():
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=role == "student", **sizes)

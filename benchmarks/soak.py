@@ -110,10 +110,10 @@ def write_pair(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from taid.planning import tiny
+    from taid.planning.recipe import make_tokenizer
 
     draw, end = random.Random(0), ids - 1
-    tokenizer = tiny.tokenizer(ordinary=end, special=["<eos>"], eos_token="<eos>", pad_token="<eos>")
+    tokenizer = make_tokenizer(ordinary=end, special=["<eos>"], eos_token="<eos>", pad_token="<eos>")
     for name, (width, layers) in (("student", student), ("teacher", teacher)):
         torch.manual_seed(width)
         config = LlamaConfig(

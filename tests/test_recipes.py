@@ -26,8 +26,9 @@ from transformers import (
 from taid.cli.main import main
 from taid.config.parsing import parse
 from taid.losses.objective_table import OBJECTIVES
-from taid.planning import tiny
+from taid.planning.dry_run import config_like
 from taid.planning.footprint import size
+from taid.planning.recipe import make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "recipes"
@@ -300,17 +301,17 @@ def test_a_small_configuration_keeps_what_decides_which_code_runs():
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192, "rope_theta": 5e5}  # fmt: skip
     large = LlamaConfig(**shape(tie_word_embeddings=True, rope_parameters=dict(rope)))
-    small = tiny.config_like(large)
+    small = config_like(large)
     assert (large.hidden_size, large.num_hidden_layers) == (1024, 12)
     assert (small.vocab_size, small.tie_word_embeddings, small.rope_parameters) == (1000, True, rope)
     assert (small.hidden_size, small.num_attention_heads, small.num_key_value_heads) == (32, 4, 2)
-    gemma = tiny.config_like(Gemma2Config(**shape(head_dim=256)), hidden_size=64)
+    gemma = config_like(Gemma2Config(**shape(head_dim=256)), hidden_size=64)
     assert (gemma.final_logit_softcapping, gemma.attn_logit_softcapping, gemma.head_dim) == (30.0, 50.0, 32)
     assert gemma.layer_types == ["sliding_attention", "full_attention"]
-    experts = tiny.config_like(Qwen3MoeConfig(**shape(num_experts=128, num_experts_per_tok=8)))
+    experts = config_like(Qwen3MoeConfig(**shape(num_experts=128, num_experts_per_tok=8)))
     assert (experts.num_experts, experts.num_experts_per_tok, experts.model_type) == (4, 2, "qwen3_moe")
-    assert tiny.config_like(LlamaConfig(**shape(num_key_value_heads=16))).num_key_value_heads == 4
-    assert tiny.config_like(LlamaConfig(**shape(num_key_value_heads=1))).num_key_value_heads == 1
+    assert config_like(LlamaConfig(**shape(num_key_value_heads=16))).num_key_value_heads == 4
+    assert config_like(LlamaConfig(**shape(num_key_value_heads=1))).num_key_value_heads == 1
 
 
 @pytest.mark.parametrize(
@@ -341,7 +342,7 @@ def test_a_small_configuration_keeps_what_decides_which_code_runs():
     ids=lambda config: f"{config.model_type}-{config.hidden_size}",
 )
 def test_a_small_model_runs(config):
-    small = tiny.config_like(config)
+    small = config_like(config)
     model = AutoModelForCausalLM.from_config(small).float().eval()
     logits = model(input_ids=torch.arange(40)[None]).logits
     assert logits.shape == (1, 40, config.vocab_size)
@@ -350,11 +351,11 @@ def test_a_small_model_runs(config):
 
 
 def test_a_tokenizer_has_the_tokens_that_are_asked_for():
-    made = tiny.tokenizer(ordinary=1000, special=["<s>", "<|user|>"], family="a", bos_token="<s>", eos_token="<s>")
+    made = make_tokenizer(ordinary=1000, special=["<s>", "<|user|>"], family="a", bos_token="<s>", eos_token="<s>")
     assert len(made) == len(set(made.get_vocab().values())) == 1002
     assert (made.bos_token_id, made.pad_token_id, made.convert_tokens_to_ids("<|user|>")) == (1000, None, 1001)
     assert made.decode(made("naïve 東京 😀")["input_ids"]) == "naïve 東京 😀"
-    other = tiny.tokenizer(ordinary=1000, special=["<s>", "<|user|>"], family="b", eos_token="<s>")
+    other = make_tokenizer(ordinary=1000, special=["<s>", "<|user|>"], family="b", eos_token="<s>")
     assert other.get_vocab() != made.get_vocab()
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yes"}]
     masks = made.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
@@ -364,6 +365,6 @@ def test_a_tokenizer_has_the_tokens_that_are_asked_for():
 
 def test_a_tokenizer_that_cannot_be_made_is_refused():
     with pytest.raises(ValueError, match="ordinary must be 256 or more"):
-        tiny.tokenizer(ordinary=255, special=[])
+        make_tokenizer(ordinary=255, special=[])
     with pytest.raises(ValueError, match="eos_token '</s>' is not among the special tokens"):
-        tiny.tokenizer(ordinary=300, special=["<s>"], eos_token="</s>")
+        make_tokenizer(ordinary=300, special=["<s>"], eos_token="</s>")

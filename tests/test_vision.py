@@ -27,7 +27,12 @@ from taid.cli.main import main
 from taid.data import images, vision_collator
 from taid.data.loading import load_rows
 from taid.models.vocabulary import Vocabulary
+<<<<<<< HEAD
 from taid.planning import tiny
+=======
+from taid.planning.dry_run import config_like
+from taid.training.capture import capture
+>>>>>>> 7bf4acf (Planning: a plan is computed into dataclasses and put into words elsewhere; recipe.py reads what is planned; kWh go)
 from vision_models import ARCHITECTURES, make_processor, make_vision_model
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
@@ -712,7 +717,7 @@ def test_parquet_with_images_inside_is_read(tmp_path):
 def test_a_miniature_takes_what_the_large_models_processor_makes(architecture):
     processor = make_processor(architecture, size=32)
     large = make_vision_model(architecture, processor, hidden_size=128, layers=4, vision_size=96, size=32).config
-    small = AutoModelForImageTextToText.from_config(tiny.config_like(large, hidden_size=64))
+    small = AutoModelForImageTextToText.from_config(config_like(large, hidden_size=64))
     assert small.config.get_text_config().hidden_size == 64
     assert small.config.get_text_config().num_hidden_layers == 2
     batch = collator(architecture, processor=processor)([dict(row) for row in ROWS])

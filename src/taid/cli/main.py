@@ -17,14 +17,14 @@ import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from taid.cli import launch as launcher
 from taid.evaluation import options as evaluation_options
 from taid.training import engines
 
 if TYPE_CHECKING:
-    from taid.planning.plan import Recipe
+    from taid.planning.recipe import Recipe
 
 _DESCRIPTION = "Distil a large language model into a small one, with TAID and the objectives it is compared with."
 
@@ -145,21 +145,16 @@ def compare(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """``taid plan``: print what a recipe takes in memory, time and disk."""
-    from taid.planning.plan import plan
+    from taid.planning.plan import make_plan
+    from taid.planning.plan_text import plan_text
 
-    recipe, _ = _planned(argv, "plan")
-    print(plan(recipe, *_rows_here(recipe)))
+    recipe, _ = _recipe(argv, "plan")
+    print(plan_text(make_plan(recipe)))
     return 0
 
 
-def _planned(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
-    """A recipe that may be for another machine than this one, and the arguments that make it one for this machine."""
-    import torch
-    import yaml
-
-    from taid.config.parsing import configured as configure
-    from taid.config.values import changed
-
+def _recipe(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
+    """Return a recipe with the devices that it is planned for, and the arguments that make it one for this CPU."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", nargs="?")
     parser.add_argument("--gpu_memory", nargs="?", default="80")
@@ -169,27 +164,10 @@ def _planned(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
         raise ValueError(f"--gpus must be a number, 0 for a CPU, got {known.gpus!r}")
     if not re.fullmatch(r"\d*\.?\d+", known.gpu_memory or "") or not float(known.gpu_memory):
         raise ValueError(f"--gpu_memory is that of a GPU in GB, like 80, got {known.gpu_memory!r}")
-    arguments = [*([] if known.config is None else ["--config", str(known.config)]), *rest]
-    on_cpu = ["--use_cpu", "--tf32", "false"]  # or a recipe with bf16 or tf32 would be refused without a GPU
-    configured = configure([*arguments, *([] if torch.accelerator.is_available() else on_cpu)], command)
-    in_file = {} if known.config is None else yaml.safe_load(known.config.read_text(encoding="utf-8"))
-    from taid.planning.plan import Recipe
+    from taid.planning.recipe import read_recipe
 
-    def is_given(name: str) -> bool:
-        return in_file.get(name) is not None or any(argument.split("=")[0] == f"--{name}" for argument in rest)
-
-    gpus = int(known.gpus) if known.gpus is not None else 0 if configured[2].use_cpu and is_given("use_cpu") else 1
-    folder = Path() if known.config is None else known.config.parent
-    if gpus and not torch.accelerator.is_available() and not any(map(is_given, ("bf16", "fp16"))):
-        configured = *configured[:2], changed(configured[2], bf16=True)  # TRL's default where there is a GPU
-    recipe = Recipe(*configured, folder=folder, gpus=gpus, gpu_memory=float(known.gpu_memory))
-    return recipe, [*arguments, *on_cpu]
-
-
-def _rows_here(recipe: Recipe) -> tuple[Any, Any]:
-    from taid.training.run import load_datasets
-
-    return load_datasets(recipe.data, recipe.args) if recipe.rows_are_here else (None, None)
+    gpus = None if known.gpus is None else int(known.gpus)
+    return read_recipe(known.config, rest, command, gpus=gpus, gpu_memory=float(known.gpu_memory))
 
 
 def train(argv: Sequence[str]) -> int:
@@ -198,7 +176,9 @@ def train(argv: Sequence[str]) -> int:
     from taid.training import run
 
     if "--dry_run" in argv:
-        _dry_run([argument for argument in argv if argument != "--dry_run"])
+        from taid.planning.dry_run import dry_run
+
+        dry_run(*_recipe([argument for argument in argv if argument != "--dry_run"], "train"))
         return 0
     try:
         run.train(*configured(argv, "train"))
@@ -207,24 +187,6 @@ def train(argv: Sequence[str]) -> int:
             print(f"taid: {stopped}: go on with --resume_from_checkpoint", file=sys.stderr)
         return 128 + signal.SIGTERM
     return 0
-
-
-def _dry_run(argv: Sequence[str]) -> None:
-    """Print the plan, then train small models of the recipe's architectures for a few steps, by the same code."""
-    from taid.config.parsing import configured
-    from taid.planning.dry_run import miniature
-    from taid.planning.plan import plan
-    from taid.training import run
-
-    recipe, arguments = _planned(argv, "train")
-    if recipe.args.world_size > 1:
-        raise ValueError("--dry_run is for one process: start it without accelerate launch")
-    print(plan(recipe, *_rows_here(recipe)), flush=True)
-    with miniature(recipe) as small:
-        if small.needs_cache:
-            run.cache(*small.released(*configured([*arguments, *small.arguments], "cache")))
-        run.train(*small.released(*configured([*arguments, *small.arguments], "train")))
-    print(small.summary)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -117,7 +116,11 @@ def _model(config: Any, dtype: torch.dtype, peft_config: Any = None) -> Any:
     kind = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(copy.deepcopy(config), dtype=dtype)  # which would write it down
-        return model if peft_config is None else get_peft_model(model, copy.deepcopy(peft_config))  # and what it finds
+        if peft_config is None:
+            return model
+        from peft import get_peft_model  # imports bitsandbytes and torch's compiler, which takes seconds
+
+        return get_peft_model(model, copy.deepcopy(peft_config))  # which would write down what it finds
 
 
 def _count(module: nn.Module) -> int:

@@ -1,205 +1,196 @@
-"""``taid plan``: what a run takes in memory, compute, time and disk, from configurations alone; no weight is loaded.
+"""``taid plan``: the memory, compute, time and disk of a run, computed from configurations alone; no weight is loaded.
 
-Rows that lie on this machine are counted. Of others their number is enough, for an upper bound.
+Rows that lie on this machine are counted. For others their number is enough, and the result is an upper bound.
+:mod:`taid.planning.plan_text` puts a plan into words.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import sys
-import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
-from datasets import load_dataset_builder
-from peft import LoraConfig, PeftConfig
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.training_args import OptimizerNames
-from trl import ModelConfig, get_peft_config
 
-from taid.config.data import DataArguments
 from taid.config.training import TAIDConfig
-from taid.data.loading import local_files
-from taid.models.loading import (
-    adapter_config,
-    load_config,
-    load_processing_class,
-    load_tokenizer,
-    sees,
-)
-from taid.planning import tiny
 from taid.planning.activation_trace import Batch, Loss
-from taid.planning.footprint import ENGINES, PLACEMENTS, STATES, Footprint, Layout, Size, size
+from taid.planning.footprint import ENGINES, PLACEMENTS, Footprint, Layout, Size, size
+from taid.planning.recipe import Recipe, Rows, max_row_length, rows_of
 from taid.teachers.cache_format import Format
 from taid.teachers.placement import teacher_init_kwargs
-from taid.training.trainer import TAIDTrainer
 
-_DISTINCT = 12.0  # ids of 50 draws from a large teacher, arXiv 2503.16870
-_UTILISATION = 0.4  # of the peak, as well-run training of models this small reaches
-_GPU = ("H100", 989e12, "bf16 dense")  # NVIDIA's data sheet of the SXM card, without sparsity
-_CPU = ("CPU", 0.77e12, "float32, 8 cores with AVX2 at 3 GHz")  # 8 cores x 3e9 x 2 units x 8 numbers x 2
-_WATTS = 700  # of the same
-_USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, NCCL's and what lies between tensors
-_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "teacher")
+DISTINCT = 12.0  # ids of 50 draws from a large teacher, arXiv 2503.16870
+UTILISATION = 0.4  # of the peak, as well-run training of models this small reaches
+USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, NCCL's and what lies between tensors
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a run is made of, as :func:`taid.config.parsing.parse` gives it.
+class Device(NamedTuple):
+    """A processor that a run is planned for, with its peak in FLOP/s and what that peak is of."""
 
-    Attributes:
-        model: the student's options.
-        data: where rows come from.
-        args: everything else.
-        folder: where the recipe lies; ``configs/<owner>--<name>/`` in it may stand for a model or data set of the Hub.
-        gpus: how many the run will have; 0 is a CPU.
-        gpu_memory: of each, in GB.
-    """
+    name: str
+    peak: float
+    precision: str
 
-    model: ModelConfig
-    data: DataArguments
-    args: TAIDConfig
-    folder: Path = Path()
-    gpus: int = 1
-    gpu_memory: float = 80.0
 
-    def beside(self, name: str | None, file: str) -> Path | None:
-        """A file beside the recipe that describes a model or data set of the Hub."""
-        path = self.folder / "configs" / str(name).replace("/", "--") / file
-        return path if path.is_file() and not Path(str(name)).expanduser().exists() else None
-
-    def config(self, role: str) -> Any:
-        """The configuration of the student or the teacher: of a local folder, beside the recipe, or of the Hub.
-
-        Raises:
-            ValueError: it is in none of these; says which and the remedy.
-        """
-        name, origin = self._origin(role)
-        path = self.beside(name, "config.json")
-        folder = Path(name).expanduser()
-        if path is None and name.startswith((".", "~", "/")) and not folder.is_dir():
-            raise ValueError(f"{role} folder {name!r} does not exist")
-        try:
-            return AutoConfig.from_pretrained(path.parent) if path else load_config(name, **origin)
-        except (OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"the configuration of {role} {name!r} could not be read: {reason} Without the Hub put its config.json "
-                f"into {self.folder / 'configs' / name.replace('/', '--')}"
-            ) from error
-
-    def tokenizer(self, role: str) -> Any:
-        """The tokenizer of the student or the teacher, or one of the same shape where that is described here."""
-        name, origin = self._origin(role)
-        if path := self.beside(name, "tokens.json"):
-            try:
-                return tiny.tokenizer(**json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: {error}") from error
-        return load_tokenizer(name, role=role, **origin)
-
-    def processor(self, role: str) -> Any:
-        """The processor of a vision-language student or teacher, or one of the same shape."""
-        name, origin = self._origin(role)
-        if self.beside(name, "tokens.json"):
-            return tiny.processor(self.config(role), self.tokenizer(role))
-        return load_processing_class(name, role=role, see=True, **origin)
-
-    def _origin(self, role: str) -> tuple[str, dict[str, Any]]:
-        is_student = role == "student"
-        name = self.model.model_name_or_path if is_student else self.args.teacher_model_name_or_path
-        revision = self.model.model_revision if is_student else self.args.teacher_model_revision
-        return str(name), {"trust_remote_code": self.args.trust_remote_code, "revision": revision}
-
-    def is_adapter(self, role: str) -> bool:
-        """Whether the student or the teacher is the folder of an adapter."""
-        folder = Path(self._origin(role)[0]).expanduser()
-        return folder.is_dir() and adapter_config(str(folder)) is not None
-
-    @property
-    def adapter(self) -> Any:
-        """What is trained instead of the student's weights: a new adapter, or the one that the student is; or None."""
-        if self.model.use_peft or not self.is_adapter("student"):
-            return get_peft_config(self.model)
-        found = PeftConfig.from_pretrained(Path(str(self.model.model_name_or_path)).expanduser())
-        found.inference_mode = False
-        return found
-
-    @property
-    def rows_are_here(self) -> bool:
-        """Whether the rows lie on this machine and are known beforehand, so that they can be counted."""
-        names = [*self.data.names, *([self.data.eval_dataset_name] if self.data.eval_dataset_name else [])]
-        known = not self.data.streaming and not sees(self.config("student"))  # images take tokens of their own
-        return known and all(map(self.is_here, names))
-
-    @staticmethod
-    def is_here(name: str) -> bool:
-        """Whether a data set lies on this machine.
-
-        Raises:
-            FileNotFoundError: its name is that of a file which does not exist.
-            ValueError: the file is empty, or of a type that is not read.
-        """
-        return bool(local_files(name)) or Path(name).expanduser().is_dir()
+GPU = Device("H100", 989e12, "bf16 dense")  # NVIDIA's data sheet of the SXM card, without sparsity
+CPU = Device("CPU", 0.77e12, "float32, 8 cores with AVX2 at 3 GHz")  # 8 cores x 3e9 x 2 units x 8 numbers x 2
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of the rows of a run.
+class Memory:
+    """What each process holds under each engine, with the teacher in each place.
 
     Attributes:
-        number: how many a pass over the training rows has, packed or not; None where it is not known.
-        longest: the tokens of the longest of them.
-        tokens: in such a pass.
-        distinct: of each data set the different rows and their trained tokens, which a cache holds.
-        counted: whether all this was counted; otherwise each row has at most `max_length` tokens.
+        footprint: everything but the layout that decides about memory.
+        held: bytes at the fullest moment of a step by what they are for, of each layout.
+        usable: bytes that a process has; infinite on a CPU.
+        of_cache: bytes of the weights that ``taid cache`` loads, or None if the run has no cache.
+        remedies: least bytes that a layout would hold after a change, by the change. Empty where a layout fits.
+        all_remedies: the same with all of these changes together.
+        untraced: why nothing is known of the student's activations; then `held` is empty.
     """
 
-    number: int | None
-    longest: int
-    tokens: int
-    distinct: dict[str, tuple[int, int]]
-    counted: bool
+    footprint: Footprint
+    held: dict[Layout, dict[str, float]] = field(default_factory=dict)
+    usable: float = math.inf
+    of_cache: float | None = None
+    remedies: dict[str, float] = field(default_factory=dict)
+    all_remedies: float = math.nan
+    untraced: str | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether each layout's bytes are known; those of some optimizers' states are not."""
+        return not any(math.isnan(sum(parts.values())) for parts in self.held.values())
+
+    def first_that_fits(self) -> Layout | None:
+        """Return the first layout that fits, or None."""
+        return next((layout for layout, parts in self.held.items() if sum(parts.values()) <= self.usable), None)
+
+    def smallest(self) -> Layout:
+        """Return the layout that holds least."""
+        return min(self.held, key=lambda layout: sum(self.held[layout].values()))
 
 
-def plan(recipe: Recipe, train_rows: Any = None, eval_rows: Any = None) -> str:
-    """What a recipe takes, in words.
+class Time(NamedTuple):
+    """The time that a command takes.
 
-    Args:
-        recipe: what is planned.
-        train_rows: rows that lie on this machine; None where they do not.
-        eval_rows: the held-out ones.
+    Attributes:
+        command: its name.
+        hours: of all devices working at the same time.
+        tokens: how many it goes through.
+        bound: "at most ", "about ", or "" if the number of tokens is exact.
+    """
+
+    command: str
+    hours: float
+    tokens: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steps, tokens, FLOPs and hours of training.
+
+    Attributes:
+        batch: rows of a device's micro-batch.
+        accumulation: micro-batches of a step.
+        devices: number of devices.
+        device: their kind.
+        steps: None if the number of rows is not known; then the rest is empty.
+        tokens: that the run trains on or reads.
+        bound: "at most ", "about ", or "" if `tokens` is exact.
+        schedule: how t moves, in words, where the objective has a t.
+        flops: FLOPs a token of training, by part.
+        times: of each command that the run needs.
+    """
+
+    batch: int
+    accumulation: int
+    devices: int
+    device: Device
+    steps: int | None = None
+    tokens: int = 0
+    bound: str = ""
+    schedule: str | None = None
+    flops: dict[str, float] = field(default_factory=dict)
+    times: tuple[Time, ...] = ()
+
+    @property
+    def rows_of_step(self) -> int:
+        """Rows of an optimizer step on all devices."""
+        return self.batch * self.accumulation * self.devices
+
+
+class CacheSize(NamedTuple):
+    """The size of a teacher cache.
+
+    Attributes:
+        format: how a token's answer lies on disk.
+        distinct: number of different ids that are drawn; None for the most there can be.
+        bytes_of_token: of each trained token.
+        bytes_of_cache: of the whole cache, with the teacher's head where the format needs it.
+    """
+
+    format: Format
+    distinct: float | None
+    bytes_of_token: float
+    bytes_of_cache: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe takes.
+
+    Attributes:
+        recipe: what was planned.
+        student: the student's weights.
+        teacher: the teacher's weights, or None without a teacher.
+        teacher_dtype: the dtype in which it is loaded.
+        rows: numbers of rows and tokens.
+        memory: what each process holds.
+        run: steps, tokens and hours.
+        caches: the size of a teacher cache in each format; empty where the run cannot have one.
+    """
+
+    recipe: Recipe
+    student: Size
+    teacher: Size | None
+    teacher_dtype: torch.dtype
+    rows: Rows
+    memory: Memory
+    run: Run
+    caches: tuple[CacheSize, ...]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Compute what a recipe takes.
 
     Raises:
-        ValueError: a configuration or tokenizer cannot be read, or the rows cannot be used; says which and the remedy.
+        ValueError: a configuration or tokenizer cannot be read, or the rows cannot be used; names it and the remedy.
     """
-    args, rows_of_student, teacher = recipe.args, None, None
+    args, vocabulary_rows, teacher, dtype = recipe.args, None, None, torch.float32
     if args.tokenizer_from == "teacher":
-        rows_of_student = max(recipe.tokenizer("teacher").get_vocab().values()) + 1
-    student = size(recipe.config("student"), rows=rows_of_student, peft_config=recipe.adapter)
-    adapter = "" if recipe.adapter is None else f", {student.trained:,} of an adapter are trained"
-    lines = [f"student: {recipe.model.model_name_or_path}, {student.weights:,} weights{adapter}"]
+        vocabulary_rows = max(recipe.tokenizer("teacher").get_vocab().values()) + 1
+    student = size(recipe.config("student"), rows=vocabulary_rows, peft_config=recipe.adapter)
     if args.teacher_model_name_or_path is not None:
         teacher = size(recipe.config("teacher"))
-        text = teacher.config.get_text_config()
-        dtype = _teacher_dtype(args, teacher.config)
-        lines += [
-            f"teacher: {args.teacher_model_name_or_path}, {teacher.weights:,} weights, hidden states of "
-            f"{text.hidden_size:,} numbers in {_name(dtype)}, {text.vocab_size:,} output rows"
-        ]
-    rows = _bounded(recipe) if train_rows is None else _counted(recipe, train_rows, eval_rows)
-    lines += ["", *_memory(recipe, student, teacher, rows.longest), "", *_run(recipe, student, teacher, rows)]
-    if teacher is not None and rows.distinct and not args.samples_answers:
-        lines += ["", *_caches(recipe, teacher, rows)]
-    return "\n".join(lines)
+        dtype = teacher_dtype_of(args, teacher.config)
+    rows = rows_of(recipe)
+    memory, run = _memory(recipe, student, teacher, rows.longest), _run(recipe, student, teacher, rows)
+    can_be_cached = teacher is not None and rows.distinct and not args.samples_answers
+    caches = _caches(recipe, teacher, rows) if teacher is not None and can_be_cached else ()
+    return Plan(recipe, student, teacher, dtype, rows, memory, run, caches)
 
 
-def _teacher_dtype(args: TAIDConfig, config: Any) -> torch.dtype:
+def teacher_dtype_of(args: TAIDConfig, config: Any) -> torch.dtype:
+    """Return the dtype in which the teacher is loaded.
+
+    Raises:
+        ValueError: ``teacher_model_init_kwargs`` names no dtype of torch.
+    """
     asked = teacher_init_kwargs(args)["dtype"]
     dtype = (config.dtype or torch.float32) if asked == "auto" else asked
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -208,72 +199,28 @@ def _teacher_dtype(args: TAIDConfig, config: Any) -> torch.dtype:
     return dtype
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _counted(recipe: Recipe, train_rows: Any, eval_rows: Any) -> Rows:
-    """The rows as the trainer of a run would prepare them."""
-    tokenizer = recipe.tokenizer(recipe.args.tokenizer_from)
-    args = copy.copy(recipe.args)
-    args.objective, args.tokenizer_from, args.push_to_hub = "sft", "student", False  # a trainer makes the repository
-    args.sampling, args.seq_kd = "none", False
-    args.teacher_cache = args.teacher_server_url = args.teacher_model_name_or_path = None
-    smallest = LlamaForCausalLM(
-        LlamaConfig(vocab_size=max(tokenizer.get_vocab().values()) + 1, hidden_size=8, intermediate_size=8,
-                    num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as args.output_dir:  # which a trainer makes
-        trainer = TAIDTrainer(
-            smallest, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
-        )
-    distinct = {name: (len(keys), sum(keys.values())) for name, keys in trainer.rows.keys().items()}
-    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    longest = max(lengths)
-    if recipe.args.samples_answers:
-        longest = min(longest + int(args.sampling_max_new_tokens), args.max_length or sys.maxsize)
-    return Rows(len(lengths), longest, sum(lengths), distinct, counted=True)
-
-
-def _bounded(recipe: Recipe) -> Rows:
-    """What the number of rows alone tells."""
-    data, length = recipe.data, _length(recipe)
-    splits = {"train": (data.names[0], data.dataset_train_split)}
-    if data.eval_dataset_name:
-        splits["eval"] = data.eval_dataset_name, data.dataset_test_split
-    # Neither a stream nor rows with images can be cached, and steps may be known without them.
-    is_asked = not data.streaming and not (recipe.args.max_steps > 0 and sees(recipe.config("student")))
-    found = {name: _number(recipe, *where) for name, where in splits.items()} if is_asked else {}
-    distinct = {name: (number, number * length) for name, number in found.items() if number is not None}
-    number = found.get("train")
-    return Rows(number, length, (number or 0) * length, distinct if len(distinct) == len(found) else {}, counted=False)
-
-
-def _number(recipe: Recipe, name: str, split: str) -> int | None:
-    """How many rows a split of a data set on the Hub has, as is said beside the recipe or on the Hub."""
-    if path := recipe.beside(name, "dataset_info.json"):
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        if split not in splits:
-            raise ValueError(f"{path}: data set {name} has no split {split!r}, but {', '.join(splits)}")
-        return int(splits[split]["num_examples"])
-    try:
-        found = load_dataset_builder(name, recipe.data.dataset_config).info.splits or {}
-    except (OSError, ValueError):
-        return None
-    return int(found[split].num_examples) if split in found else None
-
-
-def _length(recipe: Recipe) -> int:
-    """How many tokens a row has at most."""
-    return int(recipe.args.max_length or recipe.config("student").get_text_config().max_position_embeddings)
-
-
-# --- memory, time, disk -----------------------------------------------------------------------------------------------
-
-
-def _memory(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -> list[str]:
-    """What each process holds under each engine, with the teacher in each place; which fit, and what would."""
-    args, several = recipe.args, recipe.gpus > 1
+def _memory(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -> Memory:
     footprint = footprint_of(recipe, student, teacher, longest)
+    try:
+        held = {layout: footprint.held(layout) for layout in _layouts(recipe, footprint)}
+    except ValueError as error:
+        return Memory(footprint, untraced=str(error))
+    of_cache = None
+    if recipe.args.teacher_cache and teacher is not None:
+        of_cache = _dtype(recipe).itemsize * student.weights + footprint.teacher_dtype.itemsize * teacher.weights
+    usable = recipe.gpu_memory * 1e9 * USABLE if recipe.gpus else math.inf
+    memory = Memory(footprint, held, usable, of_cache)
+    if not recipe.gpus or not memory.is_known or memory.first_that_fits() is not None:
+        return memory
+    return _with_remedies(memory)
+
+
+def _layouts(recipe: Recipe, footprint: Footprint) -> list[Layout]:
+    """List the engines and the places of the teacher among which a run may choose."""
+    args, several = recipe.args, recipe.gpus > 1
     placements: tuple[str, ...] = ("elsewhere",)
     if footprint.teacher is not None:
         placements = PLACEMENTS if several else ("replicated", "cpu")
@@ -281,32 +228,16 @@ def _memory(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -
         is_whole = args.teacher_quantization is not None or recipe.is_adapter("teacher")
         if is_whole or not recipe.gpus or (several and not footprint.teacher.can_be_cut):
             placements = ("replicated",)  # neither cut up nor moved away
-    layouts = [Layout(engine, where, max(recipe.gpus, 1))
-               for engine in (ENGINES if several else ("none",)) for where in placements]  # fmt: skip
-    try:
-        found = {layout: footprint.held(layout) for layout in layouts}
-    except ValueError as error:
-        return [f"memory: not known for {recipe.model.model_name_or_path} ({error})"]
-    room = recipe.gpu_memory * 1e9 * _USABLE if recipe.gpus else math.inf
-    lines = ["memory of each process at the fullest moment of a step:", ""]
-    if args.teacher_cache and teacher is not None:
-        both = _dtype(recipe).itemsize * student.weights + footprint.teacher_dtype.itemsize * teacher.weights
-        lines = [f"memory of taid cache: {_size(both)}, teacher's and student's weights", *lines]
-    lines += [f"  {'engine':8}{'teacher':16}" + "".join(f"{name:>12}" for name in (*_PARTS, "in all"))]
-    for layout, parts in found.items():
-        total = sum(parts.values())
-        cells = "".join(f"{_size(number):>12}" for number in (*(parts.get(name, 0) for name in _PARTS), total))
-        verdict = "" if not recipe.gpus or math.isnan(total) else "  fits" if total <= room else "  too much"
-        lines += [f"  {layout.engine:8}{layout.placement:16}{cells}{verdict}"]
-    return [*lines, "", *_advice(recipe, footprint, found, room)]
+    engines = ENGINES if several else ("none",)
+    return [Layout(engine, where, max(recipe.gpus, 1)) for engine in engines for where in placements]
 
 
 def footprint_of(recipe: Recipe, student: Size, teacher: Size | None, longest: int) -> Footprint:
-    """What a recipe's run needs to be held."""
+    """Return what decides about the memory of a recipe's run, for the longest row of `longest` tokens."""
     args, model = recipe.args, recipe.model
     low = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     is_read = not (args.teacher_cache or args.teacher_server_url)
-    teacher_dtype = torch.float32 if teacher is None else _teacher_dtype(args, teacher.config)
+    teacher_dtype = torch.float32 if teacher is None else teacher_dtype_of(args, teacher.config)
     heads = [s.config.get_text_config() for s in (student, teacher) if s is not None]
     is_flash = "flash" in str(model.attn_implementation)
     rows, length = args.per_device_train_batch_size, longest
@@ -327,12 +258,14 @@ def footprint_of(recipe: Recipe, student: Size, teacher: Size | None, longest: i
 
 
 def _adapted(footprint: Footprint) -> Footprint:
+    from peft import LoraConfig  # with bitsandbytes and torch's compiler: seconds
+
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_dropout=0.05, target_modules="all-linear")
     student = footprint.student
     return footprint if student.peft_config else replace(footprint, student=size(student.config, peft_config=lora))
 
 
-# What can be changed where nothing fits, the cheaper first.
+# Changes of a recipe that may help where nothing fits, the cheaper first.
 _REMEDIES: dict[str, Callable[[Footprint], Footprint]] = {
     "activation_checkpointing: true": lambda f: replace(f, checkpoints=True),
     "per_device_train_batch_size: 1 and gradient_accumulation_steps": lambda f: (
@@ -345,6 +278,17 @@ _REMEDIES: dict[str, Callable[[Footprint], Footprint]] = {
 }
 
 
+def _with_remedies(memory: Memory) -> Memory:
+    """Return the same, with what each change that helps would leave to be held, and all of them together."""
+    footprint = together = memory.footprint
+    now = _least(footprint, memory.held)
+    remedies = {}
+    for words, change in _REMEDIES.items():
+        if (least := _least(change(footprint), memory.held)) < now:
+            together, remedies[words] = change(together), least
+    return replace(memory, remedies=remedies, all_remedies=_least(together, memory.held))
+
+
 def _least(footprint: Footprint, layouts: Iterable[Layout]) -> float:
     return min(sum(footprint.held(layout).values()) for layout in layouts)
 
@@ -353,74 +297,34 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return getattr(torch, str(recipe.model.dtype), torch.float32)
 
 
-def _advice(recipe: Recipe, footprint: Footprint, found: dict[Layout, dict[str, float]], room: float) -> list[str]:
-    """The first layout that fits, or what would make one fit; and what the table leaves out."""
-    lines = []
-    if footprint.optimizer not in STATES:
-        lines += [f"the state of {footprint.optimizer} is not known here"]
-    if sees(footprint.student.config):
-        lines += ["activations are those of text: what images add is not known here"]
-    if not recipe.gpus or any(math.isnan(sum(parts.values())) for parts in found.values()):
-        return lines
-    card = f"{recipe.gpu_memory:g} GB, of which {_USABLE:.0%} can be used"
-    for layout, parts in found.items():
-        if sum(parts.values()) <= room:
-            return [*lines, f"the first that fits into {card}: {_switches(layout)}"]
-    together, now = footprint, _least(footprint, found)
-    smallest = min(found, key=lambda layout: sum(found[layout].values()))
-    lines += [f"none fits into {card}. The smallest of them ({_switches(smallest)}) would hold, with"]
-    for words, change in _REMEDIES.items():
-        if (least := _least(change(footprint), found)) < now:
-            together = change(together)
-            lines += [f"  {_size(least):>9}  {words}"]
-    return [*lines, f"  {_size(_least(together, found)):>9}  all of this"]
+# --- steps, tokens, FLOPs, hours --------------------------------------------------------------------------------------
 
 
-def _switches(layout: Layout) -> str:
-    engine = [] if layout.engine == "none" else [f"--accelerate_config {layout.engine}"]
-    where = [] if layout.placement == "elsewhere" else [f"--teacher_placement {layout.placement}"]
-    return " ".join(engine + where) or "one process"
-
-
-def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> list[str]:
-    """Steps, tokens, FLOPs and hours."""
-    args, length = recipe.args, _length(recipe)
-    batch, processes = args.per_device_train_batch_size, max(recipe.gpus, 1)
-    a_step = batch * args.gradient_accumulation_steps * processes
-    lines = [
-        f"a step: {a_step:,} rows ({batch} a device x {args.gradient_accumulation_steps} micro-batches x {processes} "
-        f"device{'s' * (processes > 1)})"
-    ]
-    steps = _steps(args, a_step, length, processes, rows)
+def _run(recipe: Recipe, student: Size, teacher: Size | None, rows: Rows) -> Run:
+    args, length = recipe.args, max_row_length(recipe)
+    run = Run(
+        args.per_device_train_batch_size, args.gradient_accumulation_steps, max(recipe.gpus, 1),
+        GPU if recipe.gpus else CPU,
+    )  # fmt: skip
+    steps = _steps(args, run.rows_of_step, length, run.devices, rows)
     if steps is None:
-        return [*lines, f"run: how many rows {recipe.data.names[0]} has is not known here: set max_steps to plan it"]
+        return run
     mean = rows.tokens / rows.number if rows.counted and rows.number else length
     is_passes = args.max_steps <= 0
-    tokens = int(min(steps * a_step * mean, args.num_train_epochs * rows.tokens if is_passes else math.inf))
+    passes = args.num_train_epochs * rows.tokens if is_passes else math.inf
+    tokens = int(min(steps * run.rows_of_step * mean, passes))
     bound = "at most " if not rows.counted else "" if is_passes and not args.dataloader_drop_last else "about "
-    lines += [f"run: {steps:,} steps, {bound}{tokens:,} tokens"]
-    if args.objective == "taid" and args.kd_ratio > 0:
-        lines += [args.schedule_for(steps).regime()]
-    terms = _flops(recipe, student, teacher, mean)
-    a_token = sum(terms.values())
-    forward = 0.0 if teacher is None else 2 * teacher.used + teacher.attention(mean)
-    formula = " + ".join(f"{name} ({value / 1e9:.3g})" for name, value in terms.items())
-    lines += [f"compute: {formula} = {a_token / 1e9:.3g} GFLOP a token, {a_token * tokens:.3g} in all"]
-    if forward and args.teacher_cache is not None and rows.distinct:
-        seen = sum(trained for _, trained in rows.distinct.values())
-        lines += [_hours(recipe, "taid cache", forward * seen, seen, "about " if rows.counted else bound)]
-    elif forward and args.teacher_server_url is not None:
-        lines += [_hours(recipe, "the teacher's server, if it has as many", forward * tokens, tokens, bound)]
-    lines += [_hours(recipe, "taid train", a_token * tokens, tokens, bound)]
-    return (
-        [*lines, "(without the time in which answers are sampled, which is not planned)"]
-        if args.samples_answers
-        else lines
-    )
+    flops = _flops(recipe, student, teacher, mean)
+    has_schedule = args.objective == "taid" and args.kd_ratio > 0
+    run = replace(
+        run, steps=steps, tokens=tokens, bound=bound, flops=flops,
+        schedule=args.schedule_for(steps).regime() if has_schedule else None,
+    )  # fmt: skip
+    return replace(run, times=_times(args, run, 0.0 if teacher is None else _forward(teacher, mean), rows))
 
 
 def _steps(args: TAIDConfig, a_step: int, length: int, processes: int, rows: Rows) -> int | None:
-    """As transformers counts them; None where nobody knows how many rows there are."""
+    """Return the number of steps as transformers counts them; None if the number of rows is not known."""
     if args.train_tokens is not None:
         return math.ceil(args.train_tokens / (a_step * length))
     if args.max_steps > 0:
@@ -434,9 +338,12 @@ def _steps(args: TAIDConfig, a_step: int, length: int, processes: int, rows: Row
 
 
 def _flops(recipe: Recipe, student: Size, teacher: Size | None, length: float) -> dict[str, float]:
-    """FLOPs of training on a token, by part: 2 a weight forward, 2 for the gradient of what goes in, 2 for its own."""
+    """Return the FLOPs of training on a token, by part.
+
+    A weight takes 2 forward, 2 for the gradient of its input and 2 for its own, which frozen weights do not have.
+    """
     args = recipe.args
-    of_student = 6 if recipe.adapter is None else 4
+    of_student = 6 if student.peft_config is None else 4
     terms = {f"{of_student} N_student": of_student * student.used}
     attention = 3 * student.attention(length)
     if teacher is not None and args.distillation_share > 0:
@@ -449,51 +356,47 @@ def _flops(recipe: Recipe, student: Size, teacher: Size | None, length: float) -
     return terms | {"attention": attention}
 
 
-def _hours(recipe: Recipe, command: str, flops: float, tokens: float, bound: str) -> str:
-    name, peak, precision = _GPU if recipe.gpus else _CPU
-    devices = max(recipe.gpus, 1)
-    hours = flops / (devices * peak * _UTILISATION) / 3600
-    number = f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
-    energy = f", {hours * devices * _WATTS / 1e3:,.3g} kWh at {_WATTS} W each" if recipe.gpus else ""
-    return (
-        f"time of {command}: {bound}{number} hours on {devices} {name} at {_UTILISATION:.0%} of "
-        f"{peak / 1e12:g} TFLOP/s ({precision}), {tokens / hours / 3600:,.0f} tokens a second{energy}"
-    )
+def _forward(teacher: Size, length: float) -> float:
+    """FLOPs of the teacher's forward pass on a token."""
+    return 2 * teacher.used + teacher.attention(length)
 
 
-def _caches(recipe: Recipe, teacher: Size, rows: Rows) -> list[str]:
-    """How large a cache is in each format."""
-    args, text, dtype = recipe.args, teacher.config.get_text_config(), _teacher_dtype(recipe.args, teacher.config)
+def _times(args: TAIDConfig, run: Run, forward: float, rows: Rows) -> tuple[Time, ...]:
+    """Return the time of asking the teacher beforehand or on a server, if that is done, and of training."""
+
+    def time(command: str, flops: float, tokens: float, bound: str) -> Time:
+        return Time(command, flops / (run.devices * run.device.peak * UTILISATION) / 3600, tokens, bound)
+
+    times = [time("taid train", sum(run.flops.values()) * run.tokens, run.tokens, run.bound)]
+    if forward and args.teacher_cache is not None and rows.distinct:
+        trained = sum(trained for _, trained in rows.distinct.values())
+        times.insert(0, time("taid cache", forward * trained, trained, "about " if rows.counted else run.bound))
+    elif forward and args.teacher_server_url is not None:
+        words = "the teacher's server, if it has as many"
+        times.insert(0, time(words, forward * run.tokens, run.tokens, run.bound))
+    return tuple(times)
+
+
+# --- disk -------------------------------------------------------------------------------------------------------------
+
+
+def _caches(recipe: Recipe, teacher: Size, rows: Rows) -> tuple[CacheSize, ...]:
+    args, text, dtype = recipe.args, teacher.config.get_text_config(), teacher_dtype_of(recipe.args, teacher.config)
     tokenizer = recipe.tokenizer(args.tokenizer_from)
     ids = min(len(set(tokenizer.get_vocab().values())), text.vocab_size)
-    at_most = "" if rows.counted else "at most "
     tokens = sum(trained for _, trained in rows.distinct.values())
     head = text.vocab_size * text.hidden_size * dtype.itemsize
-    lines = [
-        *(f"{name}: {n:,} different rows, {at_most}{trained:,} trained tokens"
-          for name, (n, trained) in rows.distinct.items()),
-        "",
-        f"{'a cache of' + (', at most' if at_most else ''):33}{'bytes a token':>15}{'size':>12}",
-    ]  # fmt: skip
     draws, k = args.teacher_cache_samples or 50, min(args.teacher_top_k or 64, ids)
-    for words, name, distinct in (
-        ("hidden", "hidden", None),
-        ("hidden_int8", "hidden_int8", None),
-        (f"top_k, k = {k}", "top_k", None),
-        (f"sampled, {draws} draws, about {min(_DISTINCT, draws):g} ids", "sampled", min(_DISTINCT, draws)),
-        (f"sampled, {draws} draws, at most", "sampled", None),
-    ):
+    sizes = []
+    names = (
+        ("hidden", None),
+        ("hidden_int8", None),
+        ("top_k", None),
+        ("sampled", min(DISTINCT, draws)),
+        ("sampled", None),
+    )
+    for name, distinct in names:
         format_ = Format(name, text.hidden_size, dtype, ids, k, draws)
         each = format_.bytes_per_token(distinct)
-        lines.append(f"{words:33}{each:15,.0f}{_size(tokens * each + (head if format_.needs_head else 0)):>12}")
-    return lines
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _size(number: float) -> str:
-    if not number or math.isnan(number):
-        return "?" if number else "-"
-    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+        sizes.append(CacheSize(format_, distinct, each, tokens * each + (head if format_.needs_head else 0)))
+    return tuple(sizes)
