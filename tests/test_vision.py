@@ -27,12 +27,7 @@ from taid.cli.main import main
 from taid.data import images, vision_collator
 from taid.data.loading import load_rows
 from taid.models.vocabulary import Vocabulary
-<<<<<<< HEAD
-from taid.planning import tiny
-=======
 from taid.planning.dry_run import config_like
-from taid.training.capture import capture
->>>>>>> 7bf4acf (Planning: a plan is computed into dataclasses and put into words elsewhere; recipe.py reads what is planned; kWh go)
 from vision_models import ARCHITECTURES, make_processor, make_vision_model
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()

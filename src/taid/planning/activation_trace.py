@@ -151,23 +151,6 @@ def trace_student(
     return Trace(layers, of, _extended(gradients, layers))
 
 
-def trace_teacher(build: Callable[[Any], Any], config: Any, batch: Batch) -> float:
-    """Bytes at the fullest moment of a teacher's forward pass without its head, beside its weights.
-
-    Args:
-        build: makes a model of a configuration, on the meta device.
-        config: the teacher's; few of its layers are enough, because nothing is kept.
-        batch: what it is given.
-    """
-    layers = config.get_text_config().num_hidden_layers
-    model = build(_shortened(config, min(layers, max(_FEW)))).eval().requires_grad_(False)
-    held = _Held(model)
-    with torch.no_grad(), _Kernels(batch), held:
-        model.get_output_embeddings().forward = lambda hidden: hidden
-        model(**batch.inputs(), use_cache=False)
-    return max(moment.held for moment in held.moments)
-
-
 def _are_alike(config: Any) -> bool:
     text = config.get_text_config()
     lists = (v for v in vars(text).values() if isinstance(v, list) and len(v) == text.num_hidden_layers)
