@@ -213,6 +213,25 @@ class StepLog:
         self.num_tokens, self._seconds_before = saved["num_tokens"], saved["seconds"]
 
 
+def logged_sums(
+    sums: dict[str, Tensor], share: float, signal: str, *, with_teacher: bool, training: bool
+) -> dict[str, Tensor]:
+    """Return the sums that are logged: the ``loss``, and ``signal``, by which t or the temperature moves.
+
+    Args:
+        sums: of the loss of a micro-batch.
+        share: the weight of the objective; the rest is that of the cross-entropy.
+        signal: the name of the sum that moves t or the temperature.
+        with_teacher: whether the teacher was asked.
+        training: whether this is training, where the teacher's cross-entropy is not logged.
+    """
+    names = ["trained", "cross_entropy", "entropy", "correct"]
+    names += ["kl"] if with_teacher else []
+    names += ["teacher_cross_entropy"] if with_teacher and not training else []
+    loss = share * sums["objective"] + (1 - share) * sums["cross_entropy"]
+    return {name: sums[name] for name in names} | {"loss": loss, "signal": sums[signal]}
+
+
 def not_finite(
     step: int, sums: dict[str, float], grad_norm: float, output_dir: str, *, has_moved: bool
 ) -> FloatingPointError:

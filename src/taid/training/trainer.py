@@ -37,7 +37,7 @@ from taid.training.callbacks import RunFolder
 from taid.training.objective_state import ObjectiveState
 from taid.training.on_policy import AnswerSampler
 from taid.training.pair import Pair, check_teacher, load_pair, make_teacher, require_trainable
-from taid.training.step import MicroBatchLoss, StepLog, TokenTotals, cross_entropies, means, not_finite
+from taid.training.step import MicroBatchLoss, StepLog, TokenTotals, cross_entropies, logged_sums, means, not_finite
 from taid.training.upstream import UpstreamTrainer, own_arguments
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ class TAIDTrainer(UpstreamTrainer):
         processing_class: the student's tokenizer or processor; loaded with the student if None.
         teacher_processing_class: the teacher's; loaded with the teacher if None.
         peft_config: trains an adapter (LoRA, DoRA) instead of the student's own weights.
-        callbacks: as in transformers.
-        optimizers: as in transformers.
+        callbacks, optimizers: as in transformers.
         objective: your own function instead of ``args.objective``, of the student's and the teacher's logits
             ``[N, V]`` in float32, that gives the loss of N tokens ``[N]`` in nats; differentiated by autograd.
 
@@ -79,30 +78,16 @@ class TAIDTrainer(UpstreamTrainer):
     """
 
     data_collator: Any
-    _name = "TAID"
-    _tag_names = ["trl", "taid"]  # noqa: RUF012
-    _paper = {  # noqa: RUF012
-        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in "
-        "Language Models",
-        "id": "2501.16937",
-    }
     # compute_loss divides by the tokens of the whole step, so Trainer must not divide by the micro-batches again.
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self,
-        model: Any,
-        teacher_model: Any = None,
-        args: TAIDConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        peft_config: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        self, model: Any, teacher_model: Any = None, args: TAIDConfig | None = None, train_dataset: Any = None,
+        eval_dataset: Any = None, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None, peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None, optimizers: tuple[Any, Any] = (None, None),
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         asked = _with_objective(args or TAIDConfig(), objective)
         engines.prepare(asked)
         set_seed(asked.seed)  # transformers does so too, but after an adapter is drawn
@@ -191,8 +176,6 @@ class TAIDTrainer(UpstreamTrainer):
             together=bool(self.args.world_size > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled)),
         )  # fmt: skip
 
-    # --- the loss -------------------------------------------------------------------------------------------------
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
@@ -208,7 +191,8 @@ class TAIDTrainer(UpstreamTrainer):
             with_teacher=with_teacher, num_trained=num_trained,
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )  # fmt: skip
-        sums = self._logged(sums, with_teacher=with_teacher, training=model.training)
+        share, signal = self.args.distillation_share, self.objective_state.signal
+        sums = logged_sums(sums, share, signal, with_teacher=with_teacher, training=model.training)
         is_read = (labels != -100).any(-1, keepdim=True)  # FullBatches fills up with others
         sums["num_tokens"] = (inputs.get("attention_mask", torch.ones_like(labels)) * is_read).sum()
         if num_items_in_batch is not None:
@@ -224,21 +208,10 @@ class TAIDTrainer(UpstreamTrainer):
         self._totals.add(sums)
         return loss
 
-    def _logged(self, sums: dict[str, Tensor], *, with_teacher: bool, training: bool) -> dict[str, Tensor]:
-        """Return the sums that are logged, and ``signal``, by which t or the temperature moves."""
-        names = ["trained", "cross_entropy", "entropy", "correct"]
-        names += ["kl"] if with_teacher else []
-        names += ["teacher_cross_entropy"] if with_teacher and not training else []
-        share = self.args.distillation_share
-        loss = share * sums["objective"] + (1 - share) * sums["cross_entropy"]
-        return {name: sums[name] for name in names} | {"loss": loss, "signal": sums[self.objective_state.signal]}
-
     @property
     def t(self) -> float:
         """The t of TAID's target in this optimizer step."""
         return self.objective_state.t
-
-    # --- once an optimizer step -----------------------------------------------------------------------------------
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -271,10 +244,6 @@ class TAIDTrainer(UpstreamTrainer):
         self._end_step(float(grad_norm))
         return grad_norm
 
-    def _stop(self, *_: Any) -> None:
-        """On SIGTERM, as a machine that is taken away sends it: save after this step, and end."""
-        self._is_asked_to_stop = True
-
     def _end_step(self, grad_norm: float) -> None:
         """Reduce the step over ranks; stop if it is not finite; move t. Runs before the optimizer does."""
         sums = self._totals.total()
@@ -287,8 +256,6 @@ class TAIDTrainer(UpstreamTrainer):
         self._step_log.add(sums, self.objective_state.logged())
         if sums["trained"]:  # a step without trained tokens says nothing about the student
             self.objective_state.advance(sums["signal"] / sums["trained"])
-
-    # --- logs, evaluation, checkpoints ----------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log means over the steps since the last log; loss and KL in nats a token."""
@@ -321,6 +288,9 @@ class TAIDTrainer(UpstreamTrainer):
         labels, parameters = shifted(inputs.pop("labels")), self.objective_state.parameters(training=False)
         with self.compute_loss_context_manager():
             return cross_entropies(self.micro_batch_loss, self.model_wrapped, inputs, labels, parameters)
+
+    def _stop(self, *_: Any) -> None:
+        self._is_asked_to_stop = True  # by SIGTERM: save after this step, and end
 
     def _begin(self) -> None:
         """Make the schedule, or take it up where the checkpoint left it."""

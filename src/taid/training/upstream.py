@@ -80,6 +80,13 @@ class UpstreamTrainer(SFTTrainer):  # type: ignore[misc]
     """
 
     stream: Any = None
+    _name = "TAID"
+    _tag_names = ["trl", "taid"]  # noqa: RUF012
+    _paper = {  # noqa: RUF012
+        "title": "TAID: Temporally Adaptive Interpolated Distillation for Efficient Knowledge Transfer in "
+        "Language Models",
+        "id": "2501.16937",
+    }
     _checkpoints_in: str | None = None
 
     # --- resuming: ends when Trainer resumes a finished run as it is, and loads renamed weights itself ---
