@@ -54,7 +54,7 @@ def differences(expected, found, *, exact, where=""):
     if isinstance(expected, dict) and isinstance(found, dict):
         lines = [f"{where}{name}: was there, is missing" for name in expected.keys() - found.keys()]
         lines += [f"{where}{name}: was not there" for name in found.keys() - expected.keys()]
-        for name in expected:
+        for name in sorted(expected, key=lambda name: not name.startswith("step")):  # what came first, first
             if name in found and (exact or name != "weights"):
                 lines += differences(expected[name], found[name], exact=exact, where=f"{where}{name}, ")
         return lines
