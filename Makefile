@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # A worker a core; a file's tests stay together, because they share what they have trained.
-PYTEST := -n auto --maxprocesses 4 --dist loadfile
+PYTEST := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install dev demo test test-all lint check format docs clean
 

@@ -14,7 +14,7 @@ from taid.training import engines
 if __name__ == "__main__":
     for number, arguments in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         try:
-            status = main.main(arguments)
+            status = main(arguments)
         except BaseException:
             traceback.print_exc()
             sys.exit(1)

@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
+from command_line import run_taid
 from taid.artifacts.run_folder import read_metrics
 from taid.cli.main import main
 from taid.comparison import results as standings
@@ -56,10 +57,7 @@ def arguments(recipe, output, *more):
 
 def compare(recipe, output, *more):
     """In a process of its own: the one that runs are forked from would outlive the test."""
-    command = [sys.executable, "-m", "taid", "compare", *arguments(recipe, output, *more)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return run_taid("compare", *arguments(recipe, output, *more))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +133,7 @@ def test_the_student_before_and_the_teacher_are_measured_once_as_taid_evaluate_d
     student, teacher = options["model_name_or_path"], options["teacher_model_name_or_path"]
     written = tmp_path / "evaluation.json"
     rows = ["--data", str(recipe.parent / "test.jsonl"), "--max_length", "32", "--use_cpu"]
-    assert main.main(["evaluate", student, "--teacher", teacher, *rows, "--output", str(written)]) == 0
+    assert main(["evaluate", student, "--teacher", teacher, *rows, "--output", str(written)]) == 0
     expected = json.loads(written.read_text())["held_out"]
 
     beside = json.loads((output / "comparison.json").read_text())["beside"]
@@ -192,6 +190,7 @@ def test_a_second_call_does_nothing_again_and_gives_the_same_files(recipe, done)
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_without_finished_runs_to_the_same_table(recipe, done, tmp_path):
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "taid", "compare", *arguments(recipe, output, *OWN, "--processes", "2")]
@@ -272,7 +271,7 @@ def test_what_makes_no_sense_is_said_before_anything_is_trained(recipe, tmp_path
     more = [part.format(**files_of) for part in more]
     start = arguments(recipe, tmp_path / "out", "--objectives", "sft", "--seeds", "1")
 
-    status = main.main(["compare", *start, *more])
+    status = main(["compare", *start, *more])
 
     assert status == 2
     assert words in capsys.readouterr().err
@@ -282,14 +281,14 @@ def test_what_makes_no_sense_is_said_before_anything_is_trained(recipe, tmp_path
 def test_learning_rates_ask_for_rows_that_did_not_choose_them(recipe, tmp_path, capsys):
     arguments_ = ["compare", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), *OWN]
 
-    assert main.main(arguments_) == 2
+    assert main(arguments_) == 2
     assert "so the table needs others: give them as --test" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
 
-    assert main.main(["compare", *arguments(recipe, tmp_path, "--objectives", "sft", "--seeds", "1")]) == 2
+    assert main(["compare", *arguments(recipe, tmp_path, "--objectives", "sft", "--seeds", "1")]) == 2
     assert "holds files that are no comparison" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -317,23 +316,23 @@ def test_variants_are_named_and_their_options_checked(recipe, tmp_path, capsys):
         ("a: {taid_alpha: null}", "a: taid_alpha is null: give a number, text"),
     ):
         variants.write_text(content)
-        assert main.main([*start, content.split(":")[0]]) == 2
+        assert main([*start, content.split(":")[0]]) == 2
         assert words in capsys.readouterr().err
     variants.write_text("low: {taid_t_start: 0.2}\nhigh: {taid_t_start: 0.4}\n")
-    assert main.main([*start, "sft,taid"]) == 2  # and not without them, unseen
+    assert main([*start, "sft,taid"]) == 2  # and not without them, unseen
     assert f"--variants {variants}: add those of low, high that are meant to --objectives" in capsys.readouterr().err
 
 
 def test_names_of_methods_may_have_blanks_around_them(recipe, tmp_path, capsys):
     start = arguments(recipe, tmp_path, "--objectives", "sft, taid", "--baseline", "jsd")
 
-    assert main.main(["compare", *start]) == 2
+    assert main(["compare", *start]) == 2
     assert "--baseline jsd is none of the methods: sft, taid" in capsys.readouterr().err
 
 
 def test_help_has_every_option_of_a_comparison_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        main.main(["compare", "--help"])
+        main(["compare", "--help"])
 
     own = capsys.readouterr().out.split("Comparison:")[1].split("Objective and teacher:")[0]
     usage = COMMANDS["compare"][0]
@@ -373,7 +372,7 @@ def test_a_file_of_a_comparison_that_is_damaged_is_named(recipe, done, tmp_path,
     (output / name).write_text(content)
     before = files(output)
 
-    assert main.main(["compare", *arguments(recipe, output, *OWN)]) == 2
+    assert main(["compare", *arguments(recipe, output, *OWN)]) == 2
     assert f"{output / name} {words}" in capsys.readouterr().err
     assert files(output) == before
 
@@ -627,6 +626,7 @@ def test_a_learning_rate_that_a_method_cannot_bear_is_not_chosen_and_a_run_that_
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_the_small_comparison_of_the_benchmarks_ends_with_a_table(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "evidence" / "compare.py"
     command = [sys.executable, str(script), "small", "--out", str(tmp_path / "small"), "--keep"]

@@ -43,6 +43,7 @@ from matplotlib.image import imread
 from trl import SFTConfig
 
 import taid
+from command_line import Command
 from taid import objectives
 from taid.cli import main
 from taid.config.arguments import COMMANDS, option_parser
@@ -515,9 +516,8 @@ def test_troubleshooting_quotes_what_is_really_said():
 def test_the_example_runs(tmp_path, student_folder, teacher_folder):
     example = shutil.copy(ROOT / "examples" / "first_distillation.py", tmp_path)
     arguments = [str(student_folder), str(teacher_folder), "--steps", "2", "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, example, *arguments], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = Command(arguments, code=Path(example).read_text(encoding="utf-8"))
+    done.communicate(timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "KL to the teacher" in done.stdout
     assert (tmp_path / "run" / "model.safetensors").exists()

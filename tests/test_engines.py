@@ -171,6 +171,7 @@ def alone(folder):
     return folder / "one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_processes_of_an_engine_give_what_one_process_gives(engine, folder, alone):
     require_deepspeed(engine)
@@ -183,6 +184,7 @@ def test_processes_of_an_engine_give_what_one_process_gives(engine, folder, alon
     assert (versions["engine"], versions["processes"]) == (engine, PROCESSES)
 
 
+@pytest.mark.slow
 def test_a_student_whose_products_are_computed_together_gives_what_one_process_gives(folder, alone):
     together = '--model_init_kwargs={"distributed_config": {"tp_size": 2}}'
     cases = [
@@ -194,6 +196,7 @@ def test_a_student_whose_products_are_computed_together_gives_what_one_process_g
         require_equal(alone / str(list(CASES).index(case)), folder / "tp" / case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["sharded", "tensor_parallel"])
 def test_processes_that_hold_one_teacher_capture_what_one_process_does(placement, folder, alone):
     options = [f"--teacher_placement={placement}", "--per_device_train_batch_size=1", "--per_device_eval_batch_size=1"]
@@ -256,6 +259,7 @@ def long_alone(folder):
     return folder / "long"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_sharded_runs_stop_on_sigterm_and_go_on_also_on_fewer_processes(engine, folder, long_alone):
     require_deepspeed(engine)
@@ -286,6 +290,7 @@ def require_close(one, other):
     assert schedules[0]["t"] == pytest.approx(schedules[1]["t"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_process_stops_everywhere_and_says_so(folder):
     lost = folder / "lost"
     process = command(folder, lost, *TWO_ROWS)
@@ -320,7 +325,7 @@ def test_a_run_that_loses_a_process_stops_everywhere_and_says_so(folder):
 )
 def test_a_start_that_cannot_be_made_is_named(arguments, message, capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert main.main(["train", *arguments]) == 2
+    assert main(["train", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -329,10 +334,11 @@ def test_a_file_that_is_none_of_accelerates_is_named(text, tmp_path, capsys, mon
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
-    assert main.main(["train", f"--accelerate_config={path}", "--num_processes=2"]) == 2
+    assert main(["train", f"--accelerate_config={path}", "--num_processes=2"]) == 2
     assert capsys.readouterr().err.startswith(f"taid: error: --accelerate_config {path}: ")
 
 
+@pytest.mark.slow
 def test_a_teacher_whose_products_cannot_be_cut_is_named(folder, tmp_path, make_model, tokenizer):
     heads, gpt2 = tmp_path / "heads", tmp_path / "gpt2"
     make_model(310, num_key_value_heads=1).save_pretrained(heads)
@@ -349,7 +355,7 @@ def test_a_teacher_whose_products_cannot_be_cut_is_named(folder, tmp_path, make_
 
 def test_a_student_is_not_sharded_as_it_is_read(folder, capsys):
     more = '--model_init_kwargs={"distributed_config": {"fsdp_size": 2}}'
-    assert main.main(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", "unused", more]) == 2
+    assert main(["train", "--config", str(folder / "recipe.yaml"), "--output_dir", "unused", more]) == 2
     assert "may give tp_size and tp_plan, not fsdp_size: a student is sharded by" in capsys.readouterr().err
 
 
@@ -363,13 +369,13 @@ def test_a_student_by_tensor_parallelism_is_for_ddp():
 def test_zero_without_deepspeed_is_named(capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda _: None)
-    assert main.main(["train", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
+    assert main(["train", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
     assert capsys.readouterr().err == "taid: error: zero3 needs DeepSpeed: pip install 'taid[zero]'\n"
 
 
 def test_a_recipe_does_not_start_processes(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("accelerate_config: fsdp2\n")
-    assert main.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
     assert "unknown key 'accelerate_config': processes are started on the command line" in capsys.readouterr().err
 
 
@@ -404,7 +410,7 @@ def test_heads_that_cannot_be_dealt_out_are_named(make_model):
 
 def test_a_process_that_was_started_starts_no_others(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert main.main(["train", "--accelerate_config", "ddp"]) == 2
+    assert main(["train", "--accelerate_config", "ddp"]) == 2
     assert "--accelerate_config starts processes of `taid train` and" in capsys.readouterr().err
 
 

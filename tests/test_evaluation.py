@@ -343,6 +343,7 @@ def test_an_adapter_is_evaluated_with_its_base(dora, tmp_path, student_folder, t
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_two_processes_share_the_rows_and_print_once(tmp_path, student_folder, teacher_folder, rows):
     data, output = rows(tmp_path / "rows.jsonl", number=7), tmp_path / "two.json"
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
@@ -548,6 +549,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_tasks_are_what_lm_eval_itself_prints(tmp_path, student_folder, task_folder):
     """Every metric, to the last digit, of the same folder by both commands."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from command_line import run_taid
 from taid import TAIDConfig, TAIDTrainer
 from taid.cli.main import main
 from taid.export import MARK, NEW_TOKENS, PROMPTS, export
@@ -280,12 +280,10 @@ def test_an_export_that_fails_leaves_the_earlier_one(student_folder, tmp_path, m
 
 @pytest.mark.cli
 def test_a_killed_export_leaves_nothing_under_its_name_and_the_next_one_works(student_folder, tmp_path):
-    command = [sys.executable, "-m", "taid", "export", str(student_folder), "--format", "gguf",
-               "--output", str(tmp_path / "out"), "--llama_cpp", str(HERE)]  # fmt: skip
-    killed = subprocess.run(command, env=os.environ | {"STAND_IN": "kill"}, check=False, timeout=120)
-    assert killed.returncode == -9
+    command = ["export", student_folder, "--format", "gguf", "--output", tmp_path / "out", "--llama_cpp", HERE]
+    assert run_taid(*command, env=os.environ | {"STAND_IN": "kill"}, timeout=120).returncode == -9
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert run_taid(*command, timeout=120).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {MARK, "student-F32.gguf"}
 

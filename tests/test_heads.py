@@ -245,6 +245,7 @@ def test_ids_cut_the_head():
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_sharded_student_and_teacher_give_what_whole_ones_give():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, Path(__file__).with_name("sharded_loss.py")], capture_output=True, text=True)

@@ -426,16 +426,13 @@ def test_a_tile_is_its_rows_one_by_one(form, case):
             assert_close(result.columns[name][row], alone.columns[name][0], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("threads", [2, 3])
 @every_case
-def test_the_number_of_threads_does_not_change_a_bit_of_the_native_form_and_only_rounding_of_the_plain_one(
-    form, case, threads
-):
+def test_the_number_of_threads_does_not_change_a_bit_of_the_native_form_and_only_rounding_of_the_plain_one(form, case):
     student, teacher = random_logits(7, 5_003)
     labels = labels_for(student)
     expected = run(form, case.task(0.7), student, teacher, labels)
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(3)
     result = run(form, case.task(0.7), student, teacher, labels)
     torch.set_num_threads(1)
 
@@ -964,7 +961,7 @@ def test_the_library_is_built_once_and_leaves_nothing_else_in_the_cache(cache):
     assert list(cache.iterdir()) == [library]
 
 
-@pytest.mark.parametrize("kept", [0, 100, 5_000, 20_000, -100])
+@pytest.mark.parametrize("kept", [0, 5_000, -100])
 def test_a_damaged_library_is_built_anew(cache, kept):
     library = c_rows._built()
     whole = library.read_bytes()

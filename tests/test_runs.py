@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command_line import Command
 from prompt_server import PromptServer
 from taid.artifacts import run_folder
 from taid.teachers.cache import Cache
@@ -47,13 +48,19 @@ def recipe(tmp_path, student_folder, teacher_folder):
 
 
 def command(*arguments, processes=1):
+    if processes == 1:
+        return Command(arguments)
     # accelerate's own --cpu starts one process only (or mpirun); --multi_gpu is its name for torchrun.
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "-m"]
-    launcher = launcher if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return by_python(
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "-m", "taid", *arguments
+    )
+
+
+def by_python(*words):
+    """A module as a user starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "taid", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        [sys.executable, "-m", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -73,15 +80,15 @@ def test_a_killed_and_resumed_run_ends_like_one_left_alone_byte_for_byte(recipe,
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     finish(command("train", "--config", recipe(alone, **options)))
 
-    process = command("train", "--config", recipe(killed, **options))
-    deadline = time.time() + 120
+    process = by_python("taid", "train", "--config", recipe(killed, **options))
+    deadline = time.time() + 300
     while run_folder_step(killed) < 8 and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (killed / "model.safetensors").exists(), "the run was over before the kill"
 
-    finish(command("train", "--config", recipe(killed, **options), "--resume_from_checkpoint"))
+    finish(by_python("taid", "train", "--config", recipe(killed, **options), "--resume_from_checkpoint"))
     assert (killed / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
     assert metrics(killed) == metrics(alone)
     states = [json.loads((f / "checkpoint-24" / "trainer_state.json").read_text()) for f in (alone, killed)]
@@ -118,10 +125,7 @@ SMALL_SHARDS = (
 
 
 def capturing(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", SMALL_SHARDS, "cache", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return Command(["cache", *arguments], code=SMALL_SHARDS)
 
 
 def test_a_killed_capture_continues_and_training_from_it_ends_like_with_the_teacher(recipe, tmp_path):
@@ -130,7 +134,7 @@ def test_a_killed_capture_continues_and_training_from_it_ends_like_with_the_teac
     path = recipe(cached, per_device_train_batch_size=1, gradient_accumulation_steps=8)
 
     process = capturing("--config", path, "--teacher_cache", folder)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while len(list(folder.glob("shards/*.safetensors"))) < 4 and time.time() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -148,6 +152,7 @@ def test_a_killed_capture_continues_and_training_from_it_ends_like_with_the_teac
     assert "teacher_cache" in (cached / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_capture_what_one_does(recipe, tmp_path):
     path = recipe(tmp_path / "run", per_device_train_batch_size=2)
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -180,6 +185,7 @@ def test_a_capture_needs_its_folder_and_no_other_at_work_in_it(recipe, tmp_path)
     assert "is in use by another taid process" in err
 
 
+@pytest.mark.slow
 def test_two_processes_ask_one_server_and_captures_from_it_need_a_folder_only(recipe, tmp_path, teacher_folder):
     model, tokenizer = (cls.from_pretrained(teacher_folder) for cls in (AutoModelForCausalLM, AutoTokenizer))
     with PromptServer(model, tokenizer, max_logprobs=-1) as server:
@@ -196,6 +202,7 @@ def test_two_processes_ask_one_server_and_captures_from_it_need_a_folder_only(re
                    "--teacher_cache", tmp_path / "cache"))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_processes_do_not_hang_a_run_from_a_cache(recipe, tmp_path):
     held_out = tmp_path / "one_row.jsonl"
     held_out.write_text(json.dumps({"text": SENTENCE}) + "\n")

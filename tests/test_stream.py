@@ -493,6 +493,7 @@ def recorded(seen, tokenizer, first, last):
 
 
 @pytest.mark.cli
+@pytest.mark.slow
 def test_two_killed_processes_see_different_rows_and_go_on_with_the_next(tmp_path, student_folder, teacher_folder):
     for i in range(2):
         write(tmp_path / f"part-{i}.jsonl.gz", texts(400, first=400 * i))
