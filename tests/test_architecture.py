@@ -169,16 +169,25 @@ def private_imports(checkout: Path) -> dict[str, int]:
 
 
 def own_options(checkout: Path) -> list[str]:
-    """The fields that TAIDConfig adds to SFTConfig's."""
-    for file in _sources(checkout).values():
-        for node in ast.walk(_tree(file)):
-            if isinstance(node, ast.ClassDef) and node.name == "TAIDConfig":
-                return [
-                    item.target.id
-                    for item in node.body
-                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-                ]
-    raise AssertionError("no class TAIDConfig")
+    """The fields that taid's classes give to TAIDConfig, beside SFTConfig's."""
+    classes = {
+        node.name: node
+        for file in _sources(checkout).values()
+        for node in ast.walk(_tree(file))
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def fields(name: str) -> Iterator[str]:
+        if node := classes.get(name):
+            for base in node.bases:
+                yield from fields(ast.unparse(base))
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    yield item.target.id
+
+    found = list(fields("TAIDConfig"))
+    assert "objective" in found, "TAIDConfig has no option `objective`: its options are looked for in the wrong place"
+    return found
 
 
 def unused_options(checkout: Path) -> dict[str, int]:
