@@ -24,6 +24,7 @@ from taid import TAIDConfig, TAIDTrainer
 from taid.artifacts import run_folder
 from taid.cli.main import main
 from taid.data import loading, stream
+from taid.data.files import file_type
 from taid.losses.fused import shifted
 from taid.teachers.sequences import sequences
 
@@ -37,7 +38,7 @@ def texts(number, name="a", first=0):
 
 def write(path, rows):
     """Write texts in the format that the path's name says."""
-    suffix = loading.file_type(path)
+    suffix = file_type(path)
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": rows, "source": ["made up"] * len(rows)}), path, row_group_size=7)
         return path

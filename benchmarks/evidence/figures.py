@@ -30,7 +30,7 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from taid.comparison.plan import METHODS
+from taid.comparison.options import METHODS
 from taid.comparison.results import MEASURES, Interval, Standing, Standings
 
 HERE = Path(__file__).parent

@@ -31,8 +31,9 @@ from taid.comparison.workers import Job, Workers
 from taid.config.data import DataArguments
 from taid.config.parsing import configured, quiet_logs
 from taid.config.training import TAIDConfig
+from taid.data.files import local_files
 from taid.data.images import has_images
-from taid.data.loading import load_rows, local_files
+from taid.data.loading import load_rows
 from taid.evaluation import evaluate
 from taid.evaluation.answers import prompted
 from taid.evaluation.options import parse as evaluation_options

@@ -18,10 +18,9 @@ from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from taid.data import images
+from taid.data.files import BUILDERS, COMPRESSIONS, file_type, local_files
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 # In the order in which a row with several of them is read; the other columns are dropped.
 _KINDS = (
     ("input_ids", "labels"),
@@ -63,7 +62,7 @@ def load_rows(
         raise ImportError(
             f"{name}: to unpack .zst files needs: pip install zstandard; streaming: true needs no package"
         )
-    builder = _BUILDERS[file_type(files[0])] if files else None
+    builder = BUILDERS[file_type(files[0])] if files else None
     check = RowCheck(text_field)
     # Text is checked line by line where it lies, because Arrow's own message names no line.
     if builder == "json":
@@ -91,7 +90,7 @@ def load(
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     try:
-        builder = _BUILDERS[file_type(files[0])] if files else load_dataset_builder(source, config).name
+        builder = BUILDERS[file_type(files[0])] if files else load_dataset_builder(source, config).name
         options = {"sample_by": "paragraph"} if builder == "text" else {}
         if files:
             paths = [glob.escape(str(path)) for path in files]
@@ -113,44 +112,9 @@ def load(
     return dataset
 
 
-def file_type(path: Path) -> str:
-    """``.jsonl`` of ``rows.jsonl`` and of ``rows.jsonl.zst``; empty where a file of this name is not read."""
-    is_compressed = path.suffix in _COMPRESSIONS
-    suffix = path.with_suffix("").suffix if is_compressed else path.suffix
-    return suffix if suffix in _BUILDERS and not (is_compressed and suffix == ".parquet") else ""
-
-
-def local_files(name: str) -> list[Path]:
-    """The files that `name` means, or none where it is a folder or a Hub name.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the files are empty, of several types, or of one that is not read.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return []
-    is_glob = glob.has_magic(name) and not path.is_file()
-    if not file_type(path) and not is_glob:
-        if path.is_file():
-            raise ValueError(f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_BUILDERS)}")
-        return []
-    files = sorted(Path(match) for match in glob.glob(str(path), recursive=True)) if is_glob else [path]
-    if not files:
-        raise FileNotFoundError(f"no file matches {name}")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"data file {file} does not exist")
-        if not file_type(file) or file_type(file) != file_type(files[0]):
-            raise ValueError(f"{name} must match files of one type among {', '.join(_BUILDERS)}; it matches {file}")
-    if all(file.stat().st_size == 0 for file in files):
-        raise ValueError(f"{name} is empty")
-    return files
-
-
 def opened(path: Path) -> BinaryIO:
     """A file as it is without its compression; nothing is unpacked to disk."""
-    compression = _COMPRESSIONS.get(path.suffix)
+    compression = COMPRESSIONS.get(path.suffix)
     return (
         io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
         if compression

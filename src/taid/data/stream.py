@@ -24,6 +24,7 @@ import numpy as np
 from datasets import IterableDataset
 
 from taid.data import images, loading
+from taid.data.files import local_files
 from taid.data.stream_sources import Files, Rows, Source
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def open_stream(
     text_field = args.dataset_text_field
     sources: list[Source] = []
     for name in names:
-        files = loading.local_files(name)
+        files = local_files(name)
         sources.append(
             Files(name, files, text_field) if files
             else Rows(name, loading.load(name, [], config, split, text_field, streaming=True))

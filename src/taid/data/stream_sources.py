@@ -16,6 +16,7 @@ from datasets import IterableDataset
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
 
 from taid.data import loading
+from taid.data.files import file_type
 
 _ROWS, _BLOCK = 1_000, 1 << 20  # of a .parquet file, and bytes of an archive, that are read at a time
 
@@ -56,7 +57,7 @@ class Files(Source):
 
     def __init__(self, name: str, files: list[Path], text_field: str) -> None:
         self.name, self.files, self.text_field = name, files, text_field
-        self.type = loading.file_type(files[0])
+        self.type = file_type(files[0])
         self._at = [0, 0, 0]  # file, byte (without compression) or row behind the last record, and its line
         for path in files:
             if self.type == ".parquet":

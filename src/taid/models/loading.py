@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, find_adapter_config_file
 
+from taid.models.folder import check_folder
 from taid.models.vocabulary import adopt_special_tokens, split_differently
 
 if TYPE_CHECKING:
@@ -244,34 +245,6 @@ def learned_positions(model: Any) -> int | None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = (module for name, module in model.named_modules() if re.search(r"wpe$|embed_positions$", name))
     return most if any(isinstance(table, torch.nn.Embedding) for table in tables) else None
-
-
-def check_folder(name_or_path: str, role: str) -> None:
-    """Say what is wrong with a local model folder before transformers does, which would ask the Hub instead."""
-    folder = Path(os.path.expanduser(name_or_path))
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or os.sep != "/"
-    if not folder.exists():
-        if looks_local and "/" in name_or_path:
-            raise ValueError(f"{role} folder {name_or_path!r} does not exist")
-        return
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{role} folder {name_or_path!r} holds no config.json: it is not a folder written by save_pretrained"
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(
-            f"{role} folder {name_or_path!r} holds no *.safetensors file. Other formats are not loaded, because "
-            "pickled weights can run code: convert with model.save_pretrained(folder)."
-        )
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{role} weights {path} are truncated or damaged ({error}): copy the file again"
-            ) from error
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from taid.config.data import DataArguments
 from taid.config.parsing import configured
 from taid.config.training import TAIDConfig
 from taid.config.values import changed
-from taid.data.loading import local_files
+from taid.data.files import local_files
 from taid.models.loading import adapter_config, load_config, load_processing_class, load_tokenizer, sees
 
 # A recipe with bf16 or tf32 would be refused on a machine without a GPU.

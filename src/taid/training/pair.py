@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from taid.config.training import TAIDConfig
+from taid.models.folder import check_folder
 from taid.models.loading import (
     adapter_config,
-    check_folder,
     load_model,
     load_processing_class,
     open_tokenizer,
