@@ -72,7 +72,33 @@ def train(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 @pytest.mark.cli
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], [], ["report", "--help"], ["demo", "--help"], ["nope"]],
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["nope"],
+        ["report", "--help"],
+        ["demo", "--help"],
+        ["export", "--help"],
+        ["train", "--help"],
+        ["cache", "--help"],
+        ["compare", "--help"],
+        ["plan", "--help"],
+        ["evaluate", "--help"],
+        ["train", "--config", "absent.yaml"],
+        ["train", "--taid_betta", "1"],
+        ["cache", "--objective", "tadi"],
+        ["plan", "--gpus", "8", "--kd_ratio", "2"],
+        ["train", "--dry_run", "--seed", "many"],
+        ["compare", "--objectives", "tadi"],
+        ["compare", "--config", "absent.yaml"],
+        ["train", "--model_name_or_path", "a", "--dataset_name", "absent.jsonl"],
+        ["train", "--model_name_or_path", "./absent", "--dataset_name", "a/b"],
+        ["train", "--accelerate_config", "ddp", "--num_processes", "2", "--skew", "2"],
+        ["evaluate", "nope"],
+        ["evaluate", "a/b", "--data", "absent.jsonl"],
+        ["evaluate", "./absent", "--data", "a/b"],
+    ],
     ids=lambda argv: " ".join(argv) or "none",
 )
 def test_what_needs_no_model_imports_nothing_heavy(argv):
@@ -113,8 +139,9 @@ def test_a_torchvision_of_another_torch_is_named(tmp_path):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "taid", "train", "--output_dir", str(tmp_path / "run")], capture_output=True, text=True,
-        env=environment,
+        [sys.executable, "-m", "taid", "train", "--model_name_or_path", "a/b", "--dataset_name", "a/b", "--output_dir",
+         str(tmp_path / "run")],
+        capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-800:]
     assert done.stderr.splitlines()[-1].startswith(

@@ -1,4 +1,4 @@
-"""Starting the processes of ``taid train`` and ``taid cache`` by ``--accelerate_config``, by accelerate's launcher."""
+"""Start the processes of ``taid train`` and ``taid cache`` by ``--accelerate_config``, with accelerate's launcher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READY = ("ddp", "fsdp2", "zero2", "zero3")
 
 
 def asked(arguments: Sequence[str]) -> bool:
-    """Whether a command line is to start processes, and is not one that was started."""
+    """Return whether a command line is to start processes, and is not one that was started."""
     return "LOCAL_RANK" not in os.environ and any(a.split("=")[0] == "--accelerate_config" for a in arguments)
 
 
@@ -27,16 +27,16 @@ def launch(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: there is no such file, or it cannot be used here.
     """
+    values, command = split(arguments)
+    if values["accelerate_config"] in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"{values['accelerate_config']} needs DeepSpeed: pip install 'taid[zero]'")
+    path = config_file(values.pop("accelerate_config"))
     import accelerate.commands.launch as accelerate_launch
     import torch
     import yaml
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    values, command = split(arguments)
-    if values["accelerate_config"] in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"{values['accelerate_config']} needs DeepSpeed: pip install 'taid[zero]'")
-    path = config_file(values.pop("accelerate_config"))
     if "num_processes" not in values and not torch.accelerator.is_available():
         raise ValueError("without a GPU say how many processes --accelerate_config starts: --num_processes 2")
     options = [f"--{name}={value}" for name, value in values.items()]
@@ -72,7 +72,7 @@ def _status(rank: int, code: int) -> int:
 
 
 def split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The options of the launcher, and the command line of each process."""
+    """Return the options of the launcher, and the command line of each process."""
     from taid.config.arguments import LAUNCHER
 
     values: dict[str, str] = {}

@@ -1,6 +1,7 @@
-"""The command line: ``taid train``, ``taid cache``, ``taid plan``, ``taid evaluate``, ``taid report``, ``taid demo``.
+"""The command line: each command's words, and the exit status of the process.
 
-Heavy imports wait until a command needs them, so that ``taid --help`` answers at once.
+Heavy imports wait until a command needs them, and until its options have been checked without them, so that help and
+most mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,22 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # It warns of a kernel that it lacks, in every command where it is installed, and in 8 bits of a cast a product.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        if arguments[:1] in (["train"], ["cache"]) and launcher.asked(arguments):
-            return launcher.launch(arguments)
-        if any(argument.partition("=")[0] == "--accelerate_config" for argument in arguments):
-            raise ValueError(
-                "--accelerate_config starts processes of `taid train` and `taid cache`, and no others: not those of "
-                "another command (`taid plan` shows all engines), nor below torchrun or accelerate launch"
-            )
-        # Their options come from TRL and transformers, which take seconds to import.
-        if arguments[:1] in (["train"], ["cache"], ["plan"], ["compare"]):
-            return {"train": train, "cache": cache, "plan": plan, "compare": compare}[arguments[0]](arguments[1:])
-        options = _parser().parse_args(arguments)
-        if options.command is None:
-            _parser().print_help()
-        else:
-            options.run(options)
-        return 0
+        return _run(arguments)
     except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
         cause = _not_importable(error) or engines.lost(error)
         if isinstance(error, RuntimeError) and cause is None:
@@ -70,8 +56,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] in (["train"], ["cache"]) and launcher.asked(arguments):
+        command, *argv = launcher.split(arguments)[1]
+        _screen(argv, command)
+        return launcher.launch(arguments)
+    if any(argument.partition("=")[0] == "--accelerate_config" for argument in arguments):
+        raise ValueError(
+            "--accelerate_config starts processes of `taid train` and `taid cache`, and no others: not those of "
+            "another command (`taid plan` shows all engines), nor below torchrun or accelerate launch"
+        )
+    # Their options are also TRL's and transformers', of which argparse knows nothing.
+    if arguments[:1] in (["train"], ["cache"], ["plan"], ["compare"]):
+        command, *argv = arguments
+        _screen(argv, command)
+        return {"train": train, "cache": cache, "plan": plan, "compare": compare}[command](argv)
+    options = _parser().parse_args(arguments)
+    if options.command is None:
+        _parser().print_help()
+    else:
+        options.run(options)
+    return 0
+
+
+def _screen(argv: Sequence[str], command: str) -> None:
+    """Answer ``--help`` and every mistake that can be seen without torch, which takes seconds to import.
+
+    Where the libraries are loaded already, the command itself sees them as soon.
+    """
+    if "trl" in sys.modules:
+        return
+    from taid.config.screen import screen
+
+    group, is_tried = None, command == "plan" or "--dry_run" in argv
+    if command == "compare":
+        from taid.comparison import options as comparison
+
+        group, (_, argv) = comparison.own_options()[1], comparison.options_of(argv)
+    elif is_tried:
+        argv = _without_devices([argument for argument in argv if argument != "--dry_run"])
+    found = screen([argument for argument in argv if argument != "--repair"], command, group)
+    if found is None or is_tried:  # what is planned or tried may be of another machine
+        return
+    model, data, args = found
+    is_elsewhere = args.teacher_server_url is not None or (args.teacher_cache is not None and command != "cache")
+    is_loaded = args.distillation_share > 0 and not is_elsewhere
+    teacher = args.teacher_model_name_or_path if is_loaded else None
+    _check_places([*data.names, data.eval_dataset_name], [("student", model.model_name_or_path), ("teacher", teacher)])
+
+
+def _without_devices(argv: Sequence[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus", nargs="?")
+    parser.add_argument("--gpu_memory", nargs="?")
+    return parser.parse_known_args(argv)[1]
+
+
+def _check_places(rows: Iterable[str | None], models: Iterable[tuple[str, str | None]]) -> None:
+    """Check that files of rows and folders of models are there, each where its name is given."""
+    from taid.data.files import local_files
+    from taid.models.folder import check_folder
+
+    for name in filter(None, rows):
+        local_files(name)
+    for role, place in models:
+        if place is not None:
+            check_folder(place, role)
+
+
 def _not_importable(error: Exception) -> str | None:
-    """What is wrong where transformers says only that a module of its own could not be imported."""
+    """Return what is wrong where transformers says only that a module of its own could not be imported."""
     if "Could not import module" not in str(error):
         return None
     try:
@@ -126,13 +180,14 @@ def compare(argv: Sequence[str]) -> int:
     """``taid compare``: compare methods x seeds of one recipe, from one start on the same batches, in one table."""
     from rich.console import Console
 
-    from taid.comparison import plan as methods
+    from taid.comparison import options as comparison
     from taid.comparison import results, runner
+    from taid.comparison.plan import Plan
     from taid.config.parsing import configured
 
-    options, arguments = methods.options_of(argv)
-    recipe = configured(arguments, "compare", methods.own_options()[1])
-    plan = methods.Plan.of(options, arguments, *recipe)
+    options, arguments = comparison.options_of(argv)
+    recipe = configured(arguments, "compare", comparison.own_options()[1])
+    plan = Plan.of(options, arguments, *recipe)
     try:
         found = runner.compare(plan, *recipe[1:])
     except (KeyboardInterrupt, SystemExit):
@@ -209,18 +264,14 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    evaluation_options.check(options)  # before the libraries are imported, which takes seconds
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
+    evaluation_options.check(options)
+    if options.data is not None:
+        models = [("student", options.model), ("teacher", options.teacher), ("student", options.before)]
+        _check_places([options.data], models)
+    from taid.config.parsing import quiet_logs
     from taid.evaluation.evaluate import run
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; no user can act on them
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("taid").setLevel(logging.INFO)
+    quiet_logs()
     run(options)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 
 def check_folder(name_or_path: str, role: str) -> None:
     """Check a model's folder before transformers does, which would ask the Hub for one that is not there.
@@ -34,6 +32,8 @@ def check_folder(name_or_path: str, role: str) -> None:
             f"{role} folder {name_or_path!r} holds no *.safetensors file. Other formats are not loaded, because "
             "pickled weights can run code: convert with model.save_pretrained(folder)."
         )
+    from safetensors import SafetensorError, safe_open
+
     for path in weights:
         try:
             with safe_open(path, framework="np"):
