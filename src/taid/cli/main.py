@@ -94,7 +94,7 @@ def _screen(argv: Sequence[str], command: str) -> None:
 
         group, (_, argv) = comparison.own_options()[1], comparison.options_of(argv)
     elif is_tried:
-        argv = _without_devices([argument for argument in argv if argument != "--dry_run"])
+        argv = _devices([argument for argument in argv if argument != "--dry_run"])[2]
     found = screen([argument for argument in argv if argument != "--repair"], command, group)
     if found is None or is_tried:  # what is planned or tried may be of another machine
         return
@@ -103,13 +103,6 @@ def _screen(argv: Sequence[str], command: str) -> None:
     is_loaded = args.distillation_share > 0 and not is_elsewhere
     teacher = args.teacher_model_name_or_path if is_loaded else None
     _check_places([*data.names, data.eval_dataset_name], [("student", model.model_name_or_path), ("teacher", teacher)])
-
-
-def _without_devices(argv: Sequence[str]) -> list[str]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpus", nargs="?")
-    parser.add_argument("--gpu_memory", nargs="?")
-    return parser.parse_known_args(argv)[1]
 
 
 def _check_places(rows: Iterable[str | None], models: Iterable[tuple[str, str | None]]) -> None:
@@ -210,19 +203,24 @@ def plan(argv: Sequence[str]) -> int:
 
 def _recipe(argv: Sequence[str], command: str) -> tuple[Recipe, list[str]]:
     """Return a recipe with the devices that it is planned for, and the arguments that make it one for this CPU."""
+    from taid.config.arguments import config_file
+    from taid.planning.recipe import read_recipe
+
+    gpus, gpu_memory, arguments = _devices(argv)
+    return read_recipe(*config_file(arguments), command, gpus=gpus, gpu_memory=gpu_memory)
+
+
+def _devices(argv: Sequence[str]) -> tuple[int | None, float, list[str]]:
+    """Return the number of GPUs that is planned for, the memory of each in GB, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpus", nargs="?")
     parser.add_argument("--gpu_memory", nargs="?", default="80")
-    parser.add_argument("--config", type=Path, nargs="?")
     known, rest = parser.parse_known_args(argv)
     if known.gpus is not None and not known.gpus.isdecimal():
         raise ValueError(f"--gpus must be a number, 0 for a CPU, got {known.gpus!r}")
     if not re.fullmatch(r"\d*\.?\d+", known.gpu_memory or "") or not float(known.gpu_memory):
         raise ValueError(f"--gpu_memory is that of a GPU in GB, like 80, got {known.gpu_memory!r}")
-    from taid.planning.recipe import read_recipe
-
-    gpus = None if known.gpus is None else int(known.gpus)
-    return read_recipe(known.config, rest, command, gpus=gpus, gpu_memory=float(known.gpu_memory))
+    return None if known.gpus is None else int(known.gpus), float(known.gpu_memory), rest
 
 
 def train(argv: Sequence[str]) -> int:
