@@ -157,11 +157,11 @@ def main() -> None:
 
 def planned(folder: Path, case: dict[str, object]) -> dict[str, float]:
     """What `taid plan` says that a process holds."""
-    from taid.cli.main import _planned
+    from taid.cli.main import _recipe
     from taid.planning.footprint import Layout, size
     from taid.planning.plan import footprint_of
 
-    recipe, _ = _planned(options(folder, case), "plan")
+    recipe, _ = _recipe(options(folder, case), "plan")
     student, teacher = size(recipe.config("student"), peft_config=recipe.adapter), size(recipe.config("teacher"))
     layout = Layout(str(case.get("engine", "none")), str(case.get("teacher_placement", "replicated")),
                     2 if "engine" in case else 1)  # fmt: skip
