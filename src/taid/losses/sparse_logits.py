@@ -108,7 +108,7 @@ class TopK:
     def _log_probs(self, dtype: torch.dtype) -> Tensor:
         return torch.cat([self.log_probs, self.log_rest[:, None]], -1).to(dtype).clamp_(min=LOG_ZERO)
 
-    def _add_to(self, block: _Block, task: RowTask) -> None:
+    def add_to(self, block: _Block, task: RowTask) -> None:
         r"""Add the teacher's part to a block, from g, the gradient on the log-probabilities of the k + 1 outcomes.
 
         g sums to 0, and so
@@ -198,7 +198,8 @@ class Sampled:
         log_q_NS = student_NV.log_softmax(-1).gather(-1, self.ids)
         return -(self.weights * log_q_NS).sum(-1) - self.entropy
 
-    def _add_to(self, block: _Block, task: RowTask) -> None:
+    def add_to(self, block: _Block, task: RowTask) -> None:
+        """Add the samples' part to a block; the gradient is q minus the samples' weights."""
         share, weights = task.kd_ratio, self.weights.to(block.z.dtype)
         log_q = block.z.gather(-1, self.ids).sub_(block.log_normaliser)
         block.columns["kl"].copy_(-(weights * log_q).sum(-1) - self.entropy)
@@ -257,7 +258,7 @@ def sparse_rows(
         columns = dict(zip(COLUMNS, columns_MK[chunk].zero_().unbind(-1), strict=True))
         columns["teacher_cross_entropy"].copy_(-listed.label_log_probs)
         log_normaliser = row_of(z, q, label, columns)
-        listed._add_to(_Block(z, q, log_normaliser, columns, (scratch[0], scratch[1])), task)
+        listed.add_to(_Block(z, q, log_normaliser, columns, (scratch[0], scratch[1])), task)
         if gradient is None:
             continue
         q.scatter_add_(-1, label, torch.full_like(label, task.kd_ratio - 1, dtype=q.dtype))
