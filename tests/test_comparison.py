@@ -412,12 +412,11 @@ def test_what_was_generated_to_other_prompts_does_not_stay_in_a_result(tmp_path,
     result = tmp_path / "taid-seed0.json"
     result.write_text(json.dumps({"run": "taid-seed0", "generate": 4, "generations": {"rouge_l": 0.5}}))
 
-    def evaluate(argv):
-        Path(argv[-1]).write_text(json.dumps({"held_out": {"student": {"cross_entropy": 1.0}}}))
-        return 0
+    def evaluate(options):
+        options.output.write_text(json.dumps({"held_out": {"student": {"cross_entropy": 1.0}}}))
 
-    monkeypatch.setattr(main, "main", evaluate)
-    runner._test(["model"], result, 0)
+    monkeypatch.setattr("taid.evaluation.evaluate.run", evaluate)
+    runner._test(["model", "--data", "rows.jsonl"], result, 0)
 
     found = json.loads(result.read_text())
     assert found["held_out"] == {"cross_entropy": 1.0}
@@ -493,7 +492,7 @@ def test_a_difference_is_taken_seed_by_seed_and_so_is_free_of_what_seeds_do_to_b
     taid = found.methods[1]
     assert math.isclose(taid.differences["cross_entropy"].mean, -0.09, rel_tol=1e-9)
     assert math.isclose(taid.differences["cross_entropy"].half, 4.302652729911275 * 0.01 / math.sqrt(3), rel_tol=1e-9)
-    assert taid.evaluation.metrics["cross_entropy"].half > 20
+    assert taid.measures["cross_entropy"].half > 20
 
 
 def test_the_opening_names_the_lowest_and_those_that_the_seeds_cannot_tell_from_it():

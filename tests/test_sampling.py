@@ -212,7 +212,7 @@ def test_steps_micro_batches_seeds_and_processes_draw_other_answers_and_the_same
     again = trainer.sampler.replaced([batch, batch], counts)
     trainer.state.global_step = 1
     later = trainer.sampler.replaced([batch], counts)
-    other_seed = make(sampling_share=1.0, seed=43).sampling.replaced([batch], counts)
+    other_seed = make(sampling_share=1.0, seed=43).sampler.replaced([batch], counts)
     answers = [prompts_and_answers(made) for made in (*of_step, *later, *other_seed)]
     assert all(a != b for i, a in enumerate(answers) for b in answers[:i])
     assert [prompts_and_answers(made) for made in again] == answers[:2]
@@ -273,7 +273,7 @@ def counted(make, monkeypatch):
     """A trainer whose sampled answers are the data set's, and are counted."""
 
     def counted(**options):
-        trainer, sampling = (made := make(**options)), made.sampling
+        trainer, sampling = (made := make(**options)), made.sampler
         trainer.state.max_steps = 1_000
         sampling.times = 0
 

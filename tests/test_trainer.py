@@ -27,8 +27,7 @@ from taid import TAIDConfig, TAIDSchedule, TAIDTrainer, objectives
 from taid.artifacts import run_folder
 from taid.losses.objective_table import OBJECTIVES
 from taid.losses.schedules import AutoSchedule, CurriculumTemperature
-from taid.training import resume
-from taid.training import trainer as trainer_module
+from taid.training import resume, upstream
 from taid.training.callbacks import StepProgress
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen; the hallway smelt of boiled cabbage."
@@ -743,7 +742,7 @@ def test_after_its_last_row_a_stream_goes_on_with_its_first(tmp_path, student_fo
 
 
 def test_prompts_that_end_within_a_token_are_warned_of_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(trainer_module._SEAM_ONCE, "is_said", False)
+    monkeypatch.setattr(upstream._SEAM_ONCE, "is_said", False)
     models = {name: str(resources.files("taid") / "assets" / name) for name in ("student", "teacher")}
     seams = [("def wri", "te(self):"), ("    retu", "rn self"), ("impo", "rt os, sys"), ("class Te", "st:")]
     rows = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in seams])
