@@ -53,7 +53,8 @@ RECIPE = {
 RECORDING = """
 import json, os, re, sys
 from taid.cli.main import main
-from taid.teachers.sequences import sequences, shifted
+from taid.losses.fused import shifted
+from taid.teachers.sequences import sequences
 from taid.training.trainer import TAIDTrainer
 training_step = TAIDTrainer.training_step
 def recording(self, model, inputs, *rest):
