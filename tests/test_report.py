@@ -247,4 +247,4 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert report._duration(seconds) == words
+    assert report.duration(seconds) == words

@@ -28,7 +28,7 @@ from taid.artifacts.run_folder import (
     read_metrics,
     write_atomically,
 )
-from taid.artifacts.tables import task_table
+from taid.artifacts.tables import duration, task_table
 from taid.losses.objective_table import OBJECTIVES
 from taid.losses.schedules import AutoSchedule, TAIDSchedule, auto_alpha
 
@@ -210,7 +210,7 @@ def opening(run: Run) -> str:
     else:
         what += f" and has stopped at step {run.last_step:,} of {run.total_steps:,} (unfinished or still running)"
     if seconds := run.series("seconds"):
-        what += f" {'and' if finished else 'after'} {_duration(seconds[-1][1])}"
+        what += f" {'and' if finished else 'after'} {duration(seconds[-1][1])}"
     return f"{what}: {'; '.join(_outcome(run))}."
 
 
@@ -250,13 +250,6 @@ def _gap(run: Run, prefix: str, student: Series) -> str:
     if share < 0:
         return f", which moved away from the teacher ({teacher:.3f}) by {percent} of the gap"
     return f", which closed {percent} of the gap to the teacher ({teacher:.3f})"
-
-
-def _duration(seconds: float) -> str:
-    if round(seconds) < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _plot_t(run: Run) -> Plot:
@@ -396,7 +389,7 @@ _QUANTITIES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     ("grad_norm", "gradient norm", "{:.3g}".format, ""),
     ("num_tokens", "trained on", "{:,.0f}".format, "tokens"),
     ("tokens_per_second", "speed", "{:,.0f}".format, "tokens per second"),
-    ("seconds", "wall time", _duration, ""),
+    ("seconds", "wall time", duration, ""),
 )
 
 

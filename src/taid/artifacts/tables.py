@@ -208,3 +208,11 @@ def _speed_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[st
         shown = "" if value is None else f"{value / unit:,.4g}" if value / unit < 1000 else f"{value / unit:,.0f}"
         cells.append(shown if times is None else f"{shown} ({times:.2f}x)")
     return cells
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if round(seconds) < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

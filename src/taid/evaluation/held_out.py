@@ -8,7 +8,6 @@ The trainers here never train. :func:`_evaluating` builds one; each function bel
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from taid.config.training import TAIDConfig
+from taid.config.values import changed
 from taid.data import vision_collator
 from taid.evaluation.metrics import TokenSums
 from taid.models.loading import tokenizer_of
@@ -163,8 +163,7 @@ def quantization_change(
     Raises:
         ValueError: the rows have no trained token, or the loss in fewer bits is not finite.
     """
-    args = copy.copy(args)
-    args.objective = "reverse_kl"  # that is KL(p || p'), with p in the student's place
+    args = changed(args, objective="reverse_kl")  # that is KL(p || p'), with p in the student's place
     trainer = _evaluating(teacher, tokenizer, rows, args, quantized_teacher, teacher_tokenizer)
     found, more = _evaluated(trainer)
     cross_entropy, kl = found["eval_teacher_cross_entropy"], found["eval_loss"]
@@ -188,8 +187,7 @@ def teacher_loss_of_samples(
     rows = Dataset.from_list(
         [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in samples]
     )
-    args = copy.copy(args)
-    args.max_length, args.assistant_only_loss, args.chat_template_path = None, False, None
+    args = changed(args, max_length=None, assistant_only_loss=False, chat_template_path=None)
     trainer = _evaluating(student, tokenizer, rows, args, teacher, teacher_tokenizer)
     return float(trainer.evaluate(trainer.train_dataset)["eval_teacher_cross_entropy"])
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from taid.artifacts.tables import duration
 from taid.config.training import TAIDConfig
 from taid.data import images
 from taid.losses.fused import shifted
@@ -202,18 +203,13 @@ def _announce(source: _Source, folder: Path) -> int:
     free = shutil.disk_usage(folder).free
     if accelerator.is_main_process:
         size = f"{each:,.0f} bytes each: {total * each / 1e6:,.1f} MB"
-        about = f", about {_duration(seconds)}" if total else ""
+        about = f", about {duration(seconds)}" if total else ""
         print(f"{folder}: {total:,} trained tokens to capture, {size}{about}", flush=True)
     if total * each > free:
         raise OSError(
             f"the teacher cache needs {total * each / 1e6:,.0f} MB, but {folder} has {free / 1e6:,.0f} MB left"
         )
     return missing
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (
-        f"{seconds / 3600:.1f} h")  # fmt: skip
 
 
 def _write_missing(source: _Source, batches: Iterable[dict[str, Any]], folder: Path, bar: Any) -> None:
