@@ -1,4 +1,4 @@
-"""Vision-language pairs: one number a step, the same images for both, images never trained on, and no blind run."""
+"""Vision-language pairs: one number a step, the same images for both, images never trained on, always used."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def steps(trainer):
 def collator(architecture="llava", teacher=None, processor=None, max_length=None, skip=False, **options):
     processor = processor or make_processor(architecture)
     of_trl = DataCollatorForVisionLanguageModeling(processor, max_length=max_length, **options)
-    vocabulary = Vocabulary.of(processor.tokenizer, 10_000)
+    vocabulary = Vocabulary.from_tokenizer(processor.tokenizer, 10_000)
     return vision_collator.Collator(of_trl, teacher or processor, vocabulary, skip=skip)
 
 
@@ -246,7 +246,7 @@ def test_an_ending_that_touches_an_image_is_trained():
     image, end, text = collate.image_ids[0], 2, 70
     ids = torch.tensor([[text, end, image, image, 1, text, image], [image, text, 1, end, text, text, text]])
     of_images = [[False, False, True, True, True, False, True], [True, False, False, False, False, False, False]]
-    assert collate.of_images(ids).tolist() == of_images
+    assert collate.image_tokens(ids).tolist() == of_images
 
 
 def test_only_the_completion_is_trained_where_there_is_one():
@@ -365,7 +365,7 @@ def test_a_cache_of_rows_with_images_is_refused_before_anything_is_written(tmp_p
 
 
 def test_a_model_that_cannot_see_is_refused(tmp_path, make_model, tokenizer):
-    with pytest.raises(ValueError, match=r"the rows have images, but the teacher .* sees none"):
+    with pytest.raises(ValueError, match=r"the rows have images, but the teacher .* takes none"):
         make(tmp_path, teacher=make_model(300), teachers=tokenizer)
 
 
@@ -375,10 +375,10 @@ def test_a_vision_language_pair_trains_on_text_alone(tmp_path):
     assert losses[-1][0] < losses[0][0]
 
 
-# --- blind runs -------------------------------------------------------------------------------------------------------
+# --- images unused ---------------------------------------------------------------------------------------------------
 
 
-def blind(model):
+def without_pixels(model):
     """Images come to nothing: what a processor that drops pixels, or a broken merge, does."""
     with torch.no_grad():
         for weight in model.model.multi_modal_projector.parameters():
@@ -388,10 +388,11 @@ def blind(model):
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_blind_model_is_found_before_the_first_step(tmp_path, role, fused):
-    model = blind(make_vision_model("llava", make_processor("llava")))
+def test_a_model_that_does_not_use_its_images_is_found_before_the_first_step(tmp_path, role, fused):
+    model = without_pixels(make_vision_model("llava", make_processor("llava")))
     trainer = make(tmp_path, **{role: model}, fused=fused)
-    with pytest.raises(ValueError, match=f"the {role} is blind: its loss of the first 4 rows is .* nats a token"):
+    message = f"the {role} does not use its images: its loss of the first 4 rows is .* nats a token"
+    with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -406,7 +407,7 @@ def test_images_that_are_not_attended_to_are_found(tmp_path):
         return batch
 
     trainer.data_collator.collator = without_attention
-    with pytest.raises(ValueError, match="is blind"):
+    with pytest.raises(ValueError, match="does not use its images"):
         trainer.train()
 
 
@@ -429,7 +430,7 @@ def test_rows_of_one_text_are_no_false_alarm(tmp_path):
     make(tmp_path, rows=rows, max_steps=1).train()
 
 
-def test_rows_whose_answers_are_cut_off_are_not_what_sight_is_tested_on(tmp_path):
+def test_rows_whose_answers_are_cut_off_are_not_what_the_use_of_images_is_tested_on(tmp_path):
     cut = [{"images": [picture(i)], "prompt": "<image>" + "a" * 60, "completion": " alpha"} for i in range(5)]
     good = [{"images": [picture(i)], "prompt": "<image>", "completion": f" {word}"} for i, word in enumerate(WORDS)]
     losses = steps(make(tmp_path / "some", rows=cut + good, max_length=40, max_steps=1))

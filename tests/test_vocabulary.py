@@ -88,16 +88,16 @@ def test_a_token_beyond_the_rows_of_either_model_is_not_shared(tokenizer):
 
 
 def test_one_tokenizer_alone_has_the_ids_that_its_model_can_predict(tokenizer):
-    assert Vocabulary.of(tokenizer, 308).ids == tuple(range(300))
-    assert Vocabulary.of(tokenizer, 290).ids == tuple(range(290))
+    assert Vocabulary.from_tokenizer(tokenizer, 308).ids == tuple(range(300))
+    assert Vocabulary.from_tokenizer(tokenizer, 290).ids == tuple(range(290))
 
 
 def test_ids_with_holes_are_shared_without_the_holes(edited):
     with_holes = edited(with_ids(lambda i: i if i < 100 else i + 7))
     expected = (*range(100), *range(107, 307))
     assert shared(with_holes, with_holes, 320, 308).ids == expected
-    assert Vocabulary.of(with_holes, 320).ids == expected
-    assert Vocabulary.of(with_holes, 200).ids == (*range(100), *range(107, 200))
+    assert Vocabulary.from_tokenizer(with_holes, 320).ids == expected
+    assert Vocabulary.from_tokenizer(with_holes, 200).ids == (*range(100), *range(107, 200))
     assert not shared(with_holes, with_holes, 320, 308).is_prefix
 
 

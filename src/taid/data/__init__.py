@@ -1,1 +1,1 @@
-"""From a file to a batch."""
+"""Load data, from a file to a batch."""

@@ -1,4 +1,4 @@
-"""Which files of rows a name means. No library is needed for it, so that a missing file is named at once."""
+"""Find the files that a data set name means. It needs no library, so that a missing file is reported at once."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def file_type(path: Path) -> str:
-    """Return ``.jsonl`` for ``rows.jsonl`` and for ``rows.jsonl.zst``; "" if a file of this name is not read."""
+    """Return the suffix without compression, ``.jsonl`` for ``rows.jsonl.zst``; "" if the type is not supported."""
     is_compressed = path.suffix in COMPRESSIONS
     suffix = path.with_suffix("").suffix if is_compressed else path.suffix
     return suffix if suffix in BUILDERS and not (is_compressed and suffix == ".parquet") else ""
 
 
 def local_files(name: str) -> list[Path]:
-    """Return the files that `name` means, or none where it is a folder or a Hub name.
+    """Return the files that `name` means; none if it is a folder or a Hub name.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the files are empty, of several types, or of one that is not read.
+        ValueError: the files are empty, of several types, or of a type that is not supported.
     """
     path = Path(name).expanduser()
     if path.is_dir():

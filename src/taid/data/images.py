@@ -1,4 +1,4 @@
-"""Rows with images: found and named where they cannot be read, decoded one batch at a time, exchanged for a test."""
+"""Rows with images: find unreadable ones, decode them one batch at a time, and exchange images for a test."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("images", "image")
 PLACE = "taid_place"
-"""The column that names a row in messages."""
+"""Column with the place of a row, for messages."""
 
 _ERRORS = (OSError, SyntaxError, ValueError, Pixels.DecompressionBombError, Pixels.DecompressionBombWarning)
 
 
 def has_images(dataset: Any) -> bool:
-    """Whether its rows have a column of images."""
+    """Return whether the rows have a column of images."""
     return any(column in COLUMNS for column in getattr(dataset, "column_names", None) or ())
 
 
 def with_paths(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Places and rows of JSON as they are; a ValueError where their images are anything but paths."""
+    """Yield places and rows of JSON unchanged; raise a ValueError for images that are not paths."""
     for place, row in rows:
         image, images = (row.get("image"), row.get("images")) if isinstance(row, dict) else (None, None)
         if not isinstance(image, str | None):
@@ -41,7 +41,7 @@ def with_paths(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def prepared_sets(train: Dataset, held_out: Any, *, skip: bool) -> tuple[Dataset, Any]:
-    """Return training rows and held-out rows (one set, a dict of several, or None), :func:`prepared`."""
+    """Return training and held-out rows (one set, a dict of several, or None), each :func:`prepared`."""
     if isinstance(held_out, dict):
         found: Any = {name: prepared(rows, f"the {name} data set", skip=skip) for name, rows in held_out.items()}
     else:
@@ -52,19 +52,19 @@ def prepared_sets(train: Dataset, held_out: Any, *, skip: bool) -> tuple[Dataset
 def prepared(
     dataset: Dataset, name: str, *, places: list[str] | None = None, folder: Path | None = None, skip: bool = False
 ) -> Dataset:
-    """Give each row its place, and see that its image files are there.
+    """Give each row its place, and check that its image files can be opened.
 
-    Files are opened as far as their headers; images that lie in the rows themselves are read in training.
+    Only the headers of files are read. Images that are stored in the rows are decoded in training.
 
     Args:
         dataset: rows with ``image`` or ``images``: paths, or what datasets' ``Image`` feature holds; or with neither.
-        name: of the data set, for the places.
-        places: where each row stands; by default its number in `name`.
-        folder: what relative paths begin at.
-        skip: leave out rows whose images cannot be read, and say how many.
+        name: the name of the data set, for the places.
+        places: the place of each row; by default its number in `name`.
+        folder: the folder that relative paths start from.
+        skip: leave out rows whose images cannot be read, and log how many.
 
     Returns:
-        The rows, their images not decoded, so that a broken one can be named.
+        The rows with undecoded images, so that a broken one can be named.
 
     Raises:
         ValueError: an image cannot be read; names the row, the file and the remedy.
@@ -107,7 +107,7 @@ def _readable(dataset: Dataset, columns: list[str], *, skip: bool) -> Dataset:
     errors: dict[int, ValueError] = {}
     for number, row in enumerate(dataset.select_columns([*columns, PLACE])):
         try:
-            for image in of(row):
+            for image in images_in(row):
                 if image.get("bytes") is None:
                     _open(image, row[PLACE])
         except ValueError as error:
@@ -121,19 +121,19 @@ def _readable(dataset: Dataset, columns: list[str], *, skip: bool) -> Dataset:
     return dataset.select([i for i in range(len(dataset)) if i not in errors]) if errors else dataset
 
 
-def of(row: dict[str, Any]) -> list[Any]:
-    """The images of a row, which may have none."""
+def images_in(row: dict[str, Any]) -> list[Any]:
+    """Return the images of a row; the list may be empty."""
     return [image for image in (*(row.get("images") or ()), row.get("image")) if image is not None]
 
 
 def decoded(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a list of RGB images under ``images``.
+    """Return the row with a list of RGB images under ``images``.
 
     Raises:
-        ValueError: one cannot be read, or is so large that it may be an attack; names the row, the file, the remedy.
+        ValueError: an image cannot be read, or is so large that it may be an attack; names row, file and remedy.
     """
     place = row.get(PLACE, "a row")
-    images = [image if isinstance(image, Pixels.Image) else _open(image, place, load=True) for image in of(row)]
+    images = [image if isinstance(image, Pixels.Image) else _open(image, place, load=True) for image in images_in(row)]
     rest = {column: value for column, value in row.items() if column not in COLUMNS}
     return rest | {"images": [_as_rgb(ImageOps.exif_transpose(image), place) for image in images]}
 
@@ -164,10 +164,9 @@ def _open(image: Any, place: str, *, load: bool = False) -> Pixels.Image:
 
 
 def exchanged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Decoded rows, each image replaced by the next one of another row, in its own size.
+    """Return decoded rows in which each image is replaced by one of another row, resized to the same size.
 
-    So the text, and how many places an image takes in it, stays what it was. Where all rows show the same, colours are
-    inverted instead.
+    The text and the number of image tokens stay the same. If all rows have the same image, its colours are inverted.
     """
     images = [(number, image) for number, row in enumerate(rows) for image in row["images"]]
 
@@ -182,5 +181,5 @@ def exchanged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def inverted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Decoded rows with each image in negative, so that none is what it was."""
+    """Return decoded rows in which the colours of each image are inverted."""
     return [row | {"images": [ImageOps.invert(image) for image in row["images"]]} for row in rows]

@@ -1,4 +1,4 @@
-"""From a file, glob, folder or Hub name to the rows that TRL takes; a bad row is found and named before training."""
+"""Load the rows that TRL takes from a file, glob, folder or Hub name; a bad row is found before training."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def load_rows(
 def load(
     name: str, files: list[Path], config: str | None, split: str, text_field: str, *, streaming: bool = False
 ) -> Any:
-    """What `datasets` makes of a name; with `streaming` an ``IterableDataset``."""
+    """Load a name with `datasets`; return an ``IterableDataset`` if `streaming` is true."""
     folder = Path(name).expanduser()
     source = str(folder) if folder.is_dir() else name
     try:
@@ -113,7 +113,7 @@ def load(
 
 
 def opened(path: Path) -> BinaryIO:
-    """A file as it is without its compression; nothing is unpacked to disk."""
+    """Open a file for reading without its compression; nothing is unpacked to disk."""
     compression = COMPRESSIONS.get(path.suffix)
     return (
         io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
@@ -123,7 +123,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def numbered_lines(file: BinaryIO, path: Path, number: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The lines that are left in a file, and the number of each; `number` have been read."""
+    """Yield the remaining lines of a file with their numbers; `number` lines have been read already."""
     try:
         for line in file:
             number += 1
@@ -133,7 +133,7 @@ def numbered_lines(file: BinaryIO, path: Path, number: int = 0) -> Iterator[tupl
 
 
 def decoded(line: bytes, place: str) -> str:
-    """A line as text."""
+    """Return a line as text."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -141,7 +141,7 @@ def decoded(line: bytes, place: str) -> str:
 
 
 def json_row(line: bytes, place: str) -> Any:
-    """What a line of JSON Lines holds."""
+    """Parse a line of JSON Lines."""
     text = decoded(line, place)
     try:
         row = json.loads(text)
@@ -155,14 +155,14 @@ def json_row(line: bytes, place: str) -> Any:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Each line of a text file with its number, from 1."""
+    """Yield each line of a text file with its number, starting at 1."""
     with opened(path) as file:
         for number, line in numbered_lines(file, path):
             yield number, decoded(line, f"{path}, line {number}")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a JSON Lines file or a JSON array, with the place where it stands."""
+    """Yield each row of a JSON Lines file or a JSON array with its place."""
     beginning = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
     if file_type(path) == ".json" and beginning.startswith("["):
         content = "".join(line for _, line in _lines(path))
@@ -179,18 +179,18 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _arrow_rows(name: str, dataset: Dataset) -> Iterator[tuple[str, Any]]:
-    """Each row with its place. Arrow gives a column that a row lacks as None."""
+    """Yield each row with its place. Arrow represents a missing column as None."""
     for number, row in enumerate(dataset):
         yield f"{name}, row {number}", without_none(row)
 
 
 def without_none(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's without the columns that it lacks."""
+    """Return a row of Arrow's without the columns that are missing in it."""
     return {column: value for column, value in row.items() if value is not None}
 
 
 class RowCheck:
-    """Checks rows one by one, and that all are of one form; the trainer takes the first row's for those of all.
+    """Check rows one by one, and that all have the same form: the trainer assumes the form of the first row.
 
     Args:
         text_field: the column that holds plain text.
@@ -203,10 +203,10 @@ class RowCheck:
         self._first_place = self._first_form = ""
 
     def __call__(self, row: Any, place: str) -> dict[str, Any]:
-        """The row without the columns that are not read.
+        """Return the row without the columns that are not read.
 
         Raises:
-            ValueError: the row is bad, or of another form than the first; names the place and what is wrong.
+            ValueError: the row is bad, or has another form than the first; names the place and what is wrong.
         """
         kind = _check_row(row, place, self.text_field)
         form = " and ".join(f"`{c}` as {'a list' if isinstance(row[c], list) else 'text'}" for c in kind)
@@ -220,7 +220,7 @@ class RowCheck:
         return {column: value for column, value in row.items() if column in self.columns}
 
     def all(self, rows: Iterable[tuple[str, Any]], name: str) -> None:
-        """Check all rows of `name`, of which there must be one."""
+        """Check all rows of `name`; there must be at least one."""
         for place, row in rows:
             self(row, place)
         if not self.columns:
@@ -228,7 +228,7 @@ class RowCheck:
 
 
 def no_rows(name: str) -> str:
-    """What is said of data without rows."""
+    """Return the message for data without rows."""
     return f"{name} holds no rows: give data with at least one"
 
 
@@ -242,7 +242,7 @@ def _no_kind(row: dict[str, Any], text_field: str) -> str:
 
 
 def _check_row(row: Any, place: str, text_field: str) -> tuple[str, ...]:
-    """Check one row; returns the columns that it is read from."""
+    """Check one row and return the columns that it is read from."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a row must be a JSON object, not {type(row).__name__}")
     kind = _kind(row, text_field)
@@ -295,7 +295,7 @@ def _check_messages(messages: Any, place: str) -> None:
 
 
 def text_of(content: Any) -> str | None:
-    """What the content of a message says, which is text or a list of parts; None where it is neither."""
+    """Return the text of a message's content, which is text or a list of parts; None if it is neither."""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return "".join(str(part.get("text") or "") for part in content)
     return content if isinstance(content, str) else None

@@ -1,12 +1,16 @@
-"""Rows as they are needed, from files larger than memory or disk, and the place in them where a killed run goes on.
+"""Stream rows from files larger than memory or disk, and continue a killed run where it stopped.
 
 A stream is read in chunks of 1,000 rows a process. TRL prepares a chunk as it prepares a whole data set: it tokenizes,
-cuts and packs, so that no packed row has parts of two chunks. A place in a stream therefore is: where each source stood
-before the chunk, the number of the chunk, which seeds its draws from the sources, how many of its prepared rows have
-been trained on, and a checksum of the last of them. To go on there, one chunk is prepared again, wherever it lies.
+cuts and packs. So no packed row has parts of two chunks. A place in a stream consists of:
 
-(`datasets.IterableDataset.state_dict` is not asked for the place behind TRL's preparation: by its own documentation,
-batched maps in Arrow's format, which packing is, may skip a batch.)
+- the position of each source before the chunk,
+- the number of the chunk, which seeds its draws from the sources,
+- the number of its prepared rows that have been trained on, and a checksum of the last of them.
+
+To continue from a place, only one chunk is prepared again.
+
+`datasets.IterableDataset.state_dict` cannot give the place behind TRL's preparation. By its own documentation, batched
+maps in Arrow's format may skip a batch, and packing is one.
 """
 
 from __future__ import annotations
@@ -40,20 +44,20 @@ def open_stream(
     names: Sequence[str], args: TAIDConfig, *, weights: Sequence[float] | None = None, config: str | None = None,
     split: str = "train",
 ) -> Stream:  # fmt: skip
-    """The rows of `names` as one stream; nothing is read but the first chunk.
+    """Open the rows of `names` as one stream; only the first chunk is read.
 
     Args:
         names: each a ``.jsonl`` (one object a line; also ``.json``), ``.txt`` or ``.parquet`` file, text also with
             ``.gz`` or ``.zst`` behind it, a glob of files of one type, a folder, or a Hub name.
-        args: the run's.
-        weights: how often a row is drawn from each, relative to the others; equally by default.
+        args: the options of the run.
+        weights: the relative frequency with which each source is drawn; equal by default.
         config: configuration name of a Hub data set.
         split: split of a Hub data set or a folder.
 
     Raises:
         FileNotFoundError: nothing at that place.
-        ValueError: an option that a stream does not go together with, a file that is no archive, no rows, or a bad row
-            among the first; names the place and the remedy.
+        ValueError: an option does not work with a stream, a file is not a valid archive, there are no rows, or one of
+            the first is bad; names the place and the remedy.
     """
     check_options(args)
     text_field = args.dataset_text_field
@@ -68,13 +72,13 @@ def open_stream(
 
 
 def as_stream(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None:
-    """Return the stream that a trainer's training rows are; None for rows that are all known.
+    """Return the trainer's training rows as a stream; None if they are an ordinary data set.
 
-    An ``IterableDataset`` of `datasets` becomes one; its rows are not checked.
+    An ``IterableDataset`` of `datasets` is wrapped; its rows are not checked.
 
     Raises:
-        ValueError: an option that a stream does not go together with, a data set with a shuffle buffer, or held-out
-            rows that are a stream.
+        ValueError: an option does not work with a stream, the data set has a shuffle buffer, or the held-out rows are
+            a stream.
     """
     for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
         if isinstance(rows, IterableDataset | Stream):
@@ -92,7 +96,7 @@ def as_stream(train_rows: Any, held_out: Any, args: TAIDConfig) -> Stream | None
 
 
 def check_options(args: TAIDConfig) -> None:
-    """Raise a ValueError for an option with which a stream has no end, or could not be continued exactly."""
+    """Raise a ValueError for an option with which a stream would not end, or could not be continued exactly."""
     if args.max_steps < 0:
         raise ValueError(
             "a stream has no length: set max_steps, or with packing: true train_tokens, from which the schedules of t "
@@ -116,20 +120,20 @@ def _seed(args: TAIDConfig) -> int:
 
 
 class Stream:
-    """Rows of one or several sources, without end: a source whose rows have all been seen begins anew.
+    """Endless rows of one or several sources: a source starts again when all its rows have been read.
 
-    Rows of one source come in their order. Of several, each row's source is drawn with its weight. Of two processes,
-    each takes every second row, so that they see different ones, and together those that one process would see.
+    Rows of one source keep their order. With several sources, each row's source is drawn with its weight. Two processes
+    take every second row each: their rows differ, and together they are the rows of a single process.
 
     Args:
-        sources: where rows come from.
-        weights: how often a row is drawn from each, relative to the others.
-        seed: of these draws.
+        sources: the sources of rows.
+        weights: the relative frequency with which each source is drawn.
+        seed: seeds these draws.
         text_field: the column that holds plain text; None leaves rows unchecked.
-        packing: TRL will pack them; otherwise it is said when it leaves rows out.
+        packing: whether TRL will pack the rows; if not, a warning says when it leaves rows out.
 
     Raises:
-        ValueError: no rows, or a bad one among the first.
+        ValueError: there are no rows, or one of the first is bad.
     """
 
     def __init__(
@@ -165,7 +169,7 @@ class Stream:
         return self._check(row, place)
 
     def _draws(self, chunk: int, size: int) -> list[int]:
-        """The source of each row of a chunk."""
+        """Draw the source of each row of a chunk."""
         if len(self.sources) == 1:
             return [0] * size
         draws: list[int] = (
@@ -176,7 +180,7 @@ class Stream:
     def _chunks(
         self, start: dict[str, Any] | None, rank: int, processes: int
     ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """Chunk after chunk: the place before it, and this process's rows in it."""
+        """Yield chunk after chunk: the place before it, and this process's rows in it."""
         number = start["chunk"] if start else 0
         passes = list(start["passes"]) if start else [0] * len(self.sources)
         at = start["sources"] if start else [None] * len(self.sources)
@@ -201,12 +205,12 @@ class Stream:
     def prepared(
         self, dataset: IterableDataset, rank: int = 0, processes: int = 1
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """This process's rows as TRL prepares them, from :attr:`start`, each with the place behind it.
+        """Yield this process's rows as TRL prepares them, from :attr:`start`, each with the place behind it.
 
         Args:
-            dataset: what TRL has made of :attr:`dataset`.
-            rank: of this process among those that see different rows.
-            processes: how many they are.
+            dataset: the result of TRL's preparation of :attr:`dataset`.
+            rank: the rank among the processes that read different rows.
+            processes: the number of these processes.
         """
         chunks = self._chunks(self.start, rank, processes)
 
@@ -258,7 +262,7 @@ class Stream:
                 logger.info(f"{source.name}: its rows have all been seen {times} times, and begin anew")
 
     def identity(self) -> str:
-        """What must be the same for a place to be the same: which files there are, in which order."""
+        """Return what places depend on: the files and their order."""
         names = "\n\n".join(source.identity() for source in self.sources)
         return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
 
@@ -268,15 +272,15 @@ def _checksum(row: dict[str, Any]) -> int:
 
 
 class Batches:
-    """Batches of a stream, each with the place behind its last row as ``place``; without end.
+    """Endless batches of a stream, each with the place behind its last row as ``place``.
 
     Args:
-        stream: where they come from.
-        dataset: what TRL has made of ``stream.dataset``.
+        stream: the stream of rows.
+        dataset: the result of TRL's preparation of ``stream.dataset``.
         collate: makes a batch of rows.
         size: rows a batch.
-        rank: of this process among those that see different rows.
-        processes: how many they are.
+        rank: the rank among the processes that read different rows.
+        processes: the number of these processes.
     """
 
     def __init__(

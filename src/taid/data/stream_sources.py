@@ -1,6 +1,6 @@
-"""Where the rows of a stream stand: local files, read without unpacking, or what `datasets` streams.
+"""Sources of a stream: local files, which are read without unpacking, or a data set that `datasets` streams.
 
-A source gives its rows in their order, and can say at any moment where the next one stands, in what JSON holds.
+A source yields its rows in their order. Its position can be saved as JSON at any time.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ class Source(ABC):
 
     @abstractmethod
     def records(self, at: Any) -> Iterator[tuple[str, Any]]:
-        """The rows from a place that :meth:`at` gave, or all for None: where each stands, and what stands there."""
+        """Yield place and record of each row from a position that :meth:`at` returned; from the start if it is None."""
 
     @abstractmethod
     def at(self) -> Any:
-        """The place behind the last record, as JSON holds it."""
+        """Return the position behind the last record, as JSON values."""
 
     @abstractmethod
     def row(self, record: Any, place: str) -> Any:
-        """The row that a record is; others than this process's are not read so far."""
+        """Parse a record into a row; records of other processes are not parsed."""
 
     @abstractmethod
     def identity(self) -> str:
-        """What must be the same for a place to be the same."""
+        """Return what positions depend on: it must be the same when a run continues."""
 
 
 class Files(Source):
-    """Local files, which are read from where they are, without unpacking.
+    """Local files, read where they lie and without unpacking.
 
     Args:
-        name: what the user calls them.
-        files: all of one type.
+        name: the user's name for them.
+        files: files of one type.
         text_field: the column that the paragraphs of ``.txt`` become.
 
     Raises:
-        ValueError: a file is not what its name says.
+        ValueError: the content of a file does not match its suffix.
     """
 
     def __init__(self, name: str, files: list[Path], text_field: str) -> None:
@@ -85,7 +85,7 @@ class Files(Source):
             offset = number = 0
 
     def _text(self, path: Path, offset: int, lines: int) -> Iterator[tuple[int, int, bytes]]:
-        """Lines, or paragraphs, each with the byte and the line where it ends."""
+        """Yield lines or paragraphs, each with the byte and the line at its end."""
         paragraph: list[bytes] = []
         with loading.opened(path) as file:
             _go_to(file, offset, path)
@@ -104,7 +104,7 @@ class Files(Source):
             yield offset, number, b"".join(paragraph)
 
     def _rows(self, path: Path, row: int, _: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Rows, each with the number of the next one and its own."""
+        """Yield rows, each with the number of the next one and its own."""
         with _parquet(path) as file:
             first = 0
             for group in range(file.num_row_groups):
@@ -137,7 +137,7 @@ class Files(Source):
 
 
 class Rows(Source):
-    """What `datasets` streams: a folder, a data set on the Hub, or one that was made in Python.
+    """A data set that `datasets` streams: a folder, a data set on the Hub, or one made in Python.
 
     Raises:
         ValueError: it has a shuffle buffer.
@@ -179,7 +179,7 @@ class Rows(Source):
 
 
 def _is_buffered(rows: Any) -> bool:
-    """Whether a shuffle buffer is among the steps that `datasets` takes to a row."""
+    """Return whether `datasets` reads these rows through a shuffle buffer."""
     before = [vars(rows).get("ex_iterable"), *vars(rows).get("ex_iterables", ())]
     return isinstance(rows, BufferShuffledExamplesIterable) or any(map(_is_buffered, filter(None, before)))
 
@@ -199,7 +199,7 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def _go_to(file: BinaryIO, offset: int, path: Path) -> None:
-    """Go to the beginning of the line at `offset`; an archive is decompressed up to there, but not read."""
+    """Move to the line that starts at byte `offset`; an archive is decompressed up to there, but not parsed."""
     if not offset:
         return
     if file.seekable():

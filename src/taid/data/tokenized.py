@@ -1,4 +1,4 @@
-"""What the trainer asks of prepared rows: a trained token, tokens that the teacher shares, full batches."""
+"""Check prepared rows for training: trained tokens, tokens that the teacher shares, lengths; and fill up batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_chat_template(processing_class: Any, args: TAIDConfig, dataset: Any) -> None:
-    """Raise a ValueError where rows are conversations that nothing turns into text."""
+    """Raise a ValueError if rows are conversations and there is no chat template."""
     row: dict[str, Any] = next(iter(dataset or [{}]), {})
     is_chat = "messages" in row or isinstance(row.get("prompt"), list)
     if is_chat and processing_class.chat_template is None and args.chat_template_path is None:
@@ -27,10 +27,10 @@ def require_chat_template(processing_class: Any, args: TAIDConfig, dataset: Any)
 
 
 def without_untrained(prepared: Dataset, count: int, name: str, args: TAIDConfig) -> Dataset:
-    """Leave out rows of which no token is trained; says how many of the count that TRL was given.
+    """Leave out rows without a trained token, and log how many of the `count` that TRL was given.
 
     Raises:
-        ValueError: that are all of them.
+        ValueError: no row is left.
     """
     # TRL leaves most of them out itself, silently, but keeps one whose only label is on its first token, which no
     # token predicts.
@@ -53,15 +53,15 @@ def checked(
     train: Any, held_out: Any, vocabulary: Vocabulary, tokenizer: Any, positions: dict[str, int | None], *,
     is_stream: bool,
 ) -> Any:  # fmt: skip
-    """Return the training rows, seen to be usable; those of a stream are checked as they come.
+    """Check prepared rows and return the training rows; rows of a stream are checked as they come.
 
     Args:
         train: prepared training rows.
         held_out: prepared held-out rows, a dict of several, or None.
         vocabulary: the ids that student and teacher share.
         tokenizer: the student's.
-        positions: how many positions each model has learned; None for any.
-        is_stream: whether `train` is one, of which the first chunk is looked at.
+        positions: the size of each model's learned position embedding; None for no limit.
+        is_stream: whether `train` is a stream, of which the first chunk is checked now.
 
     Raises:
         ValueError: a data set has no trained token, a token that the teacher does not share, or too long a row.
@@ -78,16 +78,16 @@ def checked(
 
 
 def require_usable(dataset: Any, name: str, vocabulary: Vocabulary, tokenizer: Any) -> Any:
-    """See that some token is trained, and that the teacher shares all of them.
+    """Check that some token is trained, and that the teacher shares all of them.
 
     Args:
-        dataset: prepared rows, or the chunk in hand of a stream, whose later chunks are then checked as they come.
-        name: of the data set.
+        dataset: prepared rows, or the current chunk of a stream, whose later chunks are checked as they come.
+        name: the name of the data set.
         vocabulary: the ids that student and teacher share.
         tokenizer: the student's.
 
     Raises:
-        ValueError: no token is trained, or the first that the teacher does not know.
+        ValueError: no token is trained, or the teacher does not know a token; names the first.
     """
     if not any(label != -100 for row in dataset for label in row["labels"][1:]):
         raise ValueError(
@@ -108,7 +108,7 @@ def require_usable(dataset: Any, name: str, vocabulary: Vocabulary, tokenizer: A
 
 
 def require_positions(dataset: Any, name: str, most: int | None, role: str) -> None:
-    """Raise a ValueError where a prepared row is longer than the positions that a model has learned (None: any)."""
+    """Raise a ValueError if a prepared row is longer than the learned position embedding (None: no limit)."""
     if most is not None and (longest := max(map(len, dataset["input_ids"]))) > most:
         raise ValueError(
             f"a row of the {name} data set has {longest} tokens, but the {role} has learned {most} positions: set "
@@ -117,13 +117,14 @@ def require_positions(dataset: Any, name: str, most: int | None, role: str) -> N
 
 
 class FullBatches:
-    """The batches of an epoch, as many for each process and all of one size: filled up with a row of which nothing is
-    trained, where accelerate would give the first rows of the epoch a second time.
+    """Batches of an epoch, the same number for each process and all of one size.
+
+    The last ones are filled up with an untrained row. Accelerate would repeat the first rows of the epoch instead.
 
     Args:
-        batches: of a torch ``BatchSampler``.
-        processes: how many the batches are dealt to.
-        filler: the index of that row.
+        batches: a torch ``BatchSampler``.
+        processes: the number of processes that share the batches.
+        filler: the index of the untrained row.
     """
 
     def __init__(self, batches: Any, processes: int, filler: int) -> None:
@@ -141,7 +142,7 @@ class FullBatches:
 
 
 def filled(dataset: Dataset, missing: int) -> Dataset:
-    """Rows, and so many more, short ones, of which nothing is trained."""
+    """Append `missing` two-token rows with all labels -100, so that the last batch is full."""
     is_of_images = images.PLACE in dataset.column_names
 
     def untrained(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Vision-language batches: what both models are shown, what is not trained, and whether they look at it."""
+"""Collate vision-language batches for both models, and test before training that each model uses its images."""
 
 from __future__ import annotations
 
@@ -21,34 +21,33 @@ UNTRAINED = ""
 """The place of a row that fills a batch and is not trained on."""
 
 _TEACHER = "teacher_"
-_LOOKED_AT, _SHOWN = 256, 4  # rows
-_NOTICED = 1e-6  # a relative change of the loss; a model that gets no pixels gives the same bits
-# What a text model takes too; all else in a batch is of its images.
+_CANDIDATES, _TESTED = 256, 4  # rows that are searched for images, and rows whose loss is measured
+_MIN_CHANGE = 1e-6  # relative change of the loss; without pixels a model repeats every bit
+# The tensors that a text model takes too; all others in a batch belong to its images.
 _TEXT = frozenset("input_ids attention_mask token_type_ids mm_token_type_ids labels position_ids".split())
 
 
 class Collator:
-    """Rows to a batch of both models: TRL's collator for each processor, images decoded here and never trained on.
+    """Collate rows into a batch for both models: TRL's collator runs for each processor; image tokens are not trained.
 
     Args:
         collator: TRL's ``DataCollatorForVisionLanguageModeling``, with the student's processor.
-        teacher: the teacher's processor, if there is a teacher; where it makes other pixels of an image than the
-            student's, both are asked.
-        vocabulary: the ids that both models mean alike.
-        skip: rows whose images cannot be read or do not fit into ``max_length`` are not trained on; else an error.
+        teacher: the teacher's processor, if there is a teacher. Both processors run if their pixels differ.
+        vocabulary: the ids that student and teacher share.
+        skip: do not train on rows whose images cannot be read or exceed ``max_length``; otherwise they are an error.
 
     Attributes:
-        exchange: whether the rows of a batch are shown each other's images, as :func:`check_images_matter` does.
+        exchange: whether rows of a batch get each other's images, as :func:`check_images_matter` needs.
     """
 
     def __init__(self, collator: Any, teacher: ProcessorMixin | None, vocabulary: Vocabulary, *, skip: bool) -> None:
-        # Cut here instead: a processor that cuts may do so within an image, some without a word.
+        # Truncate here instead: a processor may cut within an image, and some do so silently.
         self.max_length, self.collator = collator.max_length, copy.copy(collator)
         self.collator.max_length = None
         self.teacher = None
         if teacher is not None and not _same_pixels(collator.processor, teacher):
             self.teacher = copy.copy(self.collator)
-            # The template stands in both: TRL takes it from the processor for prompts and completions.
+            # Both get the template: for prompts and completions TRL takes it from the processor.
             self.teacher.chat_template = collator.chat_template or collator.processor.chat_template
             self.teacher.processor = copy.copy(teacher)
             self.teacher.processor.chat_template = self.teacher.chat_template
@@ -61,7 +60,7 @@ class Collator:
         self.special_ids = torch.tensor(sorted({*processor.tokenizer.added_tokens_decoder, *self.image_ids} - endings))
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch as both models take it, its ``labels`` -100 where nothing is trained."""
+        """Return a batch for both models, with ``labels`` -100 where nothing is trained."""
         places = [row.get(images.PLACE, f"row {number} of a batch") for number, row in enumerate(rows)]
         untrained = {number for number, place in enumerate(places) if place == UNTRAINED}
         rows = [self._decoded(row, number, places[number], untrained) for number, row in enumerate(rows)]
@@ -73,7 +72,7 @@ class Collator:
             rows = [_nothing(row) if number in too_long else row for number, row in enumerate(rows)]
             batch = self._batch(rows, places)
         self._require_shared(batch["input_ids"], places)
-        batch["labels"][self.of_images(batch["input_ids"])] = -100
+        batch["labels"][self.image_tokens(batch["input_ids"])] = -100
         batch["labels"][sorted(untrained)] = -100
         if self.max_length is None:
             return batch
@@ -117,19 +116,21 @@ class Collator:
         except (ValueError, IndexError, TypeError) as error:
             if len(rows) == 1:
                 raise ValueError(f"{places[0]}: the {role}'s processor cannot take this row: {error}") from error
-            for row, place in zip(rows, places, strict=True):  # find the one
+            for row, place in zip(rows, places, strict=True):  # find the bad row
                 self._collated(collator, [row], [place], role)
             raise
 
-    def of_images(self, ids: Tensor) -> Tensor:
-        """Which of the tokens ``[B, T]`` stand for images: placeholders, special tokens that touch these, and new lines
-        between the rows of an image's tiles."""
+    def image_tokens(self, ids: Tensor) -> Tensor:
+        """Return a mask ``[B, T]`` of the tokens that stand for images.
+
+        They are placeholders, special tokens next to these, and new lines between the rows of an image's tiles.
+        """
         special, image = torch.isin(ids, self.special_ids), torch.isin(ids, torch.tensor(self.image_ids))
         runs = torch.diff(special.int(), dim=1, prepend=special[:, :1].int()).abs().cumsum(1)
         runs = runs + torch.arange(len(ids))[:, None] * (ids.shape[1] + 1)
         found = special & torch.isin(runs, runs[image])
         new_line = torch.isin(ids, self.new_line_ids)
-        others = (~found & ~new_line).int().cumsum(1)  # grows where neither stands
+        others = (~found & ~new_line).int().cumsum(1)  # grows at each token that is neither
         before = torch.where(found, others, -1).cummax(1).values
         after = torch.where(found, others, ids.shape[1] + 1).flip(1).cummin(1).values.flip(1)
         return found | (new_line & (before == after))
@@ -145,7 +146,7 @@ class Collator:
             )
 
     def _cut_images(self, batch: dict[str, Tensor]) -> set[int]:
-        """The rows of which `max_length` would cut an image away."""
+        """Return the rows in which `max_length` would cut off image tokens."""
         if self.max_length is None:
             return set()
         beyond = torch.isin(batch["input_ids"][:, self.max_length :], torch.tensor(self.image_ids))
@@ -162,7 +163,7 @@ class Collator:
 
 
 def _nothing(row: dict[str, Any]) -> dict[str, Any]:
-    """Stands in for a row that is left out, in its form; none of its tokens is trained."""
+    """Return an untrained row of the same form, in place of one that is left out."""
     said = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
     messages = {"messages": said, "prompt": said[:1], "completion": said[1:]}
     columns = {column: value for column, value in row.items() if column not in (*images.COLUMNS, images.PLACE)}
@@ -174,52 +175,55 @@ def _nothing(row: dict[str, Any]) -> dict[str, Any]:
 def check_images_matter(
     rows: Iterable[dict[str, Any]], collator: Collator, measure: Callable[[dict[str, Tensor]], dict[str, float]]
 ) -> None:
-    """Show both models the images of other rows, and see that they notice.
+    """Check that the loss of both models changes when rows get each other's images.
 
-    A model that is trained blind has a healthy loss: it learns the language of the answers. So the cross-entropy of the
-    first rows is measured with their own images and with each other's, in the same sizes, where nothing else differs;
-    and in negative, where that changes nothing, as among rows of one text.
+    A model that does not use its images can have a healthy loss: it learns the language of the answers. So the
+    cross-entropy of the first rows is measured twice, with their own images and with each other's in the same sizes. If
+    it does not change, as among rows with the same text, it is measured with inverted colours too.
 
     Args:
-        rows: as a data set gives them; the first with images are taken.
-        collator: that of the run.
-        measure: a batch to the cross-entropy of "student" and "teacher", in nats a token.
+        rows: rows of a data set; the first ones with images are used.
+        collator: the collator of the run.
+        measure: maps a batch to the cross-entropy of "student" and "teacher", in nats a token.
 
     Raises:
-        ValueError: a row cannot be read, a model cannot take it, or a model does not notice.
+        ValueError: a row cannot be read, a model cannot take it, or a model's loss does not change.
     """
-    looked_at = list(itertools.islice(rows, _LOOKED_AT))
+    candidates = list(itertools.islice(rows, _CANDIDATES))
     usable = (
-        row for row in _readable(looked_at, skip=collator.skip) if (collator([row])["labels"][:, 1:] != -100).any()
+        row for row in _readable(candidates, skip=collator.skip) if (collator([row])["labels"][:, 1:] != -100).any()
     )
-    first = list(itertools.islice(usable, _SHOWN))
+    first = list(itertools.islice(usable, _TESTED))
     if not first:
-        with_images = sum(bool(images.of(row)) for row in looked_at)
+        with_images = sum(bool(images.images_in(row)) for row in candidates)
         if with_images:
             raise ValueError(
                 f"of the first {with_images} rows with images none can be trained on: their images cannot be read, or "
                 f"max_length {collator.max_length} cuts their trained tokens away"
             )
-        logger.warning(f"none of the first {_LOOKED_AT} rows has an image: whether the models see is not tested")
+        logger.warning(
+            f"none of the first {_CANDIDATES} rows has an image: whether the models use images is not tested"
+        )
         return
     own, others = measure(collator(first)), measure(collator(images.exchanged(first)))
     negative: dict[str, float] = {}
     for role, loss in own.items():
         logger.info(f"{role}: {loss:.4f} nats a token on {len(first)} rows, {others[role]:.4f} with other rows' images")
-        if abs(loss - others[role]) <= _NOTICED * abs(loss):
+        if abs(loss - others[role]) <= _MIN_CHANGE * abs(loss):
             negative = negative or measure(collator(images.inverted(first)))
-        if abs(loss - (negative or others)[role]) <= _NOTICED * abs(loss):
+        if abs(loss - (negative or others)[role]) <= _MIN_CHANGE * abs(loss):
             raise ValueError(
-                f"the {role} is blind: its loss of the first {len(first)} rows is {loss:.6f} nats a token with their "
-                "own images and the same with others. Do its attention mask, processor and weights take the images in?"
+                f"the {role} does not use its images: its loss of the first {len(first)} rows is {loss:.6f} "
+                "nats a token with their own images and the same with others. Do its attention mask, processor and "
+                "weights take the images in?"
             )
 
 
 def _readable(rows: Iterable[dict[str, Any]], *, skip: bool) -> Iterator[dict[str, Any]]:
-    """Of some rows those with images, decoded; raises a ValueError where one cannot be read, unless it is skipped."""
+    """Yield decoded rows that have images; raise a ValueError for one that cannot be read, unless `skip` is true."""
     for row in rows:
         try:
-            if images.of(row):
+            if images.images_in(row):
                 yield images.decoded(row)
         except ValueError:
             if not skip:
@@ -227,7 +231,7 @@ def _readable(rows: Iterable[dict[str, Any]], *, skip: bool) -> Iterator[dict[st
 
 
 def _without_absent(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose parts hold only what they had: Arrow gives each part the keys of all, and templates read keys."""
+    """Remove keys that are None from a message's parts: Arrow gives each part all keys, and templates read them."""
     if not isinstance(message.get("content"), list):
         return message
     parts = [{key: value for key, value in part.items() if value is not None} for part in message["content"]]
@@ -235,7 +239,7 @@ def _without_absent(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_bare(messages: list[dict[str, Any]], place: str) -> None:
-    """Images lie in their column: processors would fetch one that a part names from wherever that is."""
+    """Raise a ValueError for a part that names its image: a processor would fetch it from any address."""
     for message in messages:
         parts = message["content"] if isinstance(message.get("content"), list) else []
         for part in parts:
@@ -247,25 +251,25 @@ def _require_bare(messages: list[dict[str, Any]], place: str) -> None:
 
 
 def image_token_ids(processor: ProcessorMixin) -> list[int]:
-    """The ids that a processor puts in an image's place."""
+    """Return the ids of a processor's image and video placeholders."""
     return [i for i in (*processor.image_token_ids, *processor.video_token_ids) if i is not None]
 
 
 def _same_pixels(student: ProcessorMixin, teacher: ProcessorMixin) -> bool:
-    """Whether two processors make the same of an image, whatever it is."""
+    """Return whether two processors turn every image into the same pixels and tokens."""
     if type(student) is not type(teacher):
         return False
-    of_student, of_teacher = (processor.image_processor.to_dict() for processor in (student, teacher))
-    return bool(of_student == of_teacher and image_token_ids(student) == image_token_ids(teacher))
+    student_options, teacher_options = (processor.image_processor.to_dict() for processor in (student, teacher))
+    return bool(student_options == teacher_options and image_token_ids(student) == image_token_ids(teacher))
 
 
 def for_student(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the student's forward takes of a batch."""
+    """Return the part of a batch that the student's forward takes."""
     return {name: value for name, value in batch.items() if not name.startswith(_TEACHER)}
 
 
 def for_teacher(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the teacher's forward takes of a batch: its own pixels where it has other ones than the student."""
+    """Return the part of a batch that the teacher's forward takes, with the teacher's own pixels if they differ."""
     own = {name.removeprefix(_TEACHER): value for name, value in batch.items() if name.startswith(_TEACHER)}
     if not own:
         return batch

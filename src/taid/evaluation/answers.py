@@ -222,7 +222,7 @@ class _Answering:
         self.model, self.args, self.max_new_tokens = model.to(args.device).eval(), args, max_new_tokens
         size = output_rows(model)
         self.vocabulary = (
-            Vocabulary.of(tokenizer, size)
+            Vocabulary.from_tokenizer(tokenizer, size)
             if teacher is None
             else Vocabulary.shared(
                 tokenizer, tokenizer_of(teacher_tokenizer), student_rows=size, teacher_rows=output_rows(teacher)

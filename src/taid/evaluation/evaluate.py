@@ -117,7 +117,7 @@ def _run(options: Namespace, args: TAIDConfig) -> dict[str, Any]:
         _measure_speed(options, result)
     if not (rows or options.tasks or options.judge_url):
         return result
-    model, processing_class = _load(options, options.model, "student", see=has_images(rows))
+    model, processing_class = _load(options, options.model, "student", with_images=has_images(rows))
     if rows:
         result |= _compare(options, model, processing_class, rows, args, prompts)
     if not is_main:
@@ -191,8 +191,8 @@ def _configured(options: Namespace) -> Iterator[TAIDConfig]:
         )  # fmt: skip
 
 
-def _load(options: Namespace, name: str, role: str, *, see: bool, **init_kwargs: Any) -> tuple[Any, Any]:
-    processing_class = load_processing_class(name, role=role, see=see)
+def _load(options: Namespace, name: str, role: str, *, with_images: bool, **init_kwargs: Any) -> tuple[Any, Any]:
+    processing_class = load_processing_class(name, role=role, has_images=with_images)
     return load_model(name, role=role, dtype=options.dtype, **init_kwargs), processing_class
 
 
@@ -203,19 +203,19 @@ def _compare(
 
     The teacher does not generate answers.
     """
-    see = has_images(rows)
+    with_images = has_images(rows)
     teacher, teacher_tokenizer, change = None, None, None
     teacher_rows: Any = tokenizer  # makes the student's rows for the teacher
     if options.teacher is not None:
-        teacher, teacher_tokenizer = _load(options, options.teacher, "teacher", see=see)
-        if see:  # the teacher's own pixels of them
+        teacher, teacher_tokenizer = _load(options, options.teacher, "teacher", with_images=with_images)
+        if with_images:  # the teacher's own pixels of them
             teacher_rows = copy.copy(teacher_tokenizer)
             teacher_rows.chat_template = tokenizer.chat_template
     if options.teacher_quantization is not None:  # first, because it may not load, and goes before others come
         change = _quantize(options, teacher, teacher_tokenizer, teacher_rows, rows, args)
     pairs = {"student": (model, tokenizer)}
     if options.before is not None:
-        pairs = {"student before": _load(options, options.before, "student", see=see)} | pairs
+        pairs = {"student before": _load(options, options.before, "student", with_images=with_images)} | pairs
     asked = {"prompts": prompts, "samples": options.samples, "max_new_tokens": options.max_new_tokens}
     measured = {
         name: measure(
@@ -225,7 +225,7 @@ def _compare(
     }
     found = {kind: {name: of[kind] for name, of in measured.items()} for kind in measured["student"]}
     if teacher is not None and not options.student_only:
-        beside = (model, tokenizer if see else teacher_tokenizer)
+        beside = (model, tokenizer if with_images else teacher_tokenizer)
         found["held_out"]["teacher"] = teacher_held_out(teacher, teacher_rows, rows, args, *beside)
     if change is not None:
         found["held_out"]["teacher"]["quantized"] = {"name": options.teacher_quantization} | change
@@ -238,7 +238,7 @@ def _quantize(
     """Load the teacher in fewer bits, compare it with itself, and let go of it."""
     config = quantization_config(options.teacher_quantization, teacher.dtype)
     more = {"quantization_config": config, "device_map": {"": args.device}}
-    quantized, _ = _load(options, options.teacher, "teacher", see=has_images(rows), **more)
+    quantized, _ = _load(options, options.teacher, "teacher", with_images=has_images(rows), **more)
     change = quantization_change(teacher, teacher_rows, rows, args, quantized, teacher_tokenizer)
     del quantized
     gc.collect()  # a trainer refers to itself

@@ -108,10 +108,10 @@ class Tasks:
 
 def _is_vision_language(name_or_path: str) -> bool:
     """Return whether it is a vision-language model; one without a readable configuration is named when it is loaded."""
-    from taid.models.loading import load_config, sees
+    from taid.models.loading import is_vision_language, load_config
 
     with contextlib.suppress(OSError, ValueError):
-        return sees(load_config(name_or_path))
+        return is_vision_language(load_config(name_or_path))
     return False
 
 

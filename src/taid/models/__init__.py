@@ -1,1 +1,1 @@
-"""From names to models, tokenizers and answers."""
+"""Load models and tokenizers by name, match their vocabularies, and generate answers."""

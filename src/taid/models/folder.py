@@ -7,15 +7,7 @@ from pathlib import Path
 
 
 def check_folder(name_or_path: str, role: str) -> None:
-    """Check a model's folder before transformers does, which would ask the Hub for one that is not there.
-
-    Args:
-        name_or_path: a folder, or a Hub name, of which nothing is checked.
-        role: "student" or "teacher", for the messages.
-
-    Raises:
-        ValueError: the folder is missing, or holds no configuration, no safetensors file or a damaged one.
-    """
+    """Check a local model folder; transformers itself would search the Hub for a missing one."""
     folder = Path(os.path.expanduser(name_or_path))
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or os.sep != "/"
     if not folder.exists():

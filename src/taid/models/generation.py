@@ -1,7 +1,7 @@
-"""The one function by which a model answers prompts: in training, in evaluation, for a judge and in an export's check.
+"""Generate answers with a model: in training, in evaluation, for a judge and in the check of an export.
 
-Answers come from transformers' ``generate`` in one batch that is padded on the left. The settings are passed in whole:
-what a model's own generation_config.json says, a repetition penalty say, has no part unless it is copied into them.
+Answers come from transformers' ``generate`` in one batch that is padded on the left. The caller passes all settings:
+those of a model's generation_config.json, such as a repetition penalty, apply only if they are copied.
 
 Shapes: B prompts, T tokens of the longest prompt, V rows of the output head.
 """
@@ -23,19 +23,19 @@ from taid.models.vocabulary import Vocabulary
 
 
 def decoding(ends: Sequence[int], padding: int, *, temperature: float | None = None) -> GenerationConfig:
-    """Return the settings of greedy decoding, or of sampling from the model's whole distribution at a temperature.
+    """Return settings for greedy decoding, or for sampling from the whole distribution at a temperature.
 
     Args:
-        ends: token ids that end an answer; without any, an answer ends at the largest length only.
-        padding: token id that fills up shorter prompts and answers.
-        temperature: by which logits are divided; None for greedy decoding.
+        ends: token ids that end an answer; without any, only the maximal length ends it.
+        padding: token id that pads shorter prompts and answers.
+        temperature: divisor of the logits; None for greedy decoding.
     """
     sampling = {} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(eos_token_id=list(ends) or None, pad_token_id=padding, use_cache=True, **sampling)
 
 
 def own_greedy_decoding(model: Any, padding: int) -> GenerationConfig:
-    """Return the model's own settings (generation_config.json), of which only sampling and beams are switched off."""
+    """Return the model's own generation_config.json with sampling and beams switched off."""
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, num_beams=1, pad_token_id=padding)
     return config
@@ -46,21 +46,21 @@ def generate(
     vocabulary: Vocabulary | None = None, samples: int = 1, seed: int | None = None,
     device: torch.device | None = None, **more: Any,
 ) -> list[list[int]]:  # fmt: skip
-    """Let a model answer prompts, without dropout and without gradients.
+    """Generate answers to prompts, without dropout and without gradients.
 
     Args:
-        model: a causal language model or an adapter on one; its mode and settings are afterwards as they were.
+        model: a causal language model or an adapter on one; its mode and settings are restored afterwards.
         prompts: the token ids of each prompt.
         config: all settings, with the ids that end and pad an answer.
-        max_new_tokens: the largest length of an answer.
+        max_new_tokens: the maximal length of an answer.
         vocabulary: the ids that may be generated (:class:`VocabularyMask`); None for all.
         samples: the number of answers to each prompt.
-        seed: PyTorch draws from it, and afterwards as if nothing had been drawn; None to draw as PyTorch goes on.
-        device: holds the inputs; None for the model's.
+        seed: seeds PyTorch within this call only; None continues PyTorch's own random state.
+        device: the device of the inputs; None for the model's.
         more: further arguments of transformers' ``generate``, such as ``streamer`` or ``synced_gpus``.
 
     Returns:
-        The new token ids of each answer, up to and with the first that ends it. Answers to one prompt stand together.
+        The new token ids of each answer, up to and including its end token. Answers to one prompt are adjacent.
     """
     device = model.device if device is None else device
     inputs = _padded(prompts, config.pad_token_id, device)
@@ -75,7 +75,7 @@ def generate(
 
 
 def up_to_end(tokens: list[int], ends: Sequence[int | None]) -> list[int]:
-    """Cut an answer behind the first token that ends it."""
+    """Cut an answer after its first end token."""
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: end + 1]
 
@@ -107,7 +107,7 @@ def _padded(prompts: Sequence[Sequence[int]], padding: int, device: torch.device
 
 @contextlib.contextmanager
 def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Within this context a model generates by `config` alone, in evaluation mode and without gradients."""
+    """Let a model generate by `config` alone within this context, in evaluation mode and without gradients."""
     base = model.get_base_model() if is_peft_model(model) else model
     # `generate` fills what its arguments leave open from the model's own configuration.
     before, training = base.generation_config, model.training
@@ -123,7 +123,7 @@ def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Within this context PyTorch draws from this seed; afterwards as if nothing had been drawn."""
+    """Seed PyTorch within this context, and restore its random state afterwards."""
     devices = [] if device.type in ("cpu", "mps") else [device]  # Apple's GPUs have no fork
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)

@@ -1,6 +1,6 @@
-"""From a folder or a Hub name to a loaded model and tokenizer, with errors that say which model and what to do.
+"""Load models and tokenizers from a folder or a Hub name; errors name the model and the remedy.
 
-Weights load from safetensors only, and remote code runs only when asked for.
+Weights load from safetensors only. Remote code runs only if it is asked for.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ _MASKS = re.compile(r"\.(attn|attention)\.((masked_)?bias|causal_mask)$")
 
 
 def require_read_back(config: Any, tokenizer: Any) -> None:
-    """See that transformers opens a folder with both as this tokenizer: of some model types it takes the type's own.
+    """Check that transformers opens a folder with this configuration and tokenizer as this tokenizer.
+
+    For some model types transformers chooses the type's own tokenizer class instead.
 
     Raises:
-        ValueError: it does not; says what it makes of which text.
+        ValueError: it opens as another tokenizer; shows a text that it splits differently.
     """
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -66,20 +68,20 @@ def require_read_back(config: Any, tokenizer: Any) -> None:
         )
 
 
-def sees(config: Any) -> bool:
-    """Whether a configuration is that of a vision-language model."""
+def is_vision_language(config: Any) -> bool:
+    """Return whether a configuration belongs to a vision-language model."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None) is not None
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer of a processor; a tokenizer is its own."""
+    """Return the tokenizer of a processor; a tokenizer is returned unchanged."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     """Load a causal or vision-language model whose every weight is on disk.
 
-    An adapter comes as a ``PeftModel`` on its base model, with its own weights to be trained and no others.
+    An adapter is loaded as a ``PeftModel`` on its base model; only the adapter's weights are trainable.
 
     Args:
         name_or_path: a folder written by ``save_pretrained``, also that of an adapter, or a Hub name.
@@ -87,8 +89,8 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
         **init_kwargs: passed to ``from_pretrained`` of transformers' auto classes (revision, dtype, ...).
 
     Raises:
-        ValueError: the folder is missing, holds no safetensors, a truncated file, or weights that are not those of its
-            config.json; or from_pretrained cannot do what `init_kwargs` ask.
+        ValueError: the folder is missing, holds no safetensors, a truncated file, or weights that do not match its
+            config.json; or `init_kwargs` cannot be satisfied.
     """
     check_folder(name_or_path, role)
     if (adapter := adapter_config(name_or_path, init_kwargs.get("revision"))) is not None:
@@ -96,7 +98,11 @@ def load_model(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
     options = init_kwargs | {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     origin = {name: init_kwargs[name] for name in _ORIGIN if name in init_kwargs}
     try:
-        kind = AutoModelForImageTextToText if sees(load_config(name_or_path, **origin)) else AutoModelForCausalLM
+        kind = (
+            AutoModelForImageTextToText
+            if is_vision_language(load_config(name_or_path, **origin))
+            else AutoModelForCausalLM
+        )
         with read_whole():
             model, info = kind.from_pretrained(os.path.expanduser(name_or_path), **options)
     except _ERRORS as error:
@@ -148,12 +154,12 @@ def _load_adapter(name_or_path: str, config: dict[str, Any], role: str, init_kwa
 
 
 def keep_embeddings(model: PeftModel) -> None:
-    """Let an adapter be saved with embeddings; peft itself keeps those of another size, not those whose rows moved."""
+    """Let an adapter be saved with its embeddings: peft saves resized ones, but not those whose rows have moved."""
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=True)
 
 
 def _fit_embeddings(base: Any, weights: Path) -> bool:
-    """Give `base` as many embedding rows as the adapter's file holds (tokenizer_from: teacher changes them), if any."""
+    """Resize the embeddings of `base` to those in the adapter's file, if it holds any (tokenizer_from: teacher)."""
     name = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
     with safe_open(weights, framework="pt") as file:
         keys = [key for key in file.keys() if f".{name}." in key and key.endswith("weight") and "lora_" not in key]  # noqa: SIM118
@@ -170,7 +176,7 @@ def _fit_embeddings(base: Any, weights: Path) -> bool:
 
 
 def load_config(name_or_path: str, **origin: Any) -> Any:
-    """The configuration of a model, or of the model that an adapter is for."""
+    """Return the configuration of a model; for an adapter that of its base model."""
     if (adapter := adapter_config(name_or_path, origin.get("revision"))) is not None:
         name_or_path = adapter["base_model_name_or_path"]
         origin |= {"revision": adapter.get("revision")}
@@ -178,7 +184,7 @@ def load_config(name_or_path: str, **origin: Any) -> Any:
 
 
 def adapter_config(name_or_path: str, revision: str | None = None) -> dict[str, Any] | None:
-    """What adapter_config.json says, where there is one and no whole model."""
+    """Return the content of adapter_config.json; None if there is none, or if there is a whole model."""
     name_or_path = os.path.expanduser(name_or_path)
     if (Path(name_or_path) / "config.json").is_file():
         return None
@@ -195,18 +201,18 @@ def adapter_config(name_or_path: str, revision: str | None = None) -> dict[str, 
 
 
 def load_tokenizer(name_or_path: str, *, role: str, **init_kwargs: Any) -> Any:
-    """Load the tokenizer that belongs to a model; raises a ValueError that names the model."""
+    """Load the tokenizer of a model; a ValueError names the model."""
     check_folder(name_or_path, role)
     return open_tokenizer(name_or_path, role, **init_kwargs)
 
 
-def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **init_kwargs: Any) -> Any:
+def load_processing_class(name_or_path: str, *, role: str, has_images: bool = False, **init_kwargs: Any) -> Any:
     """Load the processor of a vision-language model, or the tokenizer of another.
 
     Args:
         name_or_path: a folder or a Hub name.
         role: "student" or "teacher", for the messages.
-        see: whether its processor is needed; without images a tokenizer will do.
+        has_images: whether the rows have images, which need the processor; otherwise a tokenizer will do.
         **init_kwargs: passed to ``from_pretrained`` (revision, trust_remote_code).
 
     Raises:
@@ -214,10 +220,10 @@ def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **
     """
     check_folder(name_or_path, role)
     try:
-        if sees(load_config(name_or_path, **init_kwargs)):
+        if is_vision_language(load_config(name_or_path, **init_kwargs)):
             return AutoProcessor.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
     except _ERRORS as error:
-        if see:
+        if has_images:
             raise ValueError(
                 f"the processor of {role} {name_or_path!r} could not be loaded: {error}. (Most need torchvision, some "
                 "num2words: pip install torchvision num2words)"
@@ -226,7 +232,7 @@ def load_processing_class(name_or_path: str, *, role: str, see: bool = False, **
 
 
 def open_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
-    """Load a tokenizer from a Hub name or a folder, which need hold nothing else; `role` is for the message."""
+    """Load a tokenizer from a Hub name, or from a folder that may hold nothing else; `role` is for messages."""
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **init_kwargs)
     except _ERRORS as error:
@@ -234,7 +240,7 @@ def open_tokenizer(name_or_path: str, role: str, **init_kwargs: Any) -> Any:
 
 
 def output_rows(model: Any) -> int:
-    """The number of rows of a model's output head: its tokens and their padding."""
+    """Return the number of rows of a model's output head: its tokens and their padding."""
     return int(model.get_output_embeddings().weight.shape[0])
 
 
@@ -249,7 +255,7 @@ def learned_positions(model: Any) -> int | None:
 
 @contextlib.contextmanager
 def read_whole() -> Iterator[None]:
-    """Within this context transformers reads a model as it is, where ZeRO-3 would cut it up."""
+    """Let transformers load whole models within this context; ZeRO-3 would split them."""
     from transformers.integrations import deepspeed
 
     before = deepspeed._hf_deepspeed_config_weak_ref  # noqa: SLF001
@@ -261,7 +267,7 @@ def read_whole() -> Iterator[None]:
 
 
 def quantization_config(name: str, compute: torch.dtype) -> Any:
-    """Return the configuration by which transformers quantizes a model as it reads it; 4 bits compute in `compute`.
+    """Return the configuration with which transformers quantizes a model as it loads; 4 bits compute in `compute`.
 
     Raises:
         ValueError: its package is not installed.

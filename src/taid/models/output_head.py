@@ -1,8 +1,8 @@
-"""The output head of a model, and a forward pass in which a function of ours stands in its place.
+"""Read the output head of a model, and replace it by a function within one forward pass.
 
-A fused loss needs what a model gives to its output head, the head's weight, and what the model does to the logits
-afterwards. The model's own forward runs, whatever its architecture, and calls the head: so hooks of DDP, FSDP and ZeRO
-fire as usual, and weights that are gathered for the head's forward are there.
+A fused loss needs the input of the output head, the head's weight, and the transformation of the logits after it. The
+model's own forward runs, whatever its architecture, and calls the head. So hooks of DDP, FSDP and ZeRO fire as usual,
+and the head's weights are gathered.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class OutputHead:
         role: "student" or "teacher", for the messages.
 
     Raises:
-        ValueError: the head is of a kind that only its own forward knows (quantized, an adapter with dropout), or the
-            model does something unknown to its logits; says which and the remedy.
+        ValueError: only the head's own forward can compute it (quantized, an adapter with dropout), or the model
+            transforms its logits in an unknown way; names which, and the remedy.
     """
 
     def __init__(self, model: Any, role: str) -> None:
@@ -68,7 +68,7 @@ class OutputHead:
         self.scale, self.softcap = self._probe(base)
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as they act now, a LoRA adapter's part included."""
+        """Return the effective weight and bias, including those of a LoRA adapter."""
         if self._whole is not None:
             return self._whole
         module = self.module
@@ -84,7 +84,7 @@ class OutputHead:
         return module.weight, module.bias
 
     def gather(self) -> None:
-        """Keep the whole of a frozen head that processes hold parts of, all of whom have to call this."""
+        """Gather and keep the whole of a frozen head that is split among processes; all of them have to call this."""
         weight, bias = self.weights()
         self._whole = _whole(weight), None if bias is None else _whole(bias)
 
@@ -108,14 +108,14 @@ class OutputHead:
         return weight, base.bias
 
     def head(self, ids: Tensor | None = None) -> Head:
-        """The head as the fused loss takes it, cut to `ids` where they are given."""
+        """Return the head for the fused loss, cut to `ids` if they are given."""
         return Head(*self.weights(), self.scale, self.softcap).at(ids)
 
     @contextlib.contextmanager
     def replaced_by(self, function: Callable[[Tensor], DistillationLoss | None]) -> Iterator[None]:
-        """Within this context the model calls ``function(hidden)`` in place of its head.
+        """Call ``function(hidden)`` in place of the model's head within this context.
 
-        If that is a loss, it is the model's ``outputs.loss``; there are no logits.
+        If it returns a loss, the model returns it as ``outputs.loss``, without logits.
         """
 
         def replacement(hidden: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class OutputHead:
             self._replacement = self._result = self._loss = None
 
     def _take_loss(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        """Take the loss out of where logits would be, which nobody reads then."""
+        """Extract the loss from the head's output, where the model expects logits."""
         if self._result is None:
             return None
         self._loss = output[(0,) * output.dim()].clone()
@@ -141,7 +141,7 @@ class OutputHead:
 
     @torch.no_grad()
     def _probe(self, model: Any) -> tuple[float, float | None]:
-        """Find out what the model does to its logits, by giving it some."""
+        """Find the factor and the soft cap that the model applies to its logits, by probing it with known ones."""
         seen: list[Tensor] = []
         weight = self.weights()[0]
         given = torch.tensor(

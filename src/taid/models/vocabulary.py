@@ -1,8 +1,8 @@
-"""Which token ids student and teacher share: by the identity of the tokens, never by the size of a matrix.
+"""Find the token ids that student and teacher share: by the identity of tokens, never by the size of a matrix.
 
 Models of one family often pad their embeddings to different sizes (Qwen2.5: 151,936 rows for 0.5B, 152,064 for 7B,
-151,665 tokens in both). A row that is no token has probability zero on both sides: the logits of both models are cut
-to the shared ids before anything else happens.
+151,665 tokens in both). A padding row has probability zero on both sides: the logits of both models are first cut to
+the shared ids.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ class Vocabulary:
     """The token ids that logits are cut to.
 
     Attributes:
-        ids: the shared ids, rising.
+        ids: the shared ids in ascending order.
     """
 
     ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any, rows: int) -> Vocabulary:
-        """The ids of one tokenizer that a model with `rows` output rows can predict."""
+    def from_tokenizer(cls, tokenizer: Any, rows: int) -> Vocabulary:
+        """Return the ids of one tokenizer that a model with `rows` output rows can predict."""
         return cls(tuple(sorted(i for i in tokenizer.get_vocab().values() if i < rows)))
 
     @classmethod
     def shared(
         cls, student_tokenizer: Any, teacher_tokenizer: Any, *, student_rows: int, teacher_rows: int
     ) -> Vocabulary:
-        """The ids that mean the same token to both and exist in both output heads.
+        """Return the ids that mean the same token to both tokenizers and exist in both output heads.
 
-        Special tokens may differ (a renamed reserved token, an image placeholder): their ids are not shared, and
-        :meth:`require_shared` guards the data against them. Ordinary tokens may not.
+        Special tokens may differ (a renamed reserved token, an image placeholder). Their ids are not shared, and
+        :meth:`require_shared` guards the data against them. Ordinary tokens may not differ.
 
         Raises:
             ValueError: the tokenizers differ; names the first ordinary token that does, and the ways out.
@@ -76,17 +76,17 @@ class Vocabulary:
 
     @property
     def is_prefix(self) -> bool:
-        """Whether the ids are 0 .. n-1 without a hole, so that cutting is a view."""
+        """Return whether the ids are 0 .. n-1 without a gap, so that cutting is a view."""
         return not self.ids or self.ids[-1] == len(self.ids) - 1
 
     @functools.cached_property
     def index(self) -> Tensor:
-        """The ids as a tensor on the CPU, made once: a step needs them several times."""
+        """The ids as a tensor on the CPU. It is cached because a step needs it several times."""
         return torch.tensor(self.ids)
 
     @property
-    def holes(self) -> Tensor | None:
-        """The ids as a tensor where there are holes between them; None where a cut is enough."""
+    def kept_ids(self) -> Tensor | None:
+        """The ids to select as a tensor; None if they are a prefix, so that a slice is enough."""
         return None if self.is_prefix else self.index
 
     def select(self, logits: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Vocabulary:
         return logits.index_select(-1, self.index.to(logits.device))
 
     def position(self, labels: Tensor) -> Tensor:
-        """Map token ids to their places among the shared ids."""
+        """Map token ids to their positions among the shared ids."""
         if self.is_prefix:
             return labels
         return torch.searchsorted(self.index.to(labels.device), labels)
@@ -115,24 +115,27 @@ class Vocabulary:
 
 
 def split_differently(one: Any, other: Any, texts: Iterable[str] = ()) -> tuple[str, list[int], list[int]] | None:
-    """The first text that two tokenizers make other tokens of, and these: of some that tell most apart, and `texts`."""
+    """Return the first text that two tokenizers split differently, with both lists of ids; None if there is none.
+
+    The texts are probes that reveal most differences, and `texts`.
+    """
     texts = [*_PROBES, *texts]
     splits = (tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (one, other))
     return next((found for found in zip(texts, *splits, strict=True) if found[1] != found[2]), None)
 
 
 def _as_text(tokenizer: Any, ids: list[int]) -> list[str]:
-    """All tokens that are text of their own, sixteen to a line: where merges differ, some token comes out in parts."""
+    """Return all tokens that are valid text, sixteen a line: if merges differ, some token is split."""
     texts = [text for text in tokenizer.batch_decode([[i] for i in ids]) if "\ufffd" not in text]
     return [" ".join(texts[start : start + 16]) for start in range(0, len(texts), 16)]
 
 
 @torch.no_grad()
 def adopt_tokenizer(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
-    """Give `model` another tokenizer: resize its embeddings, and let each token known to both keep its vector.
+    """Give `model` another tokenizer: resize its embeddings, and keep the vector of each token known to both.
 
     Input and output embeddings (tied or not) and the output's bias get one row a token of `new_tokenizer`. Tokens that
-    the model never knew start at the mean of its old vectors. Special-token ids of the configuration follow the new
+    are new to the model start at the mean of its old vectors. Special-token ids of the configuration follow the new
     tokenizer.
     """
     old, new = old_tokenizer.get_vocab(), new_tokenizer.get_vocab()
@@ -150,14 +153,14 @@ def adopt_tokenizer(model: Any, old_tokenizer: Any, new_tokenizer: Any) -> None:
 
 
 def adopt_special_tokens(model: Any, tokenizer: Any) -> None:
-    """Let the special-token ids of a model's configuration follow a tokenizer."""
+    """Set the special-token ids of a model's configuration to those of a tokenizer."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config.get_text_config(), name, getattr(tokenizer, name))
         setattr(model.generation_config, name, getattr(tokenizer, name))
 
 
 def _tables(model: Any) -> list[Tensor]:
-    """What has a row a token: input embeddings, output embeddings unless they are the same, and the output's bias."""
+    """Return the tensors with one row a token: input embeddings, untied output embeddings and the output's bias."""
     head = model.get_output_embeddings()
     tables = (model.get_input_embeddings().weight, getattr(head, "weight", None), getattr(head, "bias", None))
     return list({id(table): table for table in tables if table is not None}.values())

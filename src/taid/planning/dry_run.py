@@ -31,7 +31,7 @@ from taid.config.training import TAIDConfig
 from taid.config.values import changed
 from taid.data import images, stream
 from taid.data.loading import load_rows
-from taid.models.loading import sees
+from taid.models.loading import is_vision_language
 from taid.planning.plan import make_plan
 from taid.planning.plan_text import plan_text
 from taid.planning.recipe import Recipe
@@ -149,7 +149,9 @@ def _small_options(recipe: Recipe, root: Path) -> dict[str, Any]:
     if args.teacher_model_name_or_path is not None:
         small["teacher_model_name_or_path"] = root / "teacher"
     if args.max_length is not None:
-        most = _TOKENS if not sees(recipe.config("student")) else 16 * _TOKENS  # images take their own number
+        most = (
+            _TOKENS if not is_vision_language(recipe.config("student")) else 16 * _TOKENS
+        )  # images take their own number
         small["max_length"] = min(args.max_length, most)
     if args.fp16:
         small["fp16"] = False  # a CPU has none
@@ -170,14 +172,16 @@ def _model(recipe: Recipe, role: str, folder: Path) -> tuple[str, bool]:
             setattr(small.get_text_config(), name, getattr(tokenizer, name))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = (AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM).from_config(small)
+            model = (AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM).from_config(
+                small
+            )
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(
             f"no small {config.model_type} model could be made for the dry run of the {role} ({error}): try the "
             "recipe itself, with --max_steps 2"
         ) from error
     model.to(config.dtype or torch.float32).save_pretrained(folder)
-    (recipe.processor(role) if sees(config) else tokenizer).save_pretrained(folder)
+    (recipe.processor(role) if is_vision_language(config) else tokenizer).save_pretrained(folder)
     return type(model).__name__, tokenizer.chat_template is not None
 
 
@@ -205,9 +209,9 @@ def _first_rows(recipe: Recipe, name: str, split: str) -> Iterator[dict[str, Any
         rows = stream.open_stream([name], args, config=config, split=split).dataset
     else:
         rows = load_rows(name, config=config, split=split, text_field=args.dataset_text_field)
-    see = images.has_images(rows)
+    with_images = images.has_images(rows)
     for row in rows:
-        yield _shortened(images.decoded(row) if see else row, args.dataset_text_field)
+        yield _shortened(images.decoded(row) if with_images else row, args.dataset_text_field)
 
 
 def _pictured(row: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -234,11 +238,11 @@ def _shortened(value: Any, text_field: str, key: str = "") -> Any:
 
 def _made_rows(recipe: Recipe, is_chat: bool) -> Iterator[dict[str, Any]]:
     """Yield rows of the kind that a recipe needs, where its own are not on this machine."""
-    args, see = recipe.args, sees(recipe.config("student"))
+    args, with_images = recipe.args, is_vision_language(recipe.config("student"))
     for start in itertools.count():
         text = " ".join(_WORDS[(start + word) % len(_WORDS)] for word in range(4))
         chat = {"messages": [{"role": role, "content": text} for role in ("user", "assistant")]}
-        if see:
+        if with_images:
             yield chat | {"images": [Image.new("RGB", (64, 64), (16 * start % 256, 8 * start % 256, 128))]}
         elif args.completion_only_loss or (args.samples_answers and not args.assistant_only_loss):
             yield {"prompt": text, "completion": f" {text}"}

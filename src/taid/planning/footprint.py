@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from taid.models.loading import sees
+from taid.models.loading import is_vision_language
 from taid.planning.activation_trace import Batch, Loss, Trace, trace_student
 
 ENGINES = ("ddp", "zero2", "fsdp2", "zero3")  # the less they send, the earlier
@@ -113,7 +113,7 @@ def size(config: Any, *, rows: int | None = None, peft_config: Any = None) -> Si
 
 
 def _model(config: Any, dtype: torch.dtype, peft_config: Any = None) -> Any:
-    kind = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+    kind = AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(copy.deepcopy(config), dtype=dtype)  # which would write it down
         if peft_config is None:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from taid.models.loading import sees
+from taid.models.loading import is_vision_language
 from taid.planning.footprint import STATES, Layout, Size
 from taid.planning.plan import USABLE, UTILISATION, CacheSize, Memory, Plan, Run, Time
 from taid.planning.recipe import Recipe, Rows
@@ -62,7 +62,7 @@ def _left_out(memory: Memory) -> list[str]:
     footprint, lines = memory.footprint, []
     if footprint.optimizer not in STATES:
         lines += [f"the state of {footprint.optimizer} is not known here"]
-    if sees(footprint.student.config):
+    if is_vision_language(footprint.student.config):
         lines += ["activations are those of text: what images add is not known here"]
     return lines
 

@@ -25,7 +25,7 @@ from taid.config.parsing import configured
 from taid.config.training import TAIDConfig
 from taid.config.values import changed
 from taid.data.files import local_files
-from taid.models.loading import adapter_config, load_config, load_processing_class, load_tokenizer, sees
+from taid.models.loading import adapter_config, is_vision_language, load_config, load_processing_class, load_tokenizer
 
 # A recipe with bf16 or tf32 would be refused on a machine without a GPU.
 _ON_CPU = ["--use_cpu", "--tf32", "false"]
@@ -107,7 +107,7 @@ class Recipe:
         name, origin = self._origin(role)
         if self.beside(name, "tokens.json"):
             return make_processor(self.config(role), self.tokenizer(role))
-        return load_processing_class(name, role=role, see=True, **origin)
+        return load_processing_class(name, role=role, has_images=True, **origin)
 
     def _origin(self, role: str) -> tuple[str, dict[str, Any]]:
         is_student = role == "student"
@@ -140,7 +140,9 @@ class Recipe:
     def rows_are_here(self) -> bool:
         """Whether all rows lie on this machine and are known beforehand, so that they can be counted."""
         names = [*self.data.names, *([self.data.eval_dataset_name] if self.data.eval_dataset_name else [])]
-        known = not self.data.streaming and not sees(self.config("student"))  # images take tokens of their own
+        known = not self.data.streaming and not is_vision_language(
+            self.config("student")
+        )  # images take tokens of their own
         return known and all(map(self.is_here, names))
 
     @staticmethod
@@ -270,7 +272,7 @@ def _bounded(recipe: Recipe) -> Rows:
     if data.eval_dataset_name:
         splits["eval"] = data.eval_dataset_name, data.dataset_test_split
     # Neither a stream nor rows with images can be cached, and steps may be known without them.
-    is_asked = not data.streaming and not (recipe.args.max_steps > 0 and sees(recipe.config("student")))
+    is_asked = not data.streaming and not (recipe.args.max_steps > 0 and is_vision_language(recipe.config("student")))
     found = {name: _number(recipe, *where) for name, where in splits.items()} if is_asked else {}
     distinct = {name: (number, number * length) for name, number in found.items() if number is not None}
     number = found.get("train")

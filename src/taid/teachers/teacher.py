@@ -112,7 +112,7 @@ class ExactTeacher(Teacher):
 
     def shared_head(self) -> Head:
         """Return the output head cut to the ids that student and teacher share."""
-        return self.output_head().at(self.vocabulary.holes)
+        return self.output_head().at(self.vocabulary.kept_ids)
 
     def __call__(self, inputs: dict[str, Any], labels: Tensor) -> Hidden:
         """See :class:`Teacher`."""
@@ -270,7 +270,7 @@ class CachedTeacher(_RowTeacher):
         super().__init__(vocabulary, threads=1)
         self.cache, self.kind = cache, cache.format.kind
         head = cache.head()
-        self._head = None if head is None else head.at(vocabulary.holes).to(device)
+        self._head = None if head is None else head.at(vocabulary.kept_ids).to(device)
 
     def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
         yield from ([row] for row in rows)

@@ -17,12 +17,12 @@ from taid.config.training import TAIDConfig
 from taid.models.folder import check_folder
 from taid.models.loading import (
     adapter_config,
+    is_vision_language,
     load_model,
     load_processing_class,
     open_tokenizer,
     output_rows,
     require_read_back,
-    sees,
     tokenizer_of,
 )
 from taid.models.vocabulary import Vocabulary, adopt_tokenizer
@@ -94,7 +94,9 @@ def load_pair(
     student, processing_class = _load_student(student, processing_class, args, has_images=has_images)
     tokenizer = tokenizer_of(processing_class)
     if teacher is None and source is None:
-        return Pair(student, processing_class, None, None, Vocabulary.of(tokenizer, output_rows(student)), names)
+        return Pair(
+            student, processing_class, None, None, Vocabulary.from_tokenizer(tokenizer, output_rows(student)), names
+        )
     if isinstance(teacher, Teacher):
         teacher_processing_class = teacher_processing_class or processing_class
     elif source is not None:
@@ -189,7 +191,7 @@ def _load_student(student: Any, processing_class: Any, args: TAIDConfig, *, has_
         init_kwargs = remote | {"dtype": torch.float32} | (args.model_init_kwargs or {})
         student = load_model(student, role="student", **init_kwargs)
     processing_class = processing_class or _load_processing_class(
-        name, "student", "processing_class", see=has_images, **remote
+        name, "student", "processing_class", has_images=has_images, **remote
     )
     if has_images:
         _require_vision_language(student, processing_class, "student")
@@ -203,7 +205,7 @@ def _load_teacher(
     if isinstance(teacher, str):
         teacher = _load_teacher_model(teacher, args, origin)
     processing_class = processing_class or _load_processing_class(
-        name, "teacher", "teacher_processing_class", see=has_images, **origin
+        name, "teacher", "teacher_processing_class", has_images=has_images, **origin
     )
     if has_images and not isinstance(teacher, Teacher):
         _require_vision_language(teacher, processing_class, "teacher")
@@ -216,7 +218,7 @@ def _revision(args: TAIDConfig) -> dict[str, str]:
 
 def _give_tokenizer(student: Any, tokenizer: Any, teacher_tokenizer: Any, name: str | None) -> None:
     """Give the student the teacher's tokenizer, and embeddings of its size."""
-    if sees(student.config):
+    if is_vision_language(student.config):
         raise ValueError(
             "tokenizer_from: teacher is for text models: a vision-language student would lose the token that "
             "stands for its images. Choose a teacher of the student's family"
@@ -260,10 +262,10 @@ def _load_teacher_model(name: str, args: TAIDConfig, origin: dict[str, Any]) -> 
 
 
 def _require_vision_language(model: Any, processing_class: Any, role: str) -> None:
-    if not sees(model.config) or not isinstance(processing_class, ProcessorMixin):
+    if not is_vision_language(model.config) or not isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"the rows have images, but the {role} ({type(model).__name__} with {type(processing_class).__name__}) "
-            "sees none: choose a vision-language model with its processor, or remove the images column"
+            "takes none: choose a vision-language model with its processor, or remove the images column"
         )
 
 
@@ -291,7 +293,7 @@ def _name(model: Any) -> str | None:
     return str(model.name_or_path if isinstance(model, PeftModel) else model.config._name_or_path)
 
 
-def _load_processing_class(name: str | None, role: str, argument: str, *, see: bool, **init_kwargs: Any) -> Any:
+def _load_processing_class(name: str | None, role: str, argument: str, *, has_images: bool, **init_kwargs: Any) -> Any:
     if not name:
         raise ValueError(f"a {role} made in memory needs its tokenizer: pass {argument}")
-    return load_processing_class(name, role=role, see=see, **init_kwargs)
+    return load_processing_class(name, role=role, has_images=has_images, **init_kwargs)

@@ -112,7 +112,7 @@ def build_trainer(model: ModelConfig, data: DataArguments, args: TAIDConfig, *, 
         "quantization_config": get_quantization_config(model),
     }
     student = load_model(name, role="student", **(init_kwargs | (args.model_init_kwargs or {})))
-    processing_class = load_processing_class(name, role="student", see=has_images(train_rows), **origin)
+    processing_class = load_processing_class(name, role="student", has_images=has_images(train_rows), **origin)
     args = changed(args, eval_on_start=eval_rows is not None and not resuming)
     try:
         trainer = TAIDTrainer(

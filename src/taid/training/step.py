@@ -71,7 +71,7 @@ class MicroBatchLoss:
         self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, parameters: dict[str, float],
         with_teacher: bool, num_trained: int | None, of_student: dict[str, Any],
     ) -> tuple[Any, DistillationLoss]:  # fmt: skip
-        ids = None if self.vocabulary.holes is None else self.vocabulary.holes.to(labels.device)
+        ids = None if self.vocabulary.kept_ids is None else self.vocabulary.kept_ids.to(labels.device)
         asked = self.teacher is not None and with_teacher
         signal = self.teacher(vision_collator.for_teacher(inputs), labels) if asked else None  # type: ignore[misc]
         of_teacher = signal if isinstance(signal, Hidden) else (signal, None)
