@@ -1,4 +1,4 @@
-"""What a micro-batch holds in memory beside the weights: a model without any runs, and what comes and goes is counted.
+"""Trace the memory of a micro-batch beside the weights: run a model without weights, and count what it allocates.
 
 On PyTorch's meta device tensors have shapes and no numbers, so that a forward and a backward pass of any architecture
 take a second. Two things are not traced but stood in for, because they are kernels: attention, and the fused loss.
@@ -56,14 +56,14 @@ class Batch:
     device: str
 
     def inputs(self) -> dict[str, Tensor]:
-        """What a model is given."""
+        """Return the inputs of a model, on the meta device."""
         ids = torch.zeros(self.rows, self.length, dtype=torch.long, device="meta")
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What the loss of a micro-batch needs.
+    """Sizes that decide about the memory of a micro-batch's loss.
 
     Attributes:
         vocabulary: the ids that both models share.
@@ -77,7 +77,7 @@ class Loss:
 
 
 class Moment(NamedTuple):
-    """What a process holds when something is allocated, in bytes.
+    """Bytes that a process holds at the moment of an allocation.
 
     Attributes:
         held: beside the weights and the gradients that are complete.
@@ -92,7 +92,7 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward and a backward pass, of a model with all its layers or of two with few of them.
+    """The allocations of a forward and a backward pass, of a whole model or of two with few layers.
 
     Of layers that are alike each adds the same to what is held at the two moments that can be the fullest: when the
     backward pass begins, with all that was kept for it, and at its end, with all gradients.
@@ -108,11 +108,11 @@ class Trace:
     gradients: float
 
     def peaks(self, *, share: float = 1.0, accumulates: bool = False) -> tuple[float, float]:
-        """Bytes at the fullest moment with few gradients, and with most, of which a process keeps a `share`.
+        """Return the bytes at the fullest moment early and late in the backward pass.
 
         Args:
-            share: of the gradients.
-            accumulates: whether those of micro-batches before are held all the time.
+            share: share of the gradients that a process keeps.
+            accumulates: whether gradients of earlier micro-batches are held all the time.
         """
         own = 0.0 if accumulates else share
         halves: tuple[dict[int, float], ...] = ({}, {})
@@ -126,7 +126,7 @@ class Trace:
 
 
 def _extended(values: Mapping[int, float], at: int) -> float:
-    """The line through two points, or the only point."""
+    """Extend the line through two points to `at`, or return the only point."""
     (few, low), (more, high) = min(values.items()), max(values.items())
     return low if few == more else low + (high - low) * (at - few) / (more - few)
 
@@ -134,7 +134,7 @@ def _extended(values: Mapping[int, float], at: int) -> float:
 def trace_student(
     build: Callable[[Any], Any], config: Any, batch: Batch, loss: Loss, *, checkpoints: bool, offloads: bool
 ) -> Trace:
-    """A student's forward and backward pass.
+    """Trace a student's forward and backward pass.
 
     Args:
         build: makes a model of a configuration, on the meta device.
@@ -170,7 +170,7 @@ def _shortened(config: Any, layers: int) -> Any:
 
 
 def _moments(model: Any, batch: Batch, loss: Loss, checkpoints: bool, offloads: bool) -> tuple[list[Moment], int]:
-    """Of a forward and a backward pass, and the bytes of all gradients."""
+    """Return the moments of a forward and a backward pass, and the bytes of all gradients."""
     model.train()
     kernels, held = _Kernels(batch), _Held(model)
     if checkpoints:
@@ -194,7 +194,7 @@ def _moments(model: Any, batch: Batch, loss: Loss, checkpoints: bool, offloads: 
 
 
 class _Held(TorchDispatchMode):
-    """Counts the bytes of what is allocated until nobody holds it any more; weights of `model` are not counted."""
+    """Count the bytes of tensors from allocation until nobody holds them; the weights of `model` do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -219,7 +219,7 @@ class _Held(TorchDispatchMode):
             self.moments.append(Moment(self.now, self.done, self.number))
 
     def take(self, weight: Tensor) -> None:
-        """The gradient of a weight is complete."""
+        """Note that the gradient of a weight is complete, and drop it."""
         self.done, self.number, weight.grad = self.done + weight.nbytes, self.number + 1, None
 
 
@@ -255,7 +255,7 @@ class _Kernels(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what goes in and out, and a number a query; a mask in the dtype of the products."""
+    """Attention that keeps its inputs and output, one number a query, and a mask in the dtype of the products."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -300,7 +300,7 @@ def _offloading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _head(model: Any, batch: Batch, loss: Loss) -> Iterator[None]:
-    """The loss in the place of the output head."""
+    """Put the loss in the place of the output head."""
     head, own = (module := model.get_output_embeddings()), module.forward
 
     def fused(hidden: Tensor) -> Any:
@@ -322,7 +322,7 @@ def _head(model: Any, batch: Batch, loss: Loss) -> Iterator[None]:
 
 
 class _Fused(torch.autograd.Function):
-    """The memory of :func:`taid.fused_distillation_loss`, whose gradients are there at the end of the forward."""
+    """Allocate what :func:`taid.fused_distillation_loss` does; its gradients are complete after the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, batch: Batch, loss: Loss) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a process holds in memory under an engine, with the teacher in a place: from configurations, without weights."""
+"""Compute the memory of a process under each engine and place of the teacher, from configurations without weights."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ QUANTIZED = {"bnb_8bit": 1.0, "bnb_4bit": 0.5625, "torchao_int8": 1.0, "torchao_
 
 @dataclass(frozen=True, eq=False)
 class Size:
-    """The weights of a model.
+    """Numbers of weights of a model.
 
     Attributes:
         config: its configuration.
-        peft_config: of the adapter that is trained in place of the weights, or None.
-        weights: how many it has, without an adapter's.
-        trained: how many are trained.
-        used: how many a token is multiplied with: all but the rows of an input embedding and the experts that it skips.
-        products: how many can be quantized: those of products, without the output head.
-        head: how many its output head has.
-        layer: how many its largest layer has.
-        layers: how many all layers have.
+        peft_config: configuration of the adapter that is trained in place of the weights, or None.
+        weights: all weights, without an adapter's.
+        trained: weights that are trained.
+        used: weights that a token is multiplied with: all but an input embedding and the experts that it skips.
+        products: weights that can be quantized: those of linear layers, without the output head.
+        head: weights of the output head.
+        layer: weights of the largest layer.
+        layers: weights of all layers.
         can_be_cut: whether transformers cuts it up by layers, as processes hold a teacher together.
     """
 
@@ -59,7 +59,7 @@ class Size:
     can_be_cut: bool
 
     def attention(self, length: float) -> float:
-        """FLOPs a token of the products of queries with keys and of their weights with values, forward, causal."""
+        """Return the forward FLOPs a token of causal attention's two products, in a row of `length` tokens."""
         text = self.config.get_text_config()
         if getattr(text, "num_attention_heads", None) is None:  # a state-space model
             return 0.0
@@ -129,7 +129,7 @@ def _count(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread.
+    """A way to spread a run over processes.
 
     Attributes:
         engine: one of :data:`ENGINES`, or "none" where a process is alone.
@@ -142,13 +142,13 @@ class Layout:
     processes: int
 
     def share(self, *engines: str) -> float:
-        """What a process has of something that these engines cut up."""
+        """Return the share that a process holds of something that these engines cut up."""
         return 1 / self.processes if self.engine in engines else 1.0
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What decides about memory beside the layout.
+    """Everything but the layout that decides about a run's memory.
 
     Attributes:
         student: its weights.
@@ -181,7 +181,7 @@ class Footprint:
     traces: dict[Any, Trace] = field(default_factory=dict, compare=False)
 
     def held(self, layout: Layout) -> dict[str, float]:
-        """Bytes that each process holds at the fullest moment of a step, by what they are for.
+        """Return the bytes that each process holds at the fullest moment of a step, by purpose.
 
         Raises:
             ValueError: the student's forward pass cannot be traced; says why.
@@ -213,7 +213,7 @@ class Footprint:
         return parts | ({} if self.teacher is None else {"teacher": self._teacher(self.teacher, layout)})
 
     def _trace(self, dtype: torch.dtype | None) -> Trace:
-        """Of a student in `dtype` throughout, or as it is read, with autocast."""
+        """Trace a student in `dtype` throughout, or as it is read and with autocast if that is None."""
         student, batch = self.student, self.batch if dtype is None else replace(self.batch, autocast=None)
         key = student, batch, self.loss, dtype, self.checkpoints, self.offloads
         if key not in self.traces:
@@ -242,7 +242,7 @@ class Footprint:
         return self.teacher_dtype.itemsize * (part + teacher.head + layers)
 
     def _engine(self, layout: Layout, bucket: float) -> tuple[float, float]:
-        """What an engine gathers, and gradients that wait to be reduced: early and late in the backward pass."""
+        """Return the bytes that an engine gathers or has yet to reduce, early and late in the backward pass."""
         student, computed_in = self.student, (self.batch.autocast or self.dtype).itemsize
         if layout.engine == "zero2":
             return bucket, bucket

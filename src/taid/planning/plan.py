@@ -40,7 +40,7 @@ CPU = Device("CPU", 0.77e12, "float32, 8 cores with AVX2 at 3 GHz")  # 8 cores x
 
 @dataclass(frozen=True)
 class Memory:
-    """What each process holds under each engine, with the teacher in each place.
+    """The memory of each process under each engine, with the teacher in each place.
 
     Attributes:
         footprint: everything but the layout that decides about memory.
@@ -142,7 +142,7 @@ class CacheSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes.
+    """The memory, time and disk that a recipe takes.
 
     Attributes:
         recipe: what was planned.
