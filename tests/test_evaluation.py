@@ -321,7 +321,7 @@ def test_a_package_that_quantizes_and_is_missing_is_named_before_a_model_is_load
         "--data",
         rows(tmp_path / "r.jsonl"),
     )
-    assert evaluate("no/such/model", *options) == 2
+    assert evaluate("nobody/model", *options) == 2
     assert capsys.readouterr().err == "taid: error: bnb_8bit needs bitsandbytes: pip install bitsandbytes\n"
 
 
@@ -450,7 +450,7 @@ def test_what_was_measured_before_of_the_same_model_is_kept(
 
 def test_rows_without_a_prompt_are_named_before_a_model_is_loaded(tmp_path, rows, capsys):
     data = rows(tmp_path / "rows.jsonl", "text")
-    assert evaluate("no/such/model", "--data", data, "--generate", 5) == 2
+    assert evaluate("nobody/model", "--data", data, "--generate", 5) == 2
     assert f"no row of {data} has a prompt" in capsys.readouterr().err
 
 

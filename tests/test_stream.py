@@ -183,7 +183,7 @@ def test_a_data_set_of_datasets_is_a_stream_too(tmp_path):
     for name in ("rows", "folder"):
 
         def new(name=name):
-            return stream.of(rows, None, made()) if name == "rows" else opened(folder)
+            return stream.as_stream(rows, None, made()) if name == "rows" else opened(folder)
 
         alone, _ = read(new(), 65)
         assert sorted(alone[:30]) == sorted(texts(30))
@@ -197,17 +197,17 @@ def test_what_does_not_go_on_exactly_is_refused_by_name(tmp_path):
     shuffled = rows.shuffle(seed=0, buffer_size=8)
     for buffered in (shuffled, shuffled.map(lambda row: row), interleave_datasets([rows, shuffled])):
         with pytest.raises(ValueError, match=r"is shuffled in a buffer.*take \.shuffle\(\) away"):
-            stream.of(buffered, None, made())
+            stream.as_stream(buffered, None, made())
     for name, value in {
         "shuffle_dataset": True, "dataloader_num_workers": 2, "train_sampling_strategy": "group_by_length",
         "ignore_data_skip": True,
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} does not go together with a stream"):
-            stream.of(rows, None, made(**{name: value}))
+            stream.as_stream(rows, None, made(**{name: value}))
     with pytest.raises(ValueError, match="a stream has no length: set max_steps, or with packing: true train_tokens"):
-        stream.of(rows, None, made(max_steps=-1))
+        stream.as_stream(rows, None, made(max_steps=-1))
     with pytest.raises(ValueError, match=r"held-out rows are a stream: take the first of them"):
-        stream.of(Dataset.from_dict({"text": ["a"]}), {"a": rows}, made())
+        stream.as_stream(Dataset.from_dict({"text": ["a"]}), {"a": rows}, made())
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
