@@ -315,7 +315,7 @@ def test_a_package_that_quantizes_and_is_missing_is_named_before_a_model_is_load
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     options = (
         "--teacher",
-        "no/such/teacher",
+        "nobody/teacher",
         "--teacher_quantization",
         "bnb_8bit",
         "--data",
