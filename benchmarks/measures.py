@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
-from taid import stdlib_text
+from taid import demo
 from taid.artifacts import tables
 
-ROWS: dict[stdlib_text.Split, int] = {"train": 2_400, "held_out": 120}
+SPLITS: dict[str, tuple[demo.Split, ...]] = {"train": ("models",), "held_out": ("validation", "test")}
+ROWS = {"train": 2_400, "held_out": 120}
 LINES, PROMPT, CHARACTERS = 12, 4, 900
 OBJECTIVES = {"forward_kl": [], "reverse_kl": [], "taid": ["--taid_alpha", "auto"]}
 TRAIN = """--use_cpu --max_steps 300 --learning_rate 2e-3 --per_device_train_batch_size 8 --max_length 384 --bf16 false
@@ -33,9 +34,9 @@ TRAIN = """--use_cpu --max_steps 300 --learning_rate 2e-3 --per_device_train_bat
 EVALUATE = "--use_cpu --generate 60 --max_new_tokens 64 --batch_size 16".split()
 
 
-def rows_of(split: stdlib_text.Split) -> list[dict[str, str]]:
+def rows_of(split: str) -> list[dict[str, str]]:
     """Pieces of files, the first of each, then the second of each, and so on."""
-    texts, found = [text.splitlines(keepends=True) for text in stdlib_text.read(split)], []
+    texts, found = [text.splitlines(keepends=True) for text in demo.read(*SPLITS[split])], []
     for start in range(0, max(map(len, texts)), LINES):
         for lines in texts:
             piece = lines[start : start + LINES]

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -60,15 +61,24 @@ SAMPLED: dict[str, dict[str, Any]] = {
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 
+def windows(tokenizer: Any, texts: list[str], count: int, width: int = 256) -> Dataset:
+    """Rows of so many tokens, the same on every call."""
+    ids = [i for text in tokenizer(texts)["input_ids"] for i in [*text, tokenizer.eos_token_id]]
+    starts = list(range(0, len(ids) - width + 1, width))
+    random.Random(0).shuffle(starts)
+    chosen = [starts[i % len(starts)] for i in range(count)]
+    return Dataset.from_dict({"input_ids": [ids[start : start + width] for start in chosen]})
+
+
 def quality(student: Path | None, teacher: Path | None, out: Path) -> str:
     recipe = RECIPE | {"eval_strategy": "no", "taid_alpha": "auto", "disable_tqdm": True}
     if student is None or teacher is None:
         name, command = "the demo's pair", "`python benchmarks/teacher.py quality`"
-        student, teacher = (Path(demo.__file__).parent / "assets" / role for role in ("student", "teacher"))
+        student, teacher = (demo.ASSETS / role for role in ("student", "teacher"))
         tokenizer = AutoTokenizer.from_pretrained(teacher)
-        train_rows = demo._windows(tokenizer, "train", 200 * demo.BATCH)
-        held_out = demo._windows(tokenizer, "held_out", demo.HELD_OUT_ROWS)
-        recipe |= {"per_device_train_batch_size": demo.BATCH, "learning_rate": demo.LEARNING_RATE}
+        train_rows = windows(tokenizer, demo.read("models"), 1_600)
+        held_out = windows(tokenizer, demo.read("validation", "test"), 64)
+        recipe |= {"per_device_train_batch_size": 8, "learning_rate": 4e-3}
     else:
         name = "the story pair"
         command = f"`python benchmarks/teacher.py quality --teacher {teacher.name} --student {student.name}`"

@@ -1,28 +1,35 @@
-"""Train the two models that `taid demo` ships: a teacher, and a smaller, weaker student starting point.
+"""Make the two models of `taid demo`: train the teacher, and leave out layers of it for the student.
 
     python scripts/train_demo_models.py --out src/taid/assets
+    python scripts/train_demo_models.py --out src/taid/assets --only student    # from the teacher that is there
 
-Both read the train split of the standard library (src/taid/stdlib_text.py) through one byte-level BPE of 2,048
-entries, trained on the same split. The validation split is only printed; the held-out split is never opened here.
-The student stops early on purpose: the demo shows distillation, not pre-training.
+The teacher reads the modules of the standard library that taid.demo keeps for the models, through a byte-level BPE of
+2,048 entries trained on the same text. Validation loss is only printed; no other split is opened here.
+The student is the teacher's first and third of five layers, with its embedding and norms, and not trained: of all
+pairs of layers the one with the lowest validation loss. The demo shows distillation, not pre-training.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+import re
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from taid import stdlib_text
+from taid import demo
 
 VOCABULARY_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
 WINDOW = 256  # tokens a training row
+STUDENT_LAYERS = (0, 2)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -79,7 +86,6 @@ def train(
     *,
     steps: int,
     rate: float,
-    name: str,
 ) -> None:
     """AdamW with cosine decay and 5 % warm-up on random windows of 16 x 256 tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -104,40 +110,55 @@ def train(
             held = mean_loss(model.eval(), validation_ids[: 200 * WINDOW])
             model.train()
             print(
-                f"{name} {step}/{steps} train {loss.item():.3f} validation {held:.3f} {time.time() - start:.0f} s",
+                f"{step}/{steps} train {loss.item():.3f} validation {held:.3f} {time.time() - start:.0f} s",
                 flush=True,
             )
+
+
+def with_layers(teacher: LlamaForCausalLM, layers: Sequence[int]) -> LlamaForCausalLM:
+    """Return a model of some of the teacher's layers, in their order, and all its other weights."""
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(layers)
+    weights = {}
+    for name, weight in teacher.state_dict().items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is None:
+            weights[name] = weight
+        elif int(layer[1]) in layers:
+            weights[f"model.layers.{layers.index(int(layer[1]))}.{name[layer.end() :]}"] = weight
+    student = LlamaForCausalLM(config)
+    student.load_state_dict(weights)
+    return student
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--teacher_steps", type=int, default=4500)
-    parser.add_argument("--student_steps", type=int, default=100)
-    parser.add_argument(
-        "--only", choices=("teacher", "student"), help="train one of the two; the tokenizer is the same"
-    )
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--only", choices=("teacher", "student"), help="make one of the two")
     arguments = parser.parse_args()
 
-    train_texts = stdlib_text.read("train")
-    tokenizer = train_tokenizer(train_texts)
-    train_ids = encode(tokenizer, train_texts)
-    validation_ids = encode(tokenizer, stdlib_text.read("validation"))
-    print(f"{len(train_ids):,} train and {len(validation_ids):,} validation tokens", flush=True)
-
-    plans = {
-        "student": ({"width": 96, "layers": 2, "inner": 256, "heads": 4}, arguments.student_steps, 3e-3),
-        "teacher": ({"width": 192, "layers": 5, "inner": 512, "heads": 6}, arguments.teacher_steps, 3e-3),
-    }
-    for name, (shape, steps, rate) in plans.items():
-        if arguments.only not in (None, name):
-            continue
+    teacher_folder, student_folder = (arguments.out / name for name in ("teacher", "student"))
+    if arguments.only != "student":
+        train_texts = demo.read("models")
+        tokenizer = train_tokenizer(train_texts)
+        train_ids, validation_ids = encode(tokenizer, train_texts), encode(tokenizer, demo.read("validation"))
+        print(f"{len(train_ids):,} train and {len(validation_ids):,} validation tokens", flush=True)
         torch.manual_seed(0)
-        model = build(tokenizer, **shape)
-        print(f"{name}: {model.num_parameters():,} weights", flush=True)
-        train(model, train_ids, validation_ids, steps=steps, rate=rate, name=name)
-        model.to(torch.float16).save_pretrained(arguments.out / name)
-        tokenizer.save_pretrained(arguments.out / name)
+        model = build(tokenizer, width=192, layers=5, inner=512, heads=6)
+        train(model, train_ids, validation_ids, steps=arguments.steps, rate=3e-3)
+        save(model, teacher_folder)
+        tokenizer.save_pretrained(teacher_folder)
+    if arguments.only != "teacher":
+        teacher = LlamaForCausalLM.from_pretrained(teacher_folder)
+        save(with_layers(teacher, STUDENT_LAYERS), student_folder)
+        for file in teacher_folder.glob("tokenizer*.json"):
+            shutil.copyfile(file, student_folder / file.name)
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    print(f"{folder.name}: {model.num_parameters():,} weights", flush=True)
+    model.to(torch.float16).save_pretrained(folder)
 
 
 if __name__ == "__main__":

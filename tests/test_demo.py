@@ -1,22 +1,128 @@
-"""What the demo says of its own result."""
+"""`taid demo`: its rows, its pair, what it refuses, and a whole one of a step."""
+
+import json
+import re
+import subprocess
+import sys
 
 import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
-from taid.demo import Result, verdict
+from taid import demo
+
+SMALL = """
+import sys
+from taid import demo
+from taid.cli.main import main
+demo.HELD_OUT_ROWS, demo.APART, demo.METHODS = 4, 10**9, {"forward_kl": "forward KL", "taid": "TAID"}
+sys.exit(main(["demo", "--steps", "1", "--seeds", "2", "--output_dir", sys.argv[1]]))
+"""
 
 
-def result(name, cross_entropy, closed):
-    return Result(name, cross_entropy, 0.0, 0.0, closed, None, "")
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A demo of one step on a row a module, twice in one folder: what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "taid-demo"
+    command = [sys.executable, "-c", SMALL, str(folder)]
+    finished = [subprocess.run(command, capture_output=True, text=True, timeout=600) for _ in range(2)]
+    assert [process.returncode for process in finished] == [0, 0], finished[0].stderr
+    return folder, *(process.stdout for process in finished)
+
+
+def test_the_demo_is_a_comparison_of_the_real_command(done):
+    folder, printed, again = done
+    found = json.loads((folder / "comparison" / "comparison.json").read_text())
+    assert {path.name for path in (folder / "comparison" / "runs").iterdir()} == {
+        "forward_kl-seed0", "forward_kl-seed1", "taid-seed0", "taid-seed1",
+    }  # fmt: skip
+    for method in found["methods"].values():
+        interval = method["measures"]["cross_entropy"]
+        assert f"{interval['mean']:.4f} ± {interval['half_width_95']:.4f}" in printed
+    before, teacher = (found["beside"][name]["held_out"]["cross_entropy"] for name in ("student before", "teacher"))
+    assert (before, teacher) == pytest.approx((5.0, 2.6), abs=0.7)
+    assert f"taid compare --config {folder}/recipe.yaml --objectives forward_kl,taid --seeds 2" in printed
+    assert "[4/4] " in printed
+    assert "[1/" not in again  # nothing is trained twice
+    after_runs = printed[printed.index("┏") :].rsplit("\n", 2)[0]
+    assert after_runs == again[again.index("┏") :].rsplit("\n", 2)[0]
+
+
+def test_the_demo_shows_what_each_model_writes(done):
+    _, printed, _ = done
+    for prompt in demo.prompts(demo.read("test")):
+        assert prompt in re.sub(r" +$", "", printed, flags=re.MULTILINE)
+    assert re.findall(r"^│ ([a-zA-Z ]+?) +│ ", printed[printed.index("Go on") :], re.MULTILINE) == [
+        "student before", "forward KL", "TAID", "teacher",
+    ] * demo.PROMPTS  # fmt: skip
+
+
+def test_the_teacher_writes_python_and_the_student_does_not_yet():
+    models = {name: demo.ASSETS / name for name in ("student", "teacher")}
+    ((_, answers),) = demo.continuations(models, ['def read(self, size=-1):\n    """'])
+    assert answers["teacher"].startswith("Read and return a bytes object.\n\n    The argument is")
+    assert "Return" not in answers["student"]
+
+
+def test_the_student_is_two_layers_of_the_teacher():
+    student, teacher = (AutoModelForCausalLM.from_pretrained(demo.ASSETS / name) for name in ("student", "teacher"))
+    assert (student.num_parameters(), teacher.num_parameters()) == (1_278_912, 2_607_168)
+    theirs = teacher.state_dict()
+    for name, weight in student.state_dict().items():
+        assert torch.equal(weight, theirs[name.replace("layers.1.", "layers.2.")])
 
 
 @pytest.mark.parametrize(
-    ("taid", "words"),
-    [
-        (4.779, "TAID did not win this one: forward KL is ahead by less than one seed can tell, 0.012 nats."),
-        (4.867, "TAID did not win this one: forward KL is ahead, 0.100 nats."),
-        (4.700, "TAID 31%, forward KL 29% was closed."),
-    ],
+    ("module", "split"), [("json", "models"), ("heapq", "train"), ("pickle", "validation"), ("ast", "test")]
 )
-def test_the_verdict_names_the_winner_and_by_how_much(taid, words):
-    results = [result("student before", 5.65, None), result("forward KL", 4.767, 0.29), result("TAID", taid, 0.31)]
-    assert verdict(results).endswith(words)
+def test_a_module_is_of_one_split_under_every_python(module, split):
+    assert demo.split_of(module) == split
+
+
+def test_rows_begin_lines_of_their_own_split_and_fill_the_longest_row():
+    for split in ("train", "validation", "test"):
+        texts = demo.read(split)
+        rows = [row["text"] for row in demo.rows(split)]
+        assert split == "train" or len(rows) == demo.HELD_OUT_ROWS
+        for row in rows:
+            assert len(row) == demo.CHARACTERS
+            assert any(text.startswith(row) or f"\n{row}" in text for text in texts)
+    assert not set(demo.read("models", "train")) & set(demo.read("validation", "test"))
+
+
+def test_the_recipe_says_how_many_steps(tmp_path):
+    demo.write_files(tmp_path / "a b", 7)
+    recipe = yaml.safe_load((tmp_path / "a b" / "recipe.yaml").read_text())
+    assert (recipe["max_steps"], recipe["warmup_steps"], recipe["eval_steps"]) == (7, 0, 1)
+    assert recipe["dataset_name"] == str(tmp_path / "a b" / "train.jsonl")
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"seeds": -1}])
+def test_a_demo_of_nothing_is_refused(tmp_path, options):
+    ((name, number),) = options.items()
+    with pytest.raises(ValueError, match=f"--{name} must be at least 1, got {number}"):
+        demo.run(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds thesis\.txt, which is not of the demo: choose another folder"):
+        demo.write_files(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"thesis\.txt is a file: choose another folder"):
+        demo.write_files(tmp_path / "thesis.txt", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_another_recipe_in_the_folder_is_not_overwritten(tmp_path):
+    demo.write_files(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"recipe\.yaml is of another demo .* delete the folder"):
+        demo.write_files(tmp_path, 2)
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["max_steps"] == 1
+
+
+def test_a_python_without_source_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(FileNotFoundError, match=f"no standard library source under {tmp_path}"):
+        demo.read("test")

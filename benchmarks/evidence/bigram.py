@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from taid import objectives, stdlib_text
+from taid import demo, objectives
 from taid.comparison.results import Interval
 from taid.losses.schedules import AutoSchedule
 
@@ -97,7 +97,7 @@ SCHEDULES: dict[str, Schedule] = {
 def table() -> tuple[Tensor, Tensor]:
     """How frequent each token is, ``[V]``, and the log-probabilities of the next one, ``[V, V]``."""
     tokenizer = AutoTokenizer.from_pretrained(str(resources.files("taid") / "assets" / "teacher"))
-    ids = torch.tensor(tokenizer("\n".join(stdlib_text.read("train")))["input_ids"])
+    ids = torch.tensor(tokenizer("\n".join(demo.read("models")))["input_ids"])
     place = torch.full((len(tokenizer),), -1)
     place[ids.bincount(minlength=len(tokenizer)).topk(IDS).indices] = torch.arange(IDS)
     pairs = torch.stack([place[ids[:-1]], place[ids[1:]]])

@@ -85,10 +85,11 @@ def taid(*arguments: object) -> None:
 
 
 def small(out: Path, options: argparse.Namespace) -> Setting:
-    from taid import stdlib_text
+    from taid import demo
 
-    for name, split, number in (("train", "train", 160), ("validation", "validation", 32), ("test", "held_out", 32)):
-        texts = "\n".join(stdlib_text.read(split))
+    splits: dict[demo.Split, int] = {"train": 160, "validation": 32, "test": 32}
+    for name, number in splits.items():
+        texts = "\n".join(demo.read(name))
         starts = random.Random(0).sample(range(0, len(texts) - 700, 700), number)
         write_rows(out / f"{name}.jsonl", [{"text": texts[start : start + 700]} for start in starts])
     assets = Path(str(resources.files("taid") / "assets"))

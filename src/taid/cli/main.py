@@ -153,9 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quantization", metavar="TYPE", help="a type of llama-quantize, as Q4_K_M (gguf only)")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.set_defaults(run=_export)
-    demo = commands.add_parser("demo", help="distil on this Python's own standard library, in minutes")
+    demo = commands.add_parser("demo", help="a small taid compare on this Python's own standard library, in minutes")
     demo.add_argument("--output_dir", type=Path, default=Path("taid-demo"), help="default: %(default)s")
-    demo.add_argument("--steps", type=int, default=150, help="optimizer steps a method (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=100, help="optimizer steps a run (default: %(default)s)")
+    demo.add_argument("--seeds", type=int, default=3, help="runs a method (default: %(default)s)")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -276,4 +277,4 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from taid.demo import run
 
-    run(options.output_dir, steps=options.steps)
+    run(options.output_dir, steps=options.steps, seeds=options.seeds)
