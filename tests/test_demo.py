@@ -16,7 +16,7 @@ SMALL = """
 import sys
 from taid import demo
 from taid.cli.main import main
-demo.HELD_OUT_ROWS, demo.APART, demo.METHODS = 4, 10**9, {"forward_kl": "forward KL", "taid": "TAID"}
+demo.HELD_OUT_ROWS, demo.APART, demo.METHODS = 4, 10**9, {"fine_tuning": "fine-tuning", "taid": "TAID"}
 sys.exit(main(["demo", "--steps", "1", "--seeds", "2", "--output_dir", sys.argv[1]]))
 """
 
@@ -35,14 +35,14 @@ def test_the_demo_is_a_comparison_of_the_real_command(done):
     folder, printed, again = done
     found = json.loads((folder / "comparison" / "comparison.json").read_text())
     assert {path.name for path in (folder / "comparison" / "runs").iterdir()} == {
-        "forward_kl-seed0", "forward_kl-seed1", "taid-seed0", "taid-seed1",
+        "fine_tuning-seed0", "fine_tuning-seed1", "taid-seed0", "taid-seed1",
     }  # fmt: skip
     for method in found["methods"].values():
         interval = method["measures"]["cross_entropy"]
         assert f"{interval['mean']:.4f} ± {interval['half_width_95']:.4f}" in printed
     before, teacher = (found["beside"][name]["held_out"]["cross_entropy"] for name in ("student before", "teacher"))
     assert (before, teacher) == pytest.approx((5.0, 2.6), abs=0.7)
-    assert f"taid compare --config {folder}/recipe.yaml --objectives forward_kl,taid --seeds 2" in printed
+    assert f"taid compare --config {folder}/recipe.yaml --variants {folder}/variants.yaml " in printed
     assert "[4/4] " in printed
     assert "[1/" not in again  # nothing is trained twice
     after_runs = printed[printed.index("┏") :].rsplit("\n", 2)[0]
@@ -53,8 +53,8 @@ def test_the_demo_shows_what_each_model_writes(done):
     _, printed, _ = done
     for prompt in demo.prompts(demo.read("test")):
         assert prompt in re.sub(r" +$", "", printed, flags=re.MULTILINE)
-    assert re.findall(r"^│ ([a-zA-Z ]+?) +│ ", printed[printed.index("Go on") :], re.MULTILINE) == [
-        "student before", "forward KL", "TAID", "teacher",
+    assert re.findall(r"^│ ([a-zA-Z -]+?) +│ ", printed[printed.index("Go on") :], re.MULTILINE) == [
+        "student before", "fine-tuning", "TAID", "teacher",
     ] * demo.PROMPTS  # fmt: skip
 
 
