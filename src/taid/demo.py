@@ -31,7 +31,8 @@ from rich.text import Text
 
 from taid.artifacts.run_folder import write_atomically
 from taid.comparison import results, runner
-from taid.comparison.plan import Plan, options_of
+from taid.comparison.options import options_of
+from taid.comparison.plan import Plan
 from taid.config.parsing import configured
 from taid.models.generation import decoding, generate
 from taid.models.loading import load_model, load_tokenizer
