@@ -408,7 +408,10 @@ def fused_values(x: Inputs, t: float) -> tuple[Tensor, ...]:
     for hidden, weight in (x[2:4], x[:2]):
         head = HeadProducts(weight.detach(), len(weight), None, False)
         tiles.insert(0, head.project(head.operand(hidden.detach()), head.tile(len(hidden))))
-    task, columns = RowTask.of("taid", 1.0, {"t": t}, Finish(), Finish()), torch.empty(len(hidden), len(COLUMNS))
+    task, columns = (
+        RowTask.for_objective("taid", 1.0, {"t": t}, Finish(), Finish()),
+        torch.empty(len(hidden), len(COLUMNS)),
+    )
     g = row_stage(*tiles, x.labels, task, columns.to(DEVICE), gradient=head.operand_dtype)
     return result.loss, result.sums["target_cross_entropy"], g, *gradients
 

@@ -23,10 +23,10 @@ from scipy import stats
 from command_line import run_taid
 from taid.artifacts.run_folder import read_metrics
 from taid.cli.main import main
-from taid.comparison import results as standings
+from taid.comparison import results as comparison_results
 from taid.comparison import runner
 from taid.comparison.plan import Run, arguments_of
-from taid.comparison.results import Interval, Standings
+from taid.comparison.results import ComparisonResults, Interval
 from taid.config.arguments import COMMANDS
 from taid.config.parsing import parse
 
@@ -446,12 +446,12 @@ def test_a_run_that_the_system_killed_is_said_to_be_killed(tmp_path):
 def test_an_interval_is_that_of_students_t():
     values = [1.0, 2.0, 4.0, 4.5, 5.5]
 
-    interval = Interval.of(values)
+    interval = Interval.from_values(values)
 
     low, high = stats.t.interval(0.95, 4, loc=3.4, scale=stats.sem(values))
     assert math.isclose(interval.mean - interval.half, low, rel_tol=1e-12)
     assert math.isclose(interval.mean + interval.half, high, rel_tol=1e-12)
-    assert Interval.of([3.0]) == Interval(3.0, None)
+    assert Interval.from_values([3.0]) == Interval(3.0, None)
 
 
 def result(method, seed, cross_entropy, **more):
@@ -462,18 +462,20 @@ def result(method, seed, cross_entropy, **more):
     }  # fmt: skip
 
 
-BESIDE = {
+REFERENCES = {
     "student before": {"held_out": {"cross_entropy": 2.25, "kl": 1.5, "tokens": 100}},
     "teacher": {"held_out": {"cross_entropy": 0.5, "kl": 0.0, "tokens": 100}},
 }
 
 
-def of(results, select=None):
-    return Standings.of(results, baseline="forward_kl", rows="test.jsonl", select=select, grid=[], beside=BESIDE)
+def from_runs(results, select=None):
+    return ComparisonResults.from_runs(
+        results, baseline="forward_kl", rows="test.jsonl", select=select, grid=[], references=REFERENCES
+    )
 
 
 def test_the_student_before_and_the_teacher_stand_below_the_methods():
-    head, rows = of([result("forward_kl", 0, 1.0), result("taid", 0, 0.9)]).cells()
+    head, rows = from_runs([result("forward_kl", 0, 1.0), result("taid", 0, 0.9)]).cells()
 
     loss, gap = head.index("cross-entropy"), head.index("less forward_kl's")
     assert [row[0] for row in rows] == ["forward_kl", "taid", "(student before)", "(teacher)"]
@@ -484,7 +486,7 @@ def test_the_student_before_and_the_teacher_stand_below_the_methods():
 
 def test_a_difference_is_taken_seed_by_seed_and_so_is_free_of_what_seeds_do_to_both():
     seeds = [0.0, 10.0, 20.0]
-    found = of(
+    found = from_runs(
         [result("forward_kl", s, 1 + at) for s, at in enumerate(seeds)]
         + [result("taid", s, 0.9 + at + 0.01 * s) for s, at in enumerate(seeds)]
     )
@@ -496,20 +498,20 @@ def test_a_difference_is_taken_seed_by_seed_and_so_is_free_of_what_seeds_do_to_b
 
 
 def test_the_opening_names_the_lowest_and_those_that_the_seeds_cannot_tell_from_it():
-    found = of(
+    found = from_runs(
         [result("forward_kl", s, 1 + s) for s in range(3)]
         + [result("taid", s, 1 + s + (0.1, -0.2, 0.02)[s]) for s in range(3)]
         + [result("sft", s, 2 + s + 0.001 * s) for s in range(3)]
     )
 
-    assert standings.opening(found) == (
+    assert comparison_results.opening(found) == (
         "taid has the lowest held-out cross-entropy, 1.9733 ± 2.4138 nats a token; from forward_kl the seeds cannot "
         "tell it apart."
     )
 
 
 def test_a_table_has_what_every_run_has_and_says_what_one_seed_is_worth():
-    found = of([result("forward_kl", 0, 1.0, accuracy=0.5), result("taid", 0, 1.25)])
+    found = from_runs([result("forward_kl", 0, 1.0, accuracy=0.5), result("taid", 0, 1.25)])
 
     head, rows = found.cells()
 
@@ -520,16 +522,18 @@ def test_a_table_has_what_every_run_has_and_says_what_one_seed_is_worth():
 
 
 def test_a_path_with_brackets_stands_in_the_table_as_it_is():
-    found = replace(of([result("forward_kl", 0, 1.0)]), rows="runs[1]/[/x]/test.jsonl")
+    found = replace(from_runs([result("forward_kl", 0, 1.0)]), rows="runs[1]/[/x]/test.jsonl")
     console = Console(file=io.StringIO(), width=200)
 
-    console.print(standings.table(found))
+    console.print(comparison_results.table(found))
 
     assert "Measured on runs[1]/[/x]/test.jsonl" in console.file.getvalue()
 
 
 def test_the_table_in_markdown_is_one_of_equal_rows():
-    text = standings.markdown(of([result(m, s, 1.0 + s) for m in ("forward_kl", "taid") for s in range(2)]))
+    text = comparison_results.markdown(
+        from_runs([result(m, s, 1.0 + s) for m in ("forward_kl", "taid") for s in range(2)])
+    )
 
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 6
@@ -539,7 +543,9 @@ def test_the_table_in_markdown_is_one_of_equal_rows():
 def test_a_rate_at_the_edge_of_the_grid_is_said_to_be_one():
     grid = [{"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
     results = [result("forward_kl", 0, 1.0), result("taid", 0, 1.0) | {"learning_rate": 1e-2}]
-    found = Standings.of(results, baseline="forward_kl", rows="test.jsonl", select="kl", grid=grid, beside={})
+    found = ComparisonResults.from_runs(
+        results, baseline="forward_kl", rows="test.jsonl", select="kl", grid=grid, references={}
+    )
 
     notes = found.notes()
     assert "The largest, 0.01, is that of taid: a larger one, which was not tried, may be better." in notes
@@ -549,7 +555,7 @@ def test_a_rate_at_the_edge_of_the_grid_is_said_to_be_one():
 
 
 def test_methods_that_came_out_equal_to_the_last_digit_are_said_to_be_one():
-    found = of([result(m, s, 1.0 + s) for m in ("forward_kl", "taid", "taid_linear") for s in range(2)])
+    found = from_runs([result(m, s, 1.0 + s) for m in ("forward_kl", "taid", "taid_linear") for s in range(2)])
 
     assert any("taid and taid_linear are the same" in note for note in found.notes())
 
@@ -557,7 +563,7 @@ def test_methods_that_came_out_equal_to_the_last_digit_are_said_to_be_one():
 def test_a_method_that_never_sampled_an_answer_is_named():
     shares = {"distillm": (0.0, 0.0), "distillm_reverse": (0.0, 0.25), "gkd": (0.5, 0.5)}
     runs = [result(m, s, 1.0 + s) | {"sampled": shares[m][s]} for m in shares for s in range(2)]
-    found = of([*(result("forward_kl", s, 1.0 + s) for s in range(2)), *runs])
+    found = from_runs([*(result("forward_kl", s, 1.0 + s) for s in range(2)), *runs])
 
     assert [note.split(":")[0] for note in found.notes() if "sampled by" in note] == [
         "No answer was ever sampled by distillm"
@@ -565,16 +571,16 @@ def test_a_method_that_never_sampled_an_answer_is_named():
 
 
 def test_who_is_ahead_is_said_in_the_markdown_and_on_the_terminal_too():
-    found = of([result(m, s, 1.0 + s + i) for i, m in enumerate(("forward_kl", "taid")) for s in range(2)])
+    found = from_runs([result(m, s, 1.0 + s + i) for i, m in enumerate(("forward_kl", "taid")) for s in range(2)])
 
-    assert standings.opening(found) in standings.markdown(found).splitlines()
-    assert standings.opening(found) in str(standings.table(found).caption)
+    assert comparison_results.opening(found) in comparison_results.markdown(found).splitlines()
+    assert comparison_results.opening(found) in str(comparison_results.table(found).caption)
 
 
 def test_the_points_of_runs_are_not_hidden_below_their_mean(monkeypatch):
     figures = []
-    monkeypatch.setattr(standings, "png_of", lambda figure: figures.append(figure) or b"")
-    standings._plot_standings(of([result("forward_kl", s, 1 + 0.1 * s) for s in range(3)]))
+    monkeypatch.setattr(comparison_results, "png_of", lambda figure: figures.append(figure) or b"")
+    comparison_results._plot_results(from_runs([result("forward_kl", s, 1 + 0.1 * s) for s in range(3)]))
 
     lines = figures[0].axes[0].lines
     points, mean = (next(line for line in lines if len(line.get_xdata()) == n) for n in (3, 1))

@@ -105,7 +105,9 @@ class Case:
         return self.parameters.get("temperature", 1.0) * weight
 
     def task(self, kd_ratio=1.0, student=None, teacher=None):
-        return RowTask.of(self.objective, kd_ratio, self.parameters, student or Finish(), teacher or Finish())
+        return RowTask.for_objective(
+            self.objective, kd_ratio, self.parameters, student or Finish(), teacher or Finish()
+        )
 
 
 CASES = {
@@ -909,7 +911,7 @@ def test_in_float64_the_gradient_for_the_temperature_is_exact_to_1e_12():
 )
 def test_a_task_that_makes_no_sense_is_refused_with_what_is_wrong(objective, kd_ratio, parameters, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        RowTask.of(objective, kd_ratio, parameters, Finish(), Finish())
+        RowTask.for_objective(objective, kd_ratio, parameters, Finish(), Finish())
 
 
 @pytest.mark.parametrize("objective", ["jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "dkd"])
@@ -989,7 +991,7 @@ c_rows._FLAGS = ["-std=gnu11", "-O0", "-fPIC", "-fopenmp"]
 torch.manual_seed(0)
 student, teacher = torch.randn(2, 3, 507)
 columns = torch.empty(3, len(COLUMNS))
-task = RowTask.of("taid", 0.7, {"t": 0.4}, Finish(), Finish())
+task = RowTask.for_objective("taid", 0.7, {"t": 0.4}, Finish(), Finish())
 c_rows.native_rows(student, teacher, torch.tensor([1, 2, 3]), task, columns, gradient=torch.float32)
 print(c_rows._library() is not None, *columns.flatten().tolist(), *student[:, ::100].flatten().tolist())
 """

@@ -27,7 +27,7 @@ def relative(a, b):
 
 def test_counts_are_the_expected_ones_rounded_up_or_down_and_add_up():
     _, _, teacher_NV, labels = pair(N=200, V=500)
-    sampled = Sampled.of(teacher_NV, labels, 50, torch.rand(200))
+    sampled = Sampled.from_logits(teacher_NV, labels, 50, torch.rand(200))
     p = teacher_NV.softmax(-1)
     counts = torch.zeros(200, 500).scatter_add(-1, sampled.ids, 50 * sampled.weights)
     assert torch.equal(counts.round(), counts.round().clamp(min=0))
@@ -44,7 +44,9 @@ def test_loss_and_gradient_over_all_starts_are_the_full_ones():
     steps, draws = 2000, 3
     losses, gradients = [], []
     for step in range(steps):
-        sampled = Sampled.of(teacher_NV, labels, draws, torch.full((6,), (step + 0.5) / steps, dtype=torch.float64))
+        sampled = Sampled.from_logits(
+            teacher_NV, labels, draws, torch.full((6,), (step + 0.5) / steps, dtype=torch.float64)
+        )
         loss = fused_distillation_loss(hidden, weight, sampled, None, labels, "forward_kl").loss
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(loss, weight)[0])
@@ -57,7 +59,7 @@ def test_loss_and_gradient_over_all_starts_are_the_full_ones():
 def test_systematic_draws_vary_less_than_independent_ones():
     hidden, weight, teacher_NV, labels = pair(N=2000, V=200)
     student_NV = (hidden @ weight.t()).detach()
-    systematic = Sampled.of(teacher_NV, labels, 12, torch.rand(2000))
+    systematic = Sampled.from_logits(teacher_NV, labels, 12, torch.rand(2000))
     counts = torch.distributions.Multinomial(12, logits=teacher_NV).sample()
     independent = Sampled(
         torch.arange(200).expand(2000, -1), counts / 12, systematic.entropy.double(), systematic.label_log_probs
@@ -74,7 +76,7 @@ def test_the_fused_form_is_the_plain_one_and_autograds(objective, kd_ratio):
     hidden, weight, teacher_NV, labels = pair()
     bias = torch.randn(40, dtype=torch.float64, requires_grad=True)
     head = Head(weight, bias, scale=0.7, softcap=5.0)
-    sampled = Sampled.of(teacher_NV, labels, 16, torch.rand(6))  # sixteenths add up to 1 in binary
+    sampled = Sampled.from_logits(teacher_NV, labels, 16, torch.rand(6))  # sixteenths add up to 1 in binary
     given = {} if objective == "sft" else {"kd_ratio": kd_ratio}
     fused = fused_distillation_loss(hidden, head, sampled, None, labels, objective, **given)
     plain = distillation_loss(head.logits(hidden), sampled, labels, objective, **given)
@@ -95,7 +97,7 @@ def test_the_fused_form_is_the_plain_one_and_autograds(objective, kd_ratio):
 def test_a_sure_teacher_is_one_id_and_the_exact_loss():
     hidden, weight, teacher_NV, labels = pair()
     teacher_NV = torch.zeros_like(teacher_NV).scatter(-1, labels[:, None], 1e4)
-    sampled = Sampled.of(teacher_NV, labels, 50, torch.rand(6))
+    sampled = Sampled.from_logits(teacher_NV, labels, 50, torch.rand(6))
     assert sampled.ids.shape == (6, 1)
     assert torch.equal(sampled.ids[:, 0], labels)
     loss = fused_distillation_loss(hidden, weight, sampled, None, labels, "forward_kl").loss
@@ -106,7 +108,7 @@ def test_a_sure_teacher_is_one_id_and_the_exact_loss():
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in Sampled.OBJECTIVES])
 def test_objectives_that_are_not_linear_in_the_teacher_are_refused_by_name(objective):
     hidden, weight, teacher_NV, labels = pair()
-    sampled = Sampled.of(teacher_NV, labels, 12, torch.rand(6))
+    sampled = Sampled.from_logits(teacher_NV, labels, 12, torch.rand(6))
     given = {"t": 0.4} if objective == "taid" else {"temperature": 2.0} if objective == "ctkd" else {}
     for loss, of in ((fused_distillation_loss, (hidden, weight, sampled, None)),
                      (distillation_loss, (hidden @ weight.t(), sampled))):  # fmt: skip
@@ -117,7 +119,7 @@ def test_objectives_that_are_not_linear_in_the_teacher_are_refused_by_name(objec
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits_stay_finite(dtype):
     hidden, weight, teacher_NV, labels = pair(dtype=torch.float32)
-    sampled = Sampled.of(1e4 * teacher_NV, labels, 12, torch.rand(6))
+    sampled = Sampled.from_logits(1e4 * teacher_NV, labels, 12, torch.rand(6))
     hidden = (1e3 * hidden).detach().to(dtype).requires_grad_()
     loss = fused_distillation_loss(hidden, weight.detach().to(dtype), sampled, None, labels, "forward_kl").loss
     assert torch.isfinite(loss)
@@ -126,7 +128,7 @@ def test_extreme_logits_stay_finite(dtype):
 
 def test_samples_of_other_tokens_or_ids_are_refused():
     hidden, weight, teacher_NV, labels = pair()
-    sampled = Sampled.of(teacher_NV, labels, 12, torch.rand(6))
+    sampled = Sampled.from_logits(teacher_NV, labels, 12, torch.rand(6))
     with pytest.raises(ValueError, match="samples are of 3 tokens, but 6 are trained"):
         fused_distillation_loss(hidden, weight, sampled[:3], None, labels, "forward_kl")
     with pytest.raises(ValueError, match=r"samples name id \d+, but the ids are 0 \.\. 9"):
@@ -135,6 +137,6 @@ def test_samples_of_other_tokens_or_ids_are_refused():
 
 def test_the_loss_leaves_the_samples_as_they_were():
     hidden, weight, teacher_NV, labels = pair(dtype=torch.float32)
-    sampled = Sampled.of(teacher_NV, labels, 12, torch.rand(6))
+    sampled = Sampled.from_logits(teacher_NV, labels, 12, torch.rand(6))
     losses = [fused_distillation_loss(hidden, weight, sampled, None, labels, "forward_kl").loss for _ in range(2)]
     assert losses[0] == losses[1]

@@ -120,7 +120,7 @@ def test_what_a_server_says_is_the_top_k_of_the_same_model_here(serve, teacher, 
     found = served(inputs, labels)
     with torch.no_grad():
         logits = vocabulary.select(teacher(**inputs).logits[labels != -100])
-    expected = TopK.of(logits, vocabulary.position(labels[labels != -100]), min(k, len(vocabulary.ids)))
+    expected = TopK.from_logits(logits, vocabulary.position(labels[labels != -100]), min(k, len(vocabulary.ids)))
     assert torch.equal(found.ids, expected.ids)
     if holes:  # what is not listed may hold some of the teacher's own tokens
         factor = found.log_probs[:, :1] - expected.log_probs[:, :1]

@@ -26,7 +26,7 @@ def pair(N=7, V=37, D=11, E=5, dtype=torch.float64, seed=0):
 
 
 def exact(teacher_NV, labels, k):
-    """TopK.of rounds to float32; the tests want its formula in float64."""
+    """TopK.from_logits rounds to float32; the tests want its formula in float64."""
     log_p = teacher_NV.log_softmax(-1)
     log_probs, ids = log_p.topk(k)
     rest = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
@@ -161,7 +161,7 @@ def test_taid_at_t_0_has_no_gradient_and_at_t_1_is_forward_kl():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits_stay_finite(dtype):
     hidden, weight, teacher_NV, labels = pair(dtype=torch.float32)
-    top = TopK.of(1e4 * teacher_NV, labels, 5)
+    top = TopK.from_logits(1e4 * teacher_NV, labels, 5)
     assert torch.isfinite(top.log_rest).all()
     hidden = (1e3 * hidden).detach().to(dtype).requires_grad_()
     loss = fused_distillation_loss(hidden, weight.detach().to(dtype), top, None, labels, "taid", t=0.4).loss
@@ -182,7 +182,7 @@ def test_top_k_of_another_number_of_tokens_or_an_id_too_large_is_refused():
 @pytest.mark.parametrize("objective", ["forward_kl", "taid", "tvd"])
 def test_a_rest_that_is_less_likely_than_a_float_can_say(objective, gap):
     identity, label = torch.eye(2), torch.tensor([0])
-    top = TopK.of(torch.tensor([[1.0, 0.0]]), label, 1)
+    top = TopK.from_logits(torch.tensor([[1.0, 0.0]]), label, 1)
     given = {"t": 0.99} if objective == "taid" else {}
     hidden = torch.tensor([[gap, 0.0]], requires_grad=True)
     fused = fused_distillation_loss(hidden, identity, top, None, label, objective, **given)

@@ -77,7 +77,7 @@ class Problem(NamedTuple):
             for f in self.finishes
         ]
         parameters = PARAMETERS[objective] | parameters
-        return RowTask.of(objective.removeprefix("mixture_"), kd_ratio, parameters, *finishes)
+        return RowTask.for_objective(objective.removeprefix("mixture_"), kd_ratio, parameters, *finishes)
 
     def plain(self, *arguments, dtype=torch.float64, **parameters):
         M, K = len(self.student), len(COLUMNS)
@@ -357,7 +357,7 @@ def test_a_bias_that_is_not_contiguous_is_read_as_what_it_is(bias):
     tile, labels = torch.randn(4, 304)[:, :300], torch.tensor([0, 7, 150, 299])
     found = []
     for form in (triton_rows.rows, rows):
-        task = RowTask.of("sft", 1.0, {}, Finish(bias), Finish())
+        task = RowTask.for_objective("sft", 1.0, {}, Finish(bias), Finish())
         columns = torch.empty(4, len(COLUMNS))
         form(_padded(tile), None, labels, task, columns, gradient=None)
         found.append(columns)

@@ -187,7 +187,7 @@ def main() -> None:
             for place in (0, 1):
                 values = [of[place] for of in found]
                 less = [of[place] - other[place] for of, other in zip(found, baseline, strict=True)]
-                cells += [f"{statistics.fmean(values):.4f}", Interval.of(less).text(4, sign=True)]
+                cells += [f"{statistics.fmean(values):.4f}", Interval.from_values(less).text(4, sign=True)]
             lines.append(f"| {' | '.join(cells)} |")
             print(beta2, *cells, sep="  ", flush=True)
         lines.append("")

@@ -31,7 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taid.comparison.options import METHODS
-from taid.comparison.results import MEASURES, Interval, Standing, Standings
+from taid.comparison.results import MEASURES, ComparisonResults, Interval, MethodResult
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -44,13 +44,13 @@ COLOURS = {
 GREY = "#6b7280"
 
 
-def read(name: str) -> Standings:
+def read(name: str) -> ComparisonResults:
     """NAME, or NAME@BASELINE for differences to another method than it was compared with."""
     name, _, baseline = name.partition("@")
     found = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-    return Standings.of(
+    return ComparisonResults.from_runs(
         found["runs"], baseline=baseline or found["baseline"], rows=found["rows"], select=found["selected_by"],
-        grid=found["grid"], beside={} if baseline else found["beside"],
+        grid=found["grid"], references={} if baseline else found["beside"],
     )  # fmt: skip
 
 
@@ -64,11 +64,11 @@ def table(name: str, *measures: str) -> str:
     name, _, chosen = name.partition(":")
     found = read(name)
     rows = [
-        [f"`{of.method}`", _rate(of), *(_cell(of, measure) for measure in measures)]
-        for of in sorted(found.methods, key=lambda of: of.measures["cross_entropy"].mean)
-        if not chosen or of.method in chosen.split(",")
+        [f"`{result.method}`", _rate(result), *(_cell(result, measure) for measure in measures)]
+        for result in sorted(found.methods, key=lambda result: result.measures["cross_entropy"].mean)
+        if not chosen or result.method in chosen.split(",")
     ]
-    for model, numbers in found.beside.items():
+    for model, numbers in found.references.items():
         values = numbers["held_out"] | numbers.get("generations", {})
         known = {measure: Interval(value, None) for measure, value in values.items() if value is not None}
         rows.append([f"({model})", "", *(_text(known.get(measure), measure) for measure in measures)])
@@ -77,15 +77,15 @@ def table(name: str, *measures: str) -> str:
 
 def settings(names: str, methods: str, *measures: str) -> str:
     """The same methods in one setting after the other."""
-    standings = {name: read(name) for name in names.split(",")}
+    comparisons = {name: read(name) for name in names.split(",")}
     rows = [
-        [name, f"`{of.method}`", _rate(of), *(_cell(of, measure) for measure in measures)]
-        for name, found in standings.items()
+        [name, f"`{result.method}`", _rate(result), *(_cell(result, measure) for measure in measures)]
+        for name, found in comparisons.items()
         for method in methods.split(",")
-        for of in found.methods
-        if of.method == method
+        for result in found.methods
+        if result.method == method
     ]
-    (baseline,) = {found.baseline for found in standings.values()}
+    (baseline,) = {found.baseline for found in comparisons.values()}
     return _lines(["setting", "method", "rate", *_heads(measures, baseline)], rows)
 
 
@@ -113,8 +113,8 @@ def steps(name: str, methods: str) -> str:
     return _lines(["method", "rate", *heads, "loss strays", "gradient norm strays"], rows)
 
 
-def _method(found: Standings, method: str) -> Standing:
-    return next(of for of in found.methods if of.method == method)
+def _method(found: ComparisonResults, method: str) -> MethodResult:
+    return next(result for result in found.methods if result.method == method)
 
 
 def _at(curve: list[list[float]], step: float) -> float:
@@ -150,12 +150,12 @@ def _lines(head: list[str], rows: list[list[str]]) -> str:
     ))  # fmt: skip
 
 
-def _rate(of: Standing) -> str:
-    return "" if of.learning_rate is None else f"{of.learning_rate:g}"
+def _rate(result: MethodResult) -> str:
+    return "" if result.learning_rate is None else f"{result.learning_rate:g}"
 
 
-def _cell(of: Standing, measure: str) -> str:
-    return _text((of.differences if measure.endswith("-") else of.measures).get(measure.rstrip("-")), measure)
+def _cell(result: MethodResult, measure: str) -> str:
+    return _text((result.differences if measure.endswith("-") else result.measures).get(measure.rstrip("-")), measure)
 
 
 def _text(interval: Interval | None, measure: str) -> str:
@@ -178,17 +178,17 @@ def frontier(settings: dict[str, float]) -> Figure:
         found = read(name)
         axes.axhline(0, color="#d1d5db", linewidth=0.8)
         axes.axvline(0, color="#d1d5db", linewidth=0.8)
-        for of in found.methods:
-            x, y = (of.differences.get(measure, Interval(0.0, 0.0)) for measure in ("kl", "reverse_kl"))
-            if x.mean > most or of.method not in METHODS:
+        for result in found.methods:
+            x, y = (result.differences.get(measure, Interval(0.0, 0.0)) for measure in ("kl", "reverse_kl"))
+            if x.mean > most or result.method not in METHODS:
                 continue
-            colour = COLOURS.get(of.method, GREY)
+            colour = COLOURS.get(result.method, GREY)
             axes.errorbar(x.mean, y.mean, xerr=x.half, yerr=y.half, fmt="o", color=colour, markersize=4)
             *place, side = {"taid_auto": (-4, 5, "right"), "forward_kl": (4, -10, "left")}.get(
-                of.method, (4, 4, "left")
+                result.method, (4, 4, "left")
             )
             axes.annotate(
-                of.method, (x.mean, y.mean), place, textcoords="offset points", ha=side, color=colour, fontsize=8
+                result.method, (x.mean, y.mean), place, textcoords="offset points", ha=side, color=colour, fontsize=8
             )
         _plain(axes, name, "KL(p ‖ q) less forward KL's, nats a token", "KL(q ‖ p) less forward KL's")
     return figure
@@ -196,13 +196,13 @@ def frontier(settings: dict[str, float]) -> Figure:
 
 def teachers(settings: dict[str, str]) -> Figure:
     """What a student of one size comes to under each teacher, by how good the teacher is."""
-    standings = [read(name) for name in settings]
-    x = [found.beside["teacher"]["held_out"]["cross_entropy"] for found in standings]
+    comparisons = [read(name) for name in settings]
+    x = [found.references["teacher"]["held_out"]["cross_entropy"] for found in comparisons]
     figure = Figure(figsize=(10.4, 4.2), dpi=150, layout="constrained")
     for measure, axes in zip(("cross_entropy", "reverse_kl"), figure.subplots(1, 2), strict=True):
         for method in ("forward_kl", "skew_forward_kl", "taid", "taid_auto"):
-            students = [_method(found, method).measures[measure] for found in standings]
-            y, halves = [of.mean for of in students], [of.half for of in students]
+            students = [_method(found, method).measures[measure] for found in comparisons]
+            y, halves = [mean.mean for mean in students], [mean.half for mean in students]
             axes.errorbar(x, y, yerr=halves, fmt="o-", color=COLOURS.get(method, GREY), markersize=4, label=method)
         axes.invert_xaxis()
         axes.legend(fontsize=8, frameon=False)
@@ -221,8 +221,8 @@ def rules(names: list[str]) -> Figure:
         for place, name in enumerate(names):
             found = read(name)
             for shift, method in ((-0.16, "taid"), (0.16, "taid_auto")):
-                of = _method(found, method).differences[measure]
-                axes.errorbar(of.mean, place + shift, xerr=of.half, fmt="o", color=COLOURS[method], markersize=4,
+                less = _method(found, method).differences[measure]
+                axes.errorbar(less.mean, place + shift, xerr=less.half, fmt="o", color=COLOURS[method], markersize=4,
                               label=method if place == 0 else None)  # fmt: skip
         axes.set_yticks(range(len(names)), names)
         _plain(axes, "", f"{MEASURES[measure][0]} less forward KL's, nats a token", "")

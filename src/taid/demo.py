@@ -32,7 +32,7 @@ from rich.text import Text
 from taid.artifacts.run_folder import write_atomically
 from taid.comparison import results, runner
 from taid.comparison.options import options_of
-from taid.comparison.plan import Plan
+from taid.comparison.plan import ComparisonPlan
 from taid.config.parsing import configured
 from taid.models.generation import decoding, generate
 from taid.models.loading import load_model, load_tokenizer
@@ -78,7 +78,7 @@ _EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 _EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")
 
 
-def run(output_dir: Path, *, steps: int = STEPS, seeds: int = SEEDS) -> results.Standings:
+def run(output_dir: Path, *, steps: int = STEPS, seeds: int = SEEDS) -> results.ComparisonResults:
     """Write rows and a recipe, compare the methods, and print the table and what the students write.
 
     Raises:
@@ -99,7 +99,7 @@ def run(output_dir: Path, *, steps: int = STEPS, seeds: int = SEEDS) -> results.
     print(f"taid compare {shlex.join(arguments)}", flush=True)
     options, shared = options_of(arguments)
     recipe = configured(shared, "compare")
-    found = runner.compare(Plan.of(options, shared, *recipe), *recipe[1:])
+    found = runner.compare(ComparisonPlan.from_options(options, shared, *recipe), *recipe[1:])
     console.print(results.table(found))
     students = {title: output_dir / "comparison" / "runs" / f"{method}-seed0" for method, title in METHODS.items()}
     models = {"student before": ASSETS / "student", **students, "teacher": ASSETS / "teacher"}

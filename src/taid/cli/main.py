@@ -176,12 +176,12 @@ def compare(argv: Sequence[str]) -> int:
 
     from taid.comparison import options as comparison
     from taid.comparison import results, runner
-    from taid.comparison.plan import Plan
+    from taid.comparison.plan import ComparisonPlan
     from taid.config.parsing import configured
 
     options, arguments = comparison.options_of(argv)
     recipe = configured(arguments, "compare", comparison.own_options()[1])
-    plan = Plan.of(options, arguments, *recipe)
+    plan = ComparisonPlan.from_options(options, arguments, *recipe)
     try:
         found = runner.compare(plan, *recipe[1:])
     except (KeyboardInterrupt, SystemExit):

@@ -1,1 +1,1 @@
-"""``taid compare``: methods x seeds of one recipe, tuned alike."""
+"""Compare methods x seeds of one recipe with equal tuning: ``taid compare``."""

@@ -1,4 +1,4 @@
-"""The options of ``taid compare``, its methods by their names, and the mistakes in them that are seen without torch."""
+"""Options and methods of ``taid compare``, and the checks of them that need no torch."""
 
 from __future__ import annotations
 

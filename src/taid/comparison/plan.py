@@ -18,21 +18,21 @@ _NOT_COMPARED = "output_dir seed data_seed disable_tqdm overwrite_output_dir res
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is compared.
+class ComparisonPlan:
+    """The methods, seeds and learning rates of a comparison, and the recipe that all runs share.
 
     Attributes:
-        folder: of the comparison.
-        arguments: those of ``taid train`` that all runs share.
-        recipe: what they come to.
-        methods: the options of each, by its name.
-        seeds: of every method.
-        learning_rates: of which each method gets the one that is best for it; empty for that of the recipe.
-        select: the held-out measure that a learning rate is chosen by.
-        baseline: the method that differences are to.
+        folder: the folder of the comparison.
+        arguments: the arguments of ``taid train`` that all runs share.
+        recipe: the options that these arguments resolve to.
+        methods: the options of each method, by its name.
+        seeds: the seeds of every method.
+        learning_rates: the grid from which each method gets its best; empty for the recipe's learning rate.
+        select: the held-out measure by which a learning rate is chosen.
+        baseline: the method from which differences are taken.
         test: rows that are evaluated once, at the end; None to report on the validation rows.
-        generate: how many of their prompts are answered too.
-        processes: how many runs at a time.
+        generate: the number of their prompts that are also answered.
+        processes: the number of runs at a time.
     """
 
     folder: Path
@@ -48,20 +48,20 @@ class Plan:
     processes: int
 
     @classmethod
-    def of(
+    def from_options(
         cls, options: argparse.Namespace, arguments: list[str], model: Any, data: DataArguments, args: TAIDConfig
-    ) -> Plan:
-        """Check what was asked for.
+    ) -> ComparisonPlan:
+        """Check the options and return their plan.
 
         Args:
-            options: those of ``taid compare`` itself.
-            arguments: those of ``taid train`` that all runs share.
-            model: what they come to.
-            data: likewise.
-            args: likewise.
+            options: the options of ``taid compare`` itself.
+            arguments: the arguments of ``taid train`` that all runs share.
+            model: the model options of these arguments.
+            data: their data options.
+            args: their training options.
 
         Raises:
-            ValueError: a value that makes no sense, or a method that the recipe does not go together with; names it.
+            ValueError: an invalid value, or a method that does not work with the recipe; names it.
         """
         methods, rates = options.methods, options.learning_rates
         for name, of_method in methods.items():
@@ -97,7 +97,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """One training."""
+    """One training run."""
 
     method: str
     seed: int
@@ -106,14 +106,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder, log and result."""
+        """The name of its folder, log and result."""
         rate = self.learning_rate
         short = "" if rate is None else f"-{rate:g}" if float(f"{rate:g}") == rate else f"-{rate!r}"
         return f"{self.method}{short}-seed{self.seed}"
 
 
 def arguments_of(options: dict[str, Any]) -> list[str]:
-    """Options as arguments of ``taid train``."""
+    """Return options as arguments of ``taid train``."""
     arguments: list[str] = []
     for name, value in options.items():
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What the process loads once that :mod:`taid.comparison.workers` forks its own from."""
+"""Import the libraries once, in the process from which :mod:`taid.comparison.workers` forks its own."""
 
 import logging
 

@@ -1,15 +1,15 @@
-"""``taid compare``: methods x seeds from one start on the same batches, each tuned alike, in one table.
+"""Run ``taid compare``: methods x seeds from one start on the same batches, each tuned alike, in one table.
 
     the teacher's cache -> a grid of learning rates, judged on validation rows -> all seeds -> the test rows, once
 
     DIR/comparison.yaml    what is compared; another comparison is refused
-    DIR/cache/             what the teacher says of the rows, where a cache can stand for it
+    DIR/cache/             the teacher's answers, where a cache can replace it
     DIR/runs/NAME/         each run, as `taid train` leaves it           DIR/logs/NAME.log
-    DIR/results/NAME.json  what came of a finished run
+    DIR/results/NAME.json  the result of a finished run
     DIR/comparison.json, .csv, .md, .html, curves.json
 
-A run is a process of its own, forked from one that has the libraries: nothing of a run is left to the next, and its
-memory is its own. What has a result is not done again; a run that was killed goes on from its last checkpoint.
+Each run is a process of its own, forked from one that has loaded the libraries. It shares no state or memory with other
+runs. A run with a result is not repeated. A run that was killed continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import yaml
 
 from taid.artifacts import run_folder
 from taid.comparison import results
-from taid.comparison.plan import Plan, Run, arguments_of
+from taid.comparison.plan import ComparisonPlan, Run, arguments_of
 from taid.comparison.workers import Job, Workers
 from taid.config.data import DataArguments
 from taid.config.parsing import configured, quiet_logs
@@ -41,17 +41,17 @@ from taid.teachers import cache_manifest
 from taid.teachers.cache import file_digest
 from taid.training.run import cache, train
 
-_SETTINGS, _RECIPE, _CACHE, _BESIDE = "comparison.yaml", "recipe.yaml", "cache", "before.json"
+_SETTINGS, _RECIPE, _CACHE, _REFERENCES = "comparison.yaml", "recipe.yaml", "cache", "before.json"
 
 
-def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> results.Standings:
-    """Do what is missing of a comparison, and write its tables and page.
+def compare(plan: ComparisonPlan, data: DataArguments, args: TAIDConfig) -> results.ComparisonResults:
+    """Do the missing runs and measurements of a comparison, and write its tables and page.
 
     Raises:
-        ValueError: the folder holds another comparison or something else, or a run cannot be made; names it, and says
-            why. What was finished stays.
+        ValueError: the folder holds another comparison or other files, or a run fails; names it and says why. Finished
+            runs stay.
     """
-    rows = _look_at(plan, data, args)
+    rows = _check_rows(plan, data, args)
     with run_folder.claimed(plan.folder):
         plan = _claim(plan, data)
         workers = Workers(plan.folder / "logs", plan.processes)
@@ -69,19 +69,20 @@ def compare(plan: Plan, data: DataArguments, args: TAIDConfig) -> results.Standi
         runs = [Run(m, seed, rates[m], options) for seed in plan.seeds for m, options in plan.methods.items()]
         do(_trainings(plan, runs, shared), f"runs of {len(plan.methods)} methods, {len(plan.seeds)} seeds")
         do(_tests(plan, runs, data, args), "models to measure on held-out rows")
-        found = results.Standings.of(
+        found = results.ComparisonResults.from_runs(
             [_result(plan, run) for run in runs], baseline=plan.baseline, rows=plan.test or str(data.eval_dataset_name),
-            select=plan.select if grid else None, grid=[_result(plan, run) for run in grid], beside=_beside(plan),
+            select=plan.select if grid else None, grid=[_result(plan, run) for run in grid],
+            references=_references(plan),
         )  # fmt: skip
         results.write(found, plan.folder)
     return found
 
 
-def _look_at(plan: Plan, data: DataArguments, args: TAIDConfig) -> Any:
-    """Find what is wrong with the rows that are measured before hours are spent on runs; return them.
+def _check_rows(plan: ComparisonPlan, data: DataArguments, args: TAIDConfig) -> Any:
+    """Load the rows that will be measured, and check them before hours are spent on runs.
 
     Raises:
-        ValueError: no prompt where one is needed; says of which methods.
+        ValueError: rows have no prompt, and a method needs one; names the methods.
     """
     rows = load_rows(
         plan.test or str(data.eval_dataset_name), config=data.dataset_config, split=data.dataset_test_split,
@@ -91,7 +92,7 @@ def _look_at(plan: Plan, data: DataArguments, args: TAIDConfig) -> Any:
         prompted(rows, plan.generate, plan.test or str(data.eval_dataset_name))
     sampled = [method for method, options in plan.methods.items() if _is_sampled(plan, options)]
     if sampled and not ({"prompt", "input_ids"} & set(rows.column_names) or args.assistant_only_loss):
-        # The training rows are as these, and each run looks at them itself; but the first of these may be hours away.
+        # Training rows have the same form. Each run checks its own, but the first of these runs may be hours away.
         raise ValueError(
             f"{', '.join(sampled)} let answers to prompts be written, and the rows have `{rows.column_names[0]}`, "
             "all of which is trained: give rows with prompt and completion, messages with assistant_only_loss: true, "
@@ -103,11 +104,11 @@ def _look_at(plan: Plan, data: DataArguments, args: TAIDConfig) -> Any:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _claim(plan: Plan, data: DataArguments) -> Plan:
-    """Write what is compared, or see that it is the same as before but for methods, seeds and rates that were added.
+def _claim(plan: ComparisonPlan, data: DataArguments) -> ComparisonPlan:
+    """Write what is compared, or check it against what was written before; methods, seeds and rates may be added.
 
     Returns:
-        The same with the recipe as it is now, whatever becomes of its file while runs go on.
+        The plan with a copy of the recipe, so that changes to its file do not affect later runs.
     """
     path = plan.folder / _SETTINGS
     now = plan.recipe | {"test": plan.test} | {f"method {name}": options for name, options in plan.methods.items()}
@@ -149,11 +150,11 @@ def _split(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
-def _path(plan: Plan, run: Run) -> Path:
+def _path(plan: ComparisonPlan, run: Run) -> Path:
     return plan.folder / "results" / f"{run.name}.json"
 
 
-def _result(plan: Plan, run: Run) -> dict[str, Any]:
+def _result(plan: ComparisonPlan, run: Run) -> dict[str, Any]:
     path, found = _path(plan, run), None
     with contextlib.suppress(ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -162,12 +163,16 @@ def _result(plan: Plan, run: Run) -> dict[str, Any]:
     return found
 
 
-def _learning_rate(plan: Plan, method: str, grid: list[Run]) -> float | None:
-    """That by which the method came lowest on the validation rows, where there is a choice."""
+def _learning_rate(plan: ComparisonPlan, method: str, grid: list[Run]) -> float | None:
+    """Return the learning rate with the lowest validation loss of this method; the recipe's if no grid was searched."""
     if not grid:
         return plan.learning_rates[0] if plan.learning_rates else None
     found = {run: _result(plan, run) for run in grid if run.method == method}
-    losses = {run.learning_rate: of["validation"][plan.select] for run, of in found.items() if "diverged" not in of}
+    losses = {
+        run.learning_rate: result["validation"][plan.select]
+        for run, result in found.items()
+        if "diverged" not in result
+    }
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         raise ValueError(f"{method} has diverged at every one of --learning_rates: add smaller ones")
@@ -177,8 +182,8 @@ def _learning_rate(plan: Plan, method: str, grid: list[Run]) -> float | None:
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
-def _with_cache(plan: Plan, data: DataArguments, args: TAIDConfig, workers: Workers) -> list[str]:
-    """The recipe's arguments, with a cache in the teacher's place where one can stand for it."""
+def _with_cache(plan: ComparisonPlan, data: DataArguments, args: TAIDConfig, workers: Workers) -> list[str]:
+    """Return the recipe's arguments, with a cache in place of the teacher where that is possible."""
     is_local = args.teacher_server_url is None and args.teacher_cache is None
     is_for_none = all(_is_sampled(plan, options) for options in plan.methods.values())
     if not is_local or data.streaming or args.packing or not args.fused or is_for_none:
@@ -193,17 +198,17 @@ def _with_cache(plan: Plan, data: DataArguments, args: TAIDConfig, workers: Work
     return arguments
 
 
-def _is_sampled(plan: Plan, options: dict[str, Any]) -> bool:
-    """Whether answers are written in training, which no cache can know."""
+def _is_sampled(plan: ComparisonPlan, options: dict[str, Any]) -> bool:
+    """Return whether a method samples answers in training, which no cache can hold."""
     return any((plan.recipe | options)[name] not in ("none", False) for name in ("sampling", "seq_kd"))
 
 
-def _trainings(plan: Plan, runs: list[Run], shared: list[str]) -> list[Job]:
+def _trainings(plan: ComparisonPlan, runs: list[Run], shared: list[str]) -> list[Job]:
     jobs: list[Job] = []
     for run in runs:
         folder, result = plan.folder / "runs" / run.name, _path(plan, run)
         if result.exists():
-            _result(plan, run)  # before hours go by, if it cannot be read
+            _result(plan, run)  # raise now if it cannot be read, not after hours
             continue
         start = plan.arguments if _is_sampled(plan, run.options) else shared
         arguments = [*start, *arguments_of(run.options), "--output_dir", str(folder)]
@@ -218,7 +223,7 @@ def _trainings(plan: Plan, runs: list[Run], shared: list[str]) -> list[Job]:
 
 
 def _can_go_on(folder: Path) -> bool:
-    """Whether a run that was killed left a checkpoint that it can go on from."""
+    """Return whether a run that was killed left a checkpoint to continue from."""
     checkpoint = run_folder.last_checkpoint(folder) if folder.exists() else None
     if checkpoint is None:
         return False
@@ -229,11 +234,11 @@ def _can_go_on(folder: Path) -> bool:
     return True
 
 
-def _tests(plan: Plan, runs: list[Run], data: DataArguments, args: TAIDConfig) -> list[Job]:
-    """The only look at test rows, by ``taid evaluate``."""
-    is_elsewhere = args.teacher_server_url or args.teacher_cache  # and may not fit in here
+def _tests(plan: ComparisonPlan, runs: list[Run], data: DataArguments, args: TAIDConfig) -> list[Job]:
+    """Return the jobs that measure the test rows with ``taid evaluate``; nothing else reads these rows."""
+    is_remote = args.teacher_server_url or args.teacher_cache  # it may not fit into this machine's memory
     options: dict[str, Any] = {
-        "teacher": None if is_elsewhere else args.teacher_model_name_or_path,
+        "teacher": None if is_remote else args.teacher_model_name_or_path,
         "data": plan.test or data.eval_dataset_name,
         "dataset_config": data.dataset_config, "split": data.dataset_test_split, "max_length": args.max_length or 2**30,
         "dataset_text_field": args.dataset_text_field, "chat_template_path": args.chat_template_path,
@@ -243,10 +248,10 @@ def _tests(plan: Plan, runs: list[Run], data: DataArguments, args: TAIDConfig) -
     flags = [f"--{name}" for name in ("use_cpu", "assistant_only_loss") if getattr(args, name)]
     shared = [*arguments_of({name: value for name, value in options.items() if value is not None}), *flags]
     jobs: list[Job] = []
-    beside = plan.folder / "results" / _BESIDE
-    # With the teacher's tokenizer the student's rows would be others before training than after it.
-    if args.tokenizer_from == "student" and not _is_measured(beside, plan.generate):
-        jobs.append(("before.test", _test, ([plan.recipe["model_name_or_path"], *shared], beside, plan.generate)))
+    references = plan.folder / "results" / _REFERENCES
+    # With the teacher's tokenizer, the student's rows would differ before and after training.
+    if args.tokenizer_from == "student" and not _is_measured(references, plan.generate):
+        jobs.append(("before.test", _test, ([plan.recipe["model_name_or_path"], *shared], references, plan.generate)))
     for run in runs:
         path = _path(plan, run)
         if "diverged" not in _result(plan, run) and not _is_measured(path, plan.generate):
@@ -259,13 +264,13 @@ def _is_measured(result: Path, generate: int) -> bool:
     return result.exists() and json.loads(result.read_text(encoding="utf-8")).get("generate") == generate
 
 
-def _beside(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The student before training and the teacher, as far as they were measured."""
-    path = plan.folder / "results" / _BESIDE
+def _references(plan: ComparisonPlan) -> dict[str, dict[str, Any]]:
+    """Return the measurements of the untrained student and the teacher, as far as there are any."""
+    path = plan.folder / "results" / _REFERENCES
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     before = {kind: found[kind] for kind in ("held_out", "generations") if kind in found}
-    of_teacher = {"held_out": found["teacher"]} if found.get("teacher") else {}
-    return {name: of for name, of in (("student before", before), ("teacher", of_teacher)) if of}
+    teacher = {"held_out": found["teacher"]} if found.get("teacher") else {}
+    return {name: numbers for name, numbers in (("student before", before), ("teacher", teacher)) if numbers}
 
 
 def _cache(arguments: list[str], mark: Path) -> None:
@@ -276,11 +281,11 @@ def _cache(arguments: list[str], mark: Path) -> None:
 def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, Any]) -> None:
     try:
         train(*configured(arguments))
-    except FloatingPointError as error:  # a result of its own: the method cannot bear this learning rate
+    except FloatingPointError as error:  # also a result: the method diverges at this learning rate
         run_folder.write_atomically(result, json.dumps(facts | {"diverged": str(error)}, indent=2) + "\n")
         return
     rows = run_folder.read_metrics(folder)
-    evaluated = _of_saved(folder, [row for row in rows if "eval_cross_entropy" in row])
+    evaluated = _saved_evaluation(folder, [row for row in rows if "eval_cross_entropy" in row])
     validation = {name.removeprefix("eval_"): v for name, v in evaluated.items() if name.startswith("eval_")}
     seconds = next(row["seconds"] for row in reversed(rows) if "seconds" in row)
     found = facts | {"validation": validation, "seconds": seconds, "memory_gb": _peak_memory() / 1e9}
@@ -289,8 +294,8 @@ def _train(arguments: list[str], folder: Path, result: Path, facts: dict[str, An
     run_folder.write_atomically(result, json.dumps(found, indent=2) + "\n")
 
 
-def _of_saved(folder: Path, evaluated: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluation of the student that was saved: the last one, or with load_best_model_at_end the best."""
+def _saved_evaluation(folder: Path, evaluated: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the evaluation of the saved student: the last one, or the best with load_best_model_at_end."""
     settings = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
     if not evaluated or not settings["load_best_model_at_end"]:
         return evaluated[-1] if evaluated else {}
@@ -301,13 +306,13 @@ def _of_saved(folder: Path, evaluated: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _test(arguments: list[str], result: Path, generate: int) -> None:
     output = result.with_suffix(".test.json")
-    for path in (output, output.with_suffix(".generations.jsonl")):  # of one that was killed
+    for path in (output, output.with_suffix(".generations.jsonl")):  # from a run that was killed
         path.unlink(missing_ok=True)
     quiet_logs()
     evaluate.run(evaluation_options([*arguments, "--output", str(output)]))
     measured = json.loads(output.read_text(encoding="utf-8"))
     known = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    known.pop("generations", None)  # of another number of prompts
+    known.pop("generations", None)  # from another number of prompts
     found = known | {"generate": generate}
     if "teacher" in measured["held_out"]:
         found["teacher"] = measured["held_out"]["teacher"]
@@ -318,13 +323,13 @@ def _test(arguments: list[str], result: Path, generate: int) -> None:
 
 
 def _peak_memory() -> float:
-    """Bytes: of a GPU's memory where it was used, or what this process held at the most; NaN where nobody knows."""
+    """Return the peak memory in bytes: the GPU's if one was used, else this process's; NaN if unknown."""
     import torch
 
     if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
         return float(held)
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # on Windows
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024.0)

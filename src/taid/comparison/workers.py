@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, forked from one that has the libraries: each begins at once, and from nothing."""
+"""Run jobs in processes that are forked from one with loaded libraries, so that each starts at once."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-# A name, and a function of a module with what it is given.
+# A name, a module-level function and its arguments.
 Job = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
 class Workers:
-    """Does jobs in processes, so many at a time, and stops at the first that fails.
+    """Run jobs in a limited number of processes, and stop at the first that fails.
 
     Args:
-        logs: a folder for what each of them prints, NAME.log.
-        processes: how many at a time; they share out the processor's cores, and the GPUs.
+        logs: the folder of the jobs' output, NAME.log each.
+        processes: the number of jobs at a time; they share the processor's cores, and the GPUs.
     """
 
     def __init__(self, logs: Path, processes: int) -> None:
@@ -34,14 +34,14 @@ class Workers:
         self.context: Any = multiprocessing.get_context("forkserver" if has_forks else "spawn")
         if has_forks:
             self.context.set_forkserver_preload(["taid.comparison.preload"])
-        # Read when the libraries are loaded, in the process that is forked.
+        # The process that is forked reads it when it loads the libraries.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
     def do(self, jobs: list[Job]) -> None:
-        """Return when all are done.
+        """Run all jobs and return when they are done.
 
         Raises:
-            ValueError: one has failed; says why. The others are told to stop, and save.
+            ValueError: a job has failed; says why. The others are told to save and stop.
         """
         waiting, running, done = deque(jobs), dict[int, tuple[Any, str, int, Any]](), 0
         before = signal.signal(signal.SIGTERM, _stop) if threading.current_thread() is threading.main_thread() else None
@@ -56,7 +56,7 @@ class Workers:
                     process.start()
                     ours.close()
                     running[process.sentinel] = process, name, place, theirs
-                for sentinel in [of for of in connection.wait(list(running)) if isinstance(of, int)]:
+                for sentinel in [ready for ready in connection.wait(list(running)) if isinstance(ready, int)]:
                     process, name, _, theirs = running.pop(sentinel)
                     process.join()
                     theirs.close()
@@ -74,7 +74,7 @@ class Workers:
 
     def _why(self, name: str, status: int) -> str:
         log = self.logs / f"{name}.log"
-        if status < 0:  # its log says nothing of it
+        if status < 0:  # its log does not say so
             why = " (the system does so where memory runs out: try fewer --processes)" if status == -9 else ""
             return f"it was killed by signal {-status}{why} ({log})"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"status {status}"]
@@ -86,12 +86,12 @@ def _stop(*_: Any) -> None:
 
 
 def _begin(parent: Any, log: Path, place: int, work: Callable[..., None], given: tuple[Any, ...]) -> None:
-    """In the process of a job: it ends with the one that asked for it, and writes to its log."""
+    """Run a job in its own process: write to its log, and exit if the parent process ends."""
 
     def watch() -> None:
         with contextlib.suppress(OSError, EOFError):
             parent.recv()
-        os._exit(1)  # nobody waits for it; another comparison may be at the same run already
+        os._exit(1)  # nobody waits for this run, and another comparison may have started it again
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
@@ -105,6 +105,6 @@ def _begin(parent: Any, log: Path, place: int, work: Callable[..., None], given:
     logging.basicConfig(format="%(message)s")
     try:
         work(*given)
-    except Exception as error:  # to be the last line of the log, whatever it is made of
+    except Exception as error:  # any error becomes the last line of the log
         traceback.print_exc()
         sys.exit(f"taid: error: {' '.join(str(error).split())}")

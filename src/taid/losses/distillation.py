@@ -59,7 +59,7 @@ def distillation_loss(
     """
     own = objective if callable(objective) else None
     name = "forward_kl" if callable(objective) else objective  # what is asked of the teacher is the same
-    task = RowTask.of(name, kd_ratio, parameters, Finish(), Finish())
+    task = RowTask.for_objective(name, kd_ratio, parameters, Finish(), Finish())
     share, student_NV = task.kd_ratio, student_NV.float()
     _check_labels(labels_N, student_NV.shape[-1])
     with contextlib.nullcontext() if share < 1 else torch.no_grad():

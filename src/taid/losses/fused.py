@@ -128,7 +128,7 @@ def fused_distillation_loss(
     sparse, teacher_hidden = (teacher_hidden, None) if isinstance(teacher_hidden, Sparse) else (None, teacher_hidden)
     size = _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, vocabulary_size)
     teacher_finish = teacher_head.finish(size) if teacher_head else Finish()
-    task = RowTask.of(objective, kd_ratio, _detached(parameters), student_head.finish(size), teacher_finish)
+    task = RowTask.for_objective(objective, kd_ratio, _detached(parameters), student_head.finish(size), teacher_finish)
     if task.kd_ratio > 0 and teacher_hidden is None and sparse is None:
         raise ValueError(f"objective {objective!r} needs the teacher's hidden states and head")
     student_hidden = student_hidden.reshape(-1, student_hidden.shape[-1])

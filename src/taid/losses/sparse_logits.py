@@ -73,7 +73,7 @@ class TopK:
         return cls(*map(torch.cat, zip(*each, strict=True)))
 
     @classmethod
-    def of(cls, teacher_NV: Tensor, labels_N: Tensor, k: int) -> TopK:
+    def from_logits(cls, teacher_NV: Tensor, labels_N: Tensor, k: int) -> TopK:
         """Take the k likeliest ids of full logits."""
         log_p_NV = teacher_NV.float().log_softmax(-1)
         log_probs, ids = log_p_NV.topk(min(k, teacher_NV.shape[-1]), sorted=True)
@@ -166,7 +166,7 @@ class Sampled:
         return Sampled(*(x.to(device) for x in (self.ids, self.weights, self.entropy, self.label_log_probs)))
 
     @classmethod
-    def of(cls, teacher_NV: Tensor, labels_N: Tensor, draws: int, uniforms_N: Tensor) -> Sampled:
+    def from_logits(cls, teacher_NV: Tensor, labels_N: Tensor, draws: int, uniforms_N: Tensor) -> Sampled:
         """Draw from full logits, with a number in [0, 1) for each token to begin at."""
         log_p_NV = teacher_NV.float().log_softmax(-1)
         label_log_probs = log_p_NV.gather(-1, labels_N[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""What is wrong with a model's folder, as far as that is seen without torch."""
+"""Check a model's folder without loading torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One interface, wherever the teacher is."""
+"""Ask a teacher through one interface, whether it is a local model, a server or a cache."""

@@ -1,16 +1,18 @@
-"""What a teacher said, on disk: shards of rows that are found by their content, beside a manifest that is checked.
+"""Store a teacher's answers on disk: shards of rows with content keys, and a manifest that is checked.
 
-    DIR/manifest.json          what was asked of whom, and, once all rows are there, the list of shards
+    DIR/manifest.json          what was asked of which teacher, and the list of shards once all rows are there
     DIR/head.safetensors       the teacher's output head (formats of hidden states)
     DIR/tokenizer/             the teacher's tokenizer
     DIR/shards/NAME.safetensors
 
-A row is the trained tokens of one sequence. Its key is a digest of its token ids and of which of them are trained, so
-that batches, order, packing, epochs and subsets do not matter. A shard holds the tensors of the format for its tokens,
-and for its rows ``keys``, ``stops`` (where each ends in each tensor, in the order of their names) and ``checksums``
-(CRC-32 of each row's bytes). NAME is a digest of the file's header and of these three: so every byte is covered, and a
-row is verified when it is read without reading the rest. A shard appears under its name when all of it is on disk, or
-not at all. Nothing is pickled.
+A row is the trained tokens of one sequence. Its key is a digest of its token ids and of which of them are trained. So
+batches, order, packing, epochs and subsets do not matter.
+
+A shard holds the tensors of the format for its tokens. For its rows it holds ``keys``, ``stops`` (the end of each in
+each tensor, in the order of their names) and ``checksums`` (CRC-32 of each row's bytes). NAME is a digest of the file's
+header and of these three. So every byte is covered, and a row is verified without reading the others.
+
+A shard appears under its name only when all of it is on disk. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ _INDEX = ("keys", "stops", "checksums")
 
 
 class Writer:
-    """Adds rows to a cache, a shard at a time.
+    """Add rows to a cache, a shard at a time.
 
     Args:
-        folder: of the cache.
-        identity: of its manifest; each shard carries it, so that it is refused in another cache.
-        shard_bytes: how large a shard grows before it is written.
-        seconds: how much work a kill may cost at the most: a shard is written after so long, whatever its size.
+        folder: the folder of the cache.
+        identity: the identity of its manifest; each shard carries it, so that another cache refuses it.
+        shard_bytes: the size at which a shard is written.
+        seconds: the time after which a shard is written, whatever its size: a kill costs no more work than this.
     """
 
     def __init__(self, folder: Path, identity: str, shard_bytes: int = 2**28, seconds: float = 120.0) -> None:
@@ -63,17 +65,17 @@ class Writer:
         self._bytes, self._since = 0, time.monotonic()
 
     def add(self, key: bytes, tensors: dict[str, Tensor]) -> None:
-        """Keep a row; it is on disk after the next :meth:`flush`."""
+        """Add a row; it is on disk after the next :meth:`flush`."""
         self._rows.append((key, tensors))
         self._bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self._bytes >= self.shard_bytes or time.monotonic() - self._since >= self.seconds:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was kept as one shard.
+        """Write the added rows as one shard.
 
         Raises:
-            OSError: the disk is full; nothing half-written is left.
+            OSError: the disk is full; no partial file is left.
         """
         if not self._rows:
             return
@@ -98,10 +100,10 @@ class Writer:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, partial: Path | None = None) -> Iterator[None]:
-    """Say what to do where something of a cache cannot be written, and remove what was half-written."""
+    """Turn errors of writing to a cache into messages with a remedy, and remove the partial file."""
     try:
         yield
-    except Exception as error:  # safetensors and tokenizers have their own kinds of it
+    except Exception as error:  # safetensors and tokenizers raise errors of their own
         if partial is not None:
             partial.unlink(missing_ok=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -139,7 +141,7 @@ class Cache:
     """A cache that is open for reading.
 
     Args:
-        folder: of the cache.
+        folder: the folder of the cache.
 
     Raises:
         ValueError: there is no cache, or a shard is missing, truncated or damaged; names it and the remedy.
@@ -147,7 +149,7 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, manifests.read(folder)
-        self.format = Format.of(self.manifest)
+        self.format = Format.from_manifest(self.manifest)
         if not (folder / "tokenizer").is_dir():
             raise ValueError(
                 f"teacher cache: {folder / 'tokenizer'} is missing: `taid cache` with its recipe restores it"
@@ -166,7 +168,7 @@ class Cache:
             )
 
     def shard_paths(self) -> list[Path]:
-        """All shards that are there."""
+        """Return the paths of all shards that are there."""
         return sorted((self.folder / _SHARDS).glob("*.safetensors"))
 
     def _open(self, path: Path) -> None:
@@ -196,7 +198,7 @@ class Cache:
         return iter(self._places)
 
     def head(self) -> Head | None:
-        """The teacher's output head, where hidden states need one.
+        """Return the teacher's output head; None if the format stores no hidden states.
 
         Raises:
             ValueError: the file is missing or damaged.
@@ -214,10 +216,10 @@ class Cache:
         return Head(tensors["weight"], tensors.get("bias"), given["scale"], given["softcap"])
 
     def read(self, key: bytes) -> dict[str, Tensor]:
-        """The tensors of one row, verified.
+        """Read and verify the tensors of one row.
 
         Raises:
-            ValueError: the row is not there, or its bytes are not those that were written.
+            ValueError: the row is not there, or its bytes are damaged.
         """
         if key not in self._places:
             raise ValueError(
@@ -233,12 +235,12 @@ class Cache:
 
 
 def _bounds(stops: Tensor) -> Tensor:
-    """Where each row starts and stops in each tensor, ``[2, rows, tensors]``."""
+    """Return where each row starts and stops in each tensor, ``[2, rows, tensors]``."""
     return torch.stack([torch.cat([stops.new_zeros(1, stops.shape[1]), stops[:-1]]), stops])
 
 
 def is_whole(path: Path, of_cache: str | None) -> bool:
-    """Read all of a shard; whether each byte is what was written, for this cache; of a foreign file, no."""
+    """Read all of a shard; return whether it belongs to this cache and every byte is as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("cache") != of_cache:
@@ -261,13 +263,13 @@ def is_whole(path: Path, of_cache: str | None) -> bool:
 
 
 def start(folder: Path, manifest: dict[str, Any], head: Head | None, *, repair: bool = False) -> list[Path]:
-    """Begin a cache, or go on with one that was begun with the same manifest; returns what was damaged and is gone.
+    """Begin a cache, or continue one with the same manifest; return the damaged files that were removed.
 
     Args:
-        folder: of the cache.
-        manifest: what was asked of whom.
-        head: the teacher's output head, where the format needs one.
-        repair: read all that is there, delete shards that are not what was written, and make a lost manifest anew.
+        folder: the folder of the cache.
+        manifest: what is asked of which teacher.
+        head: the teacher's output head, if the format needs one.
+        repair: read all shards, delete damaged ones, and write a lost manifest again.
 
     Raises:
         ValueError: the folder holds a cache of another run, or other files.
@@ -287,7 +289,7 @@ def start(folder: Path, manifest: dict[str, Any], head: Head | None, *, repair: 
     else:
         expected = {name: manifest.get(name) for name in manifests.FIELDS}
         if expected["teacher_weights"] is not None:
-            del expected["teacher"]  # the same teacher in another place
+            del expected["teacher"]  # the teacher may have moved
         manifests.check(found, expected, folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards.mkdir(exist_ok=True)
@@ -316,7 +318,7 @@ def start(folder: Path, manifest: dict[str, Any], head: Head | None, *, repair: 
 
 
 def _require_own_shards(shards: Path, of_cache: str) -> None:
-    """Raise a ValueError for a file that is whole, but not of this cache: it may have taken days to make."""
+    """Raise a ValueError for a whole shard of another cache: it may have taken days to make."""
     for path in sorted(shards.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -336,6 +338,6 @@ def _is_ours(path: Path) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]

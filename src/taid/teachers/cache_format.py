@@ -1,4 +1,4 @@
-"""How what a teacher says of a token lies on disk.
+"""Encode and decode a teacher's answers for the disk.
 
 ===========  ====================================================================================  ==================
 format       tensors, of all trained tokens                                                        bytes a token
@@ -10,7 +10,7 @@ sampled      ``ids`` and ``counts`` (uint8) ``[distinct ids of all tokens]``,   
              ``distinct`` ``[N]`` uint8, ``of_token`` ``[N, 2]`` float32                           + 9
 ===========  ====================================================================================  ==================
 
-An id takes 2 bytes where the vocabulary has at most 65,536 of them, else 4.
+An id takes 2 bytes if the vocabulary has at most 65,536 of them, else 4.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from torch import Tensor
 from taid.losses.fused import Head
 from taid.losses.sparse_logits import Sampled, Sparse, TopK
 
-_LOGITS = 2**25  # that are made at a time
+_LOGITS = 2**25  # computed at a time
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format with its numbers.
+    """A cache format with its sizes.
 
     Attributes:
         name: hidden, hidden_int8, top_k or sampled.
         hidden_size: E, the width of the teacher's final hidden states.
-        dtype: of these.
-        vocabulary_size: how many ids student and teacher share.
-        k: of top_k.
-        draws: of sampled.
+        dtype: the dtype of these hidden states.
+        vocabulary_size: the number of ids that student and teacher share.
+        k: the number of tokens that top_k keeps.
+        draws: the number of samples that sampled draws.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Format:
     draws: int | None = None
 
     @classmethod
-    def of(cls, manifest: dict[str, Any]) -> Format:
-        """That of a cache."""
+    def from_manifest(cls, manifest: dict[str, Any]) -> Format:
+        """Return the format of a cache from its manifest."""
         dtype = getattr(torch, manifest["dtype"].removeprefix("torch."))
         of_cache = (manifest["hidden_size"], dtype, manifest["vocabulary_size"])
         return cls(manifest["format"], *of_cache, manifest["k"], manifest["draws"])
@@ -63,11 +63,14 @@ class Format:
 
     @property
     def needs_head(self) -> bool:
-        """Whether the teacher's output head belongs to it."""
+        """Return whether the format needs the teacher's output head."""
         return self.name in ("hidden", "hidden_int8")
 
     def bytes_per_token(self, distinct: float | None = None) -> float:
-        """What a trained token takes on disk; of sampled, with so many distinct ids, at the most `draws`."""
+        """Return the bytes of a trained token on disk.
+
+        `distinct` is the number of distinct ids of a sampled token; by default its maximum, `draws`.
+        """
         id_bytes = self._id_dtype.itemsize
         of_format = {
             "hidden": self.hidden_size * self.dtype.itemsize,
@@ -82,11 +85,11 @@ class Format:
         return torch.uint16 if self.vocabulary_size <= 2**16 else torch.int32
 
     def encoded(self, signal: Tensor | Sparse) -> dict[str, Tensor]:
-        """The tensors of this format, on the CPU, for what a teacher says of N tokens."""
+        """Return the teacher's answer for N tokens as the tensors of this format, on the CPU."""
         if isinstance(signal, TopK):
             top = signal.log_probs[:, :1]
             tensors = {
-                # Relative to the likeliest, because half precision is exact for what is near 0.
+                # Relative to the likeliest, because half precision is most accurate near 0.
                 "log_probs": (signal.log_probs - top).to(torch.float16),
                 "ids": signal.ids.to(self._id_dtype),
                 "of_token": torch.stack([top[:, 0], signal.log_rest, signal.label_log_probs], -1).float(),
@@ -108,13 +111,13 @@ class Format:
 
     @torch.no_grad()
     def record(self, hidden: Tensor, labels: Tensor, head: Head, key: bytes) -> dict[str, Tensor]:
-        """What is kept of a row.
+        """Return the tensors that are kept of a row.
 
         Args:
             hidden: ``[N, E]``, the teacher's final hidden states at its trained tokens.
-            labels: ``[N]``, places among the shared ids.
+            labels: ``[N]``, positions among the shared ids.
             head: the teacher's, cut to the shared ids.
-            key: of the row; it seeds the draws, so that a row is the same whenever it is captured.
+            key: the key of the row; it seeds the draws, so that a row is the same whenever it is captured.
         """
         if self.needs_head:
             return self.encoded(hidden)
@@ -125,14 +128,14 @@ class Format:
             chunk = slice(start, start + step)
             logits = head.logits(hidden[chunk])[:, : self.vocabulary_size]
             if self.name == "top_k":
-                signal: Sparse = TopK.of(logits, labels[chunk], self.k or 0)
+                signal: Sparse = TopK.from_logits(logits, labels[chunk], self.k or 0)
             else:
-                signal = Sampled.of(logits, labels[chunk], self.draws or 0, uniforms[chunk].to(logits.device))
+                signal = Sampled.from_logits(logits, labels[chunk], self.draws or 0, uniforms[chunk].to(logits.device))
             parts.append(self.encoded(signal))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def decoded(self, records: list[dict[str, Tensor]], device: torch.device) -> Tensor | Sparse:
-        """Hidden states ``[N, E]``, top k or samples of all tokens of some rows."""
+        """Return hidden states ``[N, E]``, top k or samples for all tokens of some rows."""
         records = records or [self._empty()]
         tensors = {name: torch.cat([r[name] for r in records]) for name in records[0]}
         if self.name == "sampled":

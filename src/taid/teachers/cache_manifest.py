@@ -1,4 +1,4 @@
-"""What was asked of whom when a cache was captured, and whether that is what a run asks now."""
+"""Read and write the manifest of a cache, and compare it with what a run asks for."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FIELDS = {
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a cache; raises a ValueError where there is none or it is damaged."""
+    """Return the manifest of a cache; raise a ValueError if it is missing or damaged."""
     path = folder / FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def identity(manifest: dict[str, Any]) -> str:
-    """Of whom and what a cache is: the same whenever it is captured, so that shards outlive a lost manifest."""
+    """Return a digest of teacher and request. It does not depend on the capture, so shards outlive a lost manifest."""
     return _digest({name: manifest.get(name) for name in FIELDS if name != "teacher"})
 
 
@@ -71,9 +71,9 @@ def _digest(content: Any) -> str:
 
 
 def check(manifest: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
-    """Raise a ValueError that names the first field in which a cache differs from what is expected of it.
+    """Raise a ValueError that names the first field in which a cache differs from `expected`.
 
-    What is None in `expected` is not known and not compared.
+    Fields that are None in `expected` are unknown and not compared.
     """
     for name, value in expected.items():
         if value is not None and manifest.get(name) != value:
@@ -85,5 +85,5 @@ def check(manifest: dict[str, Any], expected: dict[str, Any], folder: Path) -> N
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest, whole or not at all."""
+    """Write the manifest atomically."""
     write_atomically(folder / FILE, json.dumps(manifest | {"digest": _digest(manifest)}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Digests of what a cache of teacher signals depends on."""
+"""Compute digests of everything that a cache of teacher answers depends on."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def ids_digest(ids: tuple[int, ...]) -> str:
 
 
 def model_digests(name_or_path: str | None, revision: str | None) -> dict[str, str | None]:
-    """Return digests of a model's configuration and weights; None where they are not on this machine.
+    """Return digests of a model's configuration and weights; None if they are not on this machine.
 
-    A file of more than 256 MB is read in 4,096 blocks of 64 KB that are spread evenly over it, beside its header and
-    size: another training run changes nearly every weight, and a 144 GB teacher is known in seconds.
+    A file of more than 256 MB is sampled: its header, its size, and 4,096 evenly spread blocks of 64 KB.
+    Another training run changes nearly every weight, and so a 144 GB teacher is identified in seconds.
     """
     folder = _folder(name_or_path, revision)
     weights = sorted(folder.glob("*.safetensors")) if folder is not None else []

@@ -1,7 +1,7 @@
-"""Where a teacher's weights are put: on each process whole, cut up among processes, or on the CPU.
+"""Place a teacher's weights: whole on each process, sharded among processes, or on the CPU.
 
-A teacher is not trained, so that no engine has to know it. Where it is sharded, transformers cuts it among the
-processes while it reads it, by FSDP2, under DDP and ZeRO too.
+A teacher is not trained, so no engine has to manage it. If it is sharded, transformers shards it with FSDP2 while
+loading, under DDP and ZeRO too.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from taid.models.loading import quantization_config
 
 
 def choose(args: TAIDConfig, *, can_be_cut: bool) -> str:
-    """Where the teacher is put: as asked for; sharded where the engine shards the student too and it `can_be_cut`."""
+    """Return the placement that was asked for; by default sharded if the engine shards the student and `can_be_cut`."""
     if args.teacher_placement != "auto":
         return args.teacher_placement
     return "sharded" if can_be_cut and shards_weights(args) else "replicated"
 
 
 def loading_options(args: TAIDConfig, where: str) -> dict[str, Any]:
-    """What from_pretrained is told so that it quantizes the teacher, or cuts it up: each process reads its own part.
+    """Return options of from_pretrained that quantize the teacher or shard it; each process reads its own part.
 
-    A machine's processes hold one teacher together, so that its layers are gathered by the fast links within it.
+    The processes of one machine share a teacher, so that its layers are gathered over the fast links within it.
     """
     if args.teacher_quantization is not None:
         import torch
@@ -52,10 +52,10 @@ def loading_options(args: TAIDConfig, where: str) -> dict[str, Any]:
 
 
 def place(model: Any, args: TAIDConfig) -> None:
-    """Put a teacher that was read where it belongs, if it is not there yet.
+    """Move a loaded teacher to its placement if it is not there yet.
 
     Raises:
-        ValueError: transformers does not know how to cut it up.
+        ValueError: transformers cannot shard this model.
     """
     if getattr(model, "is_distributed_loading_by_transformers", False):
         _require_cut(model)
@@ -95,13 +95,13 @@ def _require_cut(model: Any) -> None:
 
 
 def shards_weights(args: TAIDConfig) -> bool:
-    """Whether the engine of a run cuts the student's weights among its processes."""
+    """Return whether the engine of a run shards the student's weights among its processes."""
     deepspeed = args.deepspeed_plugin
     is_fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return is_fsdp or (deepspeed is not None and deepspeed.zero_stage == 3)
 
 
 def teacher_init_kwargs(args: TAIDConfig) -> dict[str, Any]:
-    """What the teacher's from_pretrained is told beside where to look."""
+    """Return the teacher's further arguments of from_pretrained, without its name and revision."""
     dtype = {"dtype": "auto" if args.bf16 or args.fp16 else torch.float32}
     return dtype | (args.teacher_model_init_kwargs or {})  # type: ignore[operator]

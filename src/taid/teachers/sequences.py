@@ -1,4 +1,4 @@
-"""The sequences of a batch, found by content: their keys do not depend on batches, padding, packing or order."""
+"""Find the sequences of a batch and their content keys, which depend on neither batch, padding, packing nor order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEY_BYTES = 16
 
 
 class Sequence(NamedTuple):
-    """A sequence within a batch: where it lies, its key, its token ids, and which of its positions are trained."""
+    """A sequence within a batch: its location, its key, its token ids, and which of its positions are trained."""
 
     row: int
     start: int
@@ -24,16 +24,16 @@ class Sequence(NamedTuple):
 
     @property
     def trained(self) -> int:
-        """How many tokens of it are trained."""
+        """The number of its trained tokens."""
         return len(self.positions)
 
 
 def sequences(inputs: dict[str, Any], labels: Tensor) -> Iterator[Sequence]:
-    """The sequences of a batch, in the order of its trained tokens.
+    """Yield the sequences of a batch in the order of its trained tokens.
 
     Args:
-        inputs: ``input_ids`` ``[B, T]`` with an ``attention_mask``, or with ``position_ids`` that begin anew at 0 where
-            several sequences lie in one row (packed, padding-free).
+        inputs: ``input_ids`` ``[B, T]`` with an ``attention_mask``. If several sequences share a row (packed,
+            padding-free), ``position_ids`` that restart at 0 instead.
         labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained.
     """
     ids, trained = inputs["input_ids"].cpu().numpy(), (labels != -100).cpu().numpy()

@@ -1,9 +1,9 @@
-"""Language models behind HTTP: retries, masked keys, and messages that name the place.
+"""Query language models over HTTP, with retries, masked keys, and messages that name the server.
 
-:class:`Endpoint` is any server with the OpenAI API. :class:`Server` asks one how likely each token of a prompt is, by
-vLLM's extension of that API: ``POST /v1/completions`` with ``prompt_logprobs: k``
-and prompts of token ids; each choice of the answer has ``prompt_logprobs``, for each token of its prompt but the first
-a mapping of token ids to ``{"logprob": ..., "decoded_token": ...}``: of the token itself and the k likeliest.
+:class:`Endpoint` is any server with the OpenAI API. :class:`Server` asks for the probability of each token of a prompt.
+It uses vLLM's extension of that API: ``POST /v1/completions`` with ``prompt_logprobs: k`` and prompts of token ids.
+Each choice of the answer has ``prompt_logprobs``: for each token of its prompt but the first a mapping of token ids to
+``{"logprob": ..., "decoded_token": ...}``. The mapping holds the token itself and the k likeliest.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Listed = dict[int, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Place:
-    """What a server is called in messages, and where the user sets what is wrong with it.
+    """The name of a server in messages, and the options with which the user configures it.
 
     Attributes:
         name: "the teacher's server".
-        url: the option that holds its address; so `model` and `timeout`.
+        url: the option that holds its address; `model` and `timeout` likewise.
         api_key: the environment variable that holds its key.
-        start_again: what to do when it has died.
-        busy: what to do when it stays busy.
+        start_again: the remedy if it has died.
+        busy: the remedy if it stays busy.
     """
 
     name: str
@@ -61,20 +61,20 @@ TEACHER = Place(
 
 
 class UnusableAnswerError(ValueError):
-    """An answer that cannot be used, from a server that answers."""
+    """A server gave an answer that cannot be used."""
 
 
 class Endpoint:
-    """A server with the OpenAI API that is there.
+    """A reachable server with the OpenAI API.
 
     Args:
         url: with or without ``/v1``.
-        model: its name on the server; the only one that is served if None.
+        model: its name on the server; None for the only one that is served.
         timeout: seconds to wait for an answer.
-        place: for messages.
+        place: the name and options for messages.
 
     Raises:
-        ValueError: the address is none, or the model is not served.
+        ValueError: the address is invalid, or the model is not served.
         ConnectionError: it cannot be reached.
     """
 
@@ -108,11 +108,11 @@ class Endpoint:
         return str(model)
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON of an answer.
+        """Return the JSON of an answer.
 
         Raises:
-            UnusableAnswerError: it is none.
-            ValueError: the server refuses.
+            UnusableAnswerError: the answer is not JSON.
+            ValueError: the server refuses the request.
             ConnectionError: it cannot be reached, or gave no answer after several tries.
         """
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -158,26 +158,26 @@ class Endpoint:
         return ValueError(said)
 
     def nonsense(self, what: str) -> UnusableAnswerError:
-        """The error for an answer that is not what was asked for."""
+        """Return the error for an answer that does not match the request."""
         return UnusableAnswerError(f"the answer of {self.place.name} {self.url} cannot be used: {what}")
 
     def _without_key(self, text: str) -> str:
-        """Before anything is cut off it, and however a server escapes it."""
+        """Mask the key in a text, however a server escapes it; call this before the text is shortened."""
         for form in (self._key, self._key and json.dumps(self._key)[1:-1]):
             text = text.replace(form, "***") if form else text
         return text
 
 
 class Server:
-    """A server with the OpenAI API and vLLM's extension: what it says of the tokens of prompts.
+    """A server with the OpenAI API and vLLM's extension for the log-probabilities of prompt tokens.
 
     Args:
         url: with or without ``/v1``.
-        model: its name on the server; the only one that is served if None.
+        model: its name on the server; None for the only one that is served.
         timeout: seconds to wait for an answer.
 
     Raises:
-        ValueError: the address is none, or the model is not served.
+        ValueError: the address is invalid, or the model is not served.
         ConnectionError: it cannot be reached.
     """
 
@@ -186,10 +186,10 @@ class Server:
         self.url, self.model = self._endpoint.url, self._endpoint.model
 
     def prompt_log_probs(self, prompts: list[list[int]], k: int) -> list[list[Listed]]:
-        """For each prompt and each of its tokens but the first: the token itself and the k likeliest.
+        """Return, for each token of each prompt but the first, the log-probabilities of the token and the k likeliest.
 
         Raises:
-            ValueError: the server refuses, or its answer is not of these prompts or no probabilities.
+            ValueError: the server refuses, or its answer does not match the prompts or holds no probabilities.
             ConnectionError: it cannot be reached, or gave no answer after several tries.
         """
         body = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
@@ -230,7 +230,7 @@ class Server:
 
 
 class _Retry(urllib3.Retry):
-    """Says that it tries again, which urllib3 does for some reasons only, and sleeps no longer than we let it."""
+    """Retry policy that logs each retry and limits the wait; urllib3 logs some reasons only."""
 
     name = ""
     """Of the server."""
@@ -254,6 +254,6 @@ class _Retry(urllib3.Retry):
 
 
 def short(value: Any) -> str:
-    """What is shown of an answer."""
+    """Return an answer shortened for a message."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]} ..."

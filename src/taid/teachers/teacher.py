@@ -1,8 +1,8 @@
-"""What the trainer asks of a teacher, and the teachers that answer: a loaded model, one on a server, or a cache.
+"""The interface of a teacher, and its implementations: a loaded model, a server, or a cache.
 
-The trainer and the objectives do not know which one it is. A teacher is given a batch and the places of its trained
-tokens. It answers with its final hidden states and head, which determine its whole distribution, or with some tokens
-of it (:mod:`taid.losses.sparse_logits`).
+The trainer and the objectives do not know which one it is. A teacher gets a batch and the labels of its trained tokens.
+It answers with its final hidden states and head, which determine its whole distribution, or with some tokens of it
+(:mod:`taid.losses.sparse_logits`).
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from taid.teachers.server import CONCURRENT, Listed, Server
 logger = logging.getLogger(__name__)
 
 _SPARE = 8
-_TOKENS = 4096  # of the prompts of a request; an answer of 4,096 tokens with k = 64 is 18 MB of JSON
-_ROUNDING = 1e-8  # what float32 leaves of the difference of 1 and a sum of probabilities
+_TOKENS = 4096  # in the prompts of a request; an answer of 4,096 tokens with k = 64 is 18 MB of JSON
+_ROUNDING = 1e-8  # the float32 error of 1 minus a sum of probabilities
 # Total variation between a server and a local copy: bfloat16 moves the story teacher by 0.007, its student is 0.20 off.
 _AGREEMENT = 0.05
 
 
 class Hidden(NamedTuple):
-    """Final hidden states ``[B, T, E]`` of a teacher, and the output head behind them, cut to the shared ids."""
+    """Final hidden states ``[B, T, E]`` of a teacher, and its output head cut to the shared ids."""
 
     hidden: Tensor
     head: Head
 
 
 class Teacher(ABC):
-    """A frozen language model, wherever it is: here, on a server, or as a cache of what it said.
+    """A frozen language model: a local one, one on a server, or a cache of its answers.
 
-    A subclass of your own answers :meth:`__call__`; one whose hidden states you have extends :class:`ExactTeacher`
-    instead. Hand it over as ``TAIDTrainer(teacher_model=...)``, which captures it, trains from it and evaluates it.
+    Your subclass implements :meth:`__call__`. If its hidden states are available, extend :class:`ExactTeacher`.
+    Pass it as ``TAIDTrainer(teacher_model=...)``, which captures it, trains from it and evaluates it.
 
     Attributes:
-        kind: what its answers determine of its distribution: "exact", or which part of it. Checkpoints remember it.
-        is_sharded: whether processes hold it together, so that all of them have to ask at once.
-        prefetches: whether it is told a step early what it will be asked for.
-        writer: the model by which it writes answers of its own (``seq_kd``), or None.
+        kind: "exact", or the part of its distribution that its answers determine. Checkpoints record it.
+        is_sharded: whether processes share its weights, so that all of them have to ask at once.
+        prefetches: whether the trainer announces batches one step ahead.
+        writer: the model that generates its answers (``seq_kd``), or None.
         autocast: makes the context that the teacher runs in.
-        vocabulary: the token ids that student and teacher share, once :meth:`start` was called.
+        vocabulary: the token ids that student and teacher share; set by :meth:`start`.
     """
 
     kind = "exact"
@@ -67,7 +67,7 @@ class Teacher(ABC):
     vocabulary: Vocabulary
 
     def start(self, vocabulary: Vocabulary) -> None:
-        """Hear which ids student and teacher share; the trainer calls this before anything is asked."""
+        """Set the ids that student and teacher share; the trainer calls this before any other method."""
         self.vocabulary = vocabulary
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Teacher(ABC):
         """Answer for the trained tokens of a batch.
 
         Args:
-            inputs: what a model's forward takes.
+            inputs: the arguments of a model's forward.
             labels: ``[B, T]``: the token that each position has to predict, -100 where it is not trained. Answers for
                 untrained positions are not read.
         """
@@ -88,19 +88,19 @@ class Teacher(ABC):
         return signal.head.logits(signal.hidden[labels != -100])[:, : len(self.vocabulary.ids)]
 
     def prefetch(self, batches: Iterable[dict[str, Any]]) -> None:  # noqa: B027
-        """Hear which batches are asked for next, their labels not shifted yet; all others may be forgotten."""
+        """Announce the next batches, with labels that are not shifted yet; rows of all others may be dropped."""
 
     def answers(self, inputs: dict[str, Any], rows: list[Sequence]) -> Iterator[tuple[Sequence, Tensor | Sparse]]:
-        """Answer for some rows of a batch, one by one, as a cache keeps them: hidden states ``[N, E]``, or top k."""
+        """Yield rows of a batch one by one with the answers that a cache keeps: hidden states ``[N, E]``, or top k."""
         raise ValueError(f"a {type(self).__name__} cannot be captured: it gives no answer a row (Teacher.answers)")
 
     def properties(self, device: Any) -> dict[str, Any]:
-        """Return what a cache's manifest says of this teacher: rows of its head, width and dtype of hidden states."""
+        """Return the teacher's entries of a cache's manifest: rows of its head, width and dtype of hidden states."""
         raise ValueError(f"a {type(self).__name__} cannot be captured: it does not say what it is (Teacher.properties)")
 
 
 class ExactTeacher(Teacher):
-    """A teacher whose whole distribution is known: by its final hidden states and the head that they go through."""
+    """A teacher whose whole distribution is known, from its final hidden states and its output head."""
 
     @abstractmethod
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
@@ -120,14 +120,14 @@ class ExactTeacher(Teacher):
         return Hidden(hidden, self.shared_head().to(labels.device))
 
     def example(self, device: Any) -> Tensor:
-        """Return hidden states ``[1, 2, E]`` of nothing in particular: their width, dtype and device."""
+        """Return hidden states ``[1, 2, E]`` of arbitrary tokens, for their width, dtype and device."""
         return self.hidden({"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)})
 
     def answers(self, inputs: dict[str, Any], rows: list[Sequence]) -> Iterator[tuple[Sequence, Tensor]]:
         """Yield each row with its hidden states ``[N, E]`` at its trained tokens.
 
         Raises:
-            ValueError: they are not finite; names the row and the remedy.
+            ValueError: the hidden states are not finite; names the row and the remedy.
         """
         hidden = self.hidden(inputs)
         for row in rows:
@@ -150,13 +150,13 @@ class ExactTeacher(Teacher):
 
 
 class LocalTeacher(ExactTeacher):
-    """A loaded model.
+    """A loaded model as the teacher.
 
     Args:
         model: frozen, in evaluation mode, on its device.
         vocabulary: the ids that student and teacher share.
         autocast: the context that it runs in.
-        fused: whether it will be asked for hidden states.
+        fused: whether the loss is fused, so that hidden states are needed.
 
     Raises:
         ValueError: its output head cannot be fused; says why and the remedy.
@@ -195,8 +195,8 @@ class LocalTeacher(ExactTeacher):
     def _asked(self, ask: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> Tensor:
         """Return ``ask(inputs)``.
 
-        Processes that each hold a part of every matrix compute each product together, of the same tokens: the batch of
-        the first, then that of the second, and so on.
+        Under tensor parallelism, processes compute each product together and on the same tokens. So they take turns:
+        all compute the first one's batch, then the second one's, and so on.
         """
         with self.autocast():
             if self._sharing is None:
@@ -217,27 +217,27 @@ class LocalTeacher(ExactTeacher):
 
 
 class _RowTeacher(Teacher):
-    """A teacher that knows rows by themselves, wherever they are. Threads ask for those that come next."""
+    """A teacher that answers row by row; threads fetch the next rows in advance."""
 
     prefetches = True
 
     def __init__(self, vocabulary: Vocabulary, threads: int) -> None:
         self.vocabulary = vocabulary
-        self._threads = ThreadPool(threads)  # of daemons: a run that stops does not wait for a server that hangs
+        self._threads = ThreadPool(threads)  # daemon threads: a run that stops does not wait for a server that hangs
         weakref.finalize(self, self._threads.terminate)
         self._coming: dict[bytes, AsyncResult[dict[bytes, Any]]] = {}
 
     @abstractmethod
     def _groups(self, rows: list[Sequence]) -> Iterator[list[Sequence]]:
-        """Yield the rows that are fetched at once."""
+        """Yield groups of rows that are fetched together."""
 
     @abstractmethod
     def _fetch(self, rows: list[Sequence]) -> dict[bytes, Any]:
-        """Return what is known of each row; runs in a thread."""
+        """Fetch the answer for each row; runs in a thread."""
 
     @abstractmethod
     def _joined(self, answers: list[Any], labels: Tensor) -> Hidden | Sparse:
-        """Join what was fetched of the rows of a batch."""
+        """Join the fetched answers of a batch's rows."""
 
     def _submit(self, rows: list[Sequence]) -> dict[bytes, AsyncResult[dict[bytes, Any]]]:
         answers = ((group, self._threads.apply_async(self._fetch, (group,))) for group in self._groups(rows))
@@ -258,12 +258,12 @@ class _RowTeacher(Teacher):
 
 
 class CachedTeacher(_RowTeacher):
-    """A cache of what a teacher said: the same answer for the same row, whatever batch it is in.
+    """A cache as the teacher: it gives the same answer for the same row, whatever batch the row is in.
 
     Args:
-        cache: checked against the run.
+        cache: a cache that was checked against the run.
         vocabulary: the ids that student and teacher share.
-        device: where its answers go.
+        device: the device of its answers.
     """
 
     def __init__(self, cache: Cache, vocabulary: Vocabulary, device: torch.device) -> None:
@@ -289,14 +289,14 @@ class CachedTeacher(_RowTeacher):
 
 
 class ServedTeacher(_RowTeacher):
-    """A served teacher: the k likeliest tokens that the server lists of each position, and the mass of the rest.
+    """A served model as the teacher: the k likeliest tokens that the server lists, and the mass of the rest.
 
     Args:
-        server: what is asked.
-        vocabulary: the ids that student and teacher share; tokens that the teacher alone has are left out, as they are
-            of a local teacher.
-        k: how many tokens a position.
-        rows: how many ids the teacher has; more than are shared where it has tokens of its own, or padding.
+        server: the server.
+        vocabulary: the ids that student and teacher share; tokens of the teacher alone are left out, as with a local
+            teacher.
+        k: the number of tokens at each position.
+        rows: the number of the teacher's ids, which may be more than the shared ones (own tokens, padding).
     """
 
     def __init__(self, server: Server, vocabulary: Vocabulary, k: int, rows: int | None = None) -> None:
@@ -356,7 +356,7 @@ class ServedTeacher(_RowTeacher):
             yield row, answers[row.key].get()[row.key]
 
     def properties(self, device: Any) -> dict[str, Any]:
-        """See :class:`Teacher`. Nothing is known of a server's weights, nor of the options that it runs with."""
+        """Return the entries of a cache's manifest; a server's weights and options are unknown."""
         unknown = dict.fromkeys(("teacher_options", "teacher_config", "teacher_weights", "teacher_revision"))
         known = {"teacher_rows": self.rows, "hidden_size": 0, "dtype": str(torch.float32)}
         return unknown | known | {"server_model": self.server.model}
@@ -371,12 +371,12 @@ class ServedTeacher(_RowTeacher):
         """Ask for one row, and compare the server's tokens and values with those of the teacher.
 
         Args:
-            row: any.
+            row: any row.
             tokenizer: the teacher's.
-            local: a copy of the teacher that the values are compared with, or None.
+            local: a copy of the teacher to compare values with, or None.
 
         Raises:
-            ValueError: they are not; shows both.
+            ValueError: tokens or values differ; shows both.
         """
         places = self.server.prompt_log_probs([row.ids.tolist()], self.asked)[0]
         said = {i: e["decoded_token"] for place in places for i, e in place.items() if e.get("decoded_token")}

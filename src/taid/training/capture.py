@@ -175,7 +175,7 @@ def _source(
         **teacher.properties(args.device),
     }
     check_format(name, args)
-    return _Source(teacher, rows, Format.of(manifest), args, prepare), manifest
+    return _Source(teacher, rows, Format.from_manifest(manifest), args, prepare), manifest
 
 
 def _announce(source: _Source, folder: Path) -> int:

@@ -73,7 +73,7 @@ class RowTask:
     teacher: Finish
 
     @classmethod
-    def of(
+    def for_objective(
         cls, objective: str, kd_ratio: float, parameters: dict[str, Any], student: Finish, teacher: Finish
     ) -> RowTask:
         """Fill in the defaults of the objective and check what is given.
