@@ -277,10 +277,12 @@ MEASURES = {
 
 
 def _check(kind: str) -> None:
-    """Nothing is more than allowed."""
+    """Nothing is more than allowed, and nothing more is allowed than there is."""
     found, allowed = MEASURES[kind](ROOT), _exceptions().get(kind, {})
     beyond = {name: size for name, size in found.items() if size > allowed.get(name, 0)}
     assert not beyond, f"{kind}: {beyond} is more than tests/may_only_shrink.json allows: {allowed}"
+    unused = {name: size for name, size in allowed.items() if size > found.get(name, 0)}
+    assert not unused, f"{kind}: {unused} is more than needed: python tests/test_architecture.py --shrink"
 
 
 def shrink() -> None:
