@@ -54,7 +54,11 @@ FORMATS: dict[str, dict[str, Any]] = {
 SAMPLED: dict[str, dict[str, Any]] = {
     "forward_kl, local teacher": {"objective": "forward_kl"},
     "forward_kl, top_k, k = 32": {"objective": "forward_kl", **FORMATS["top_k, k = 32"]},
-    "forward_kl, sampled, 50 draws": {"objective": "forward_kl", "teacher_cache_format": "sampled"},
+    "forward_kl, sampled, 50 draws": {
+        "objective": "forward_kl",
+        "teacher_cache_format": "sampled",
+        "teacher_cache_samples": 50,
+    },
 }
 
 

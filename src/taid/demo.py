@@ -179,13 +179,14 @@ def read(*splits: Split) -> list[str]:
         FileNotFoundError: this Python carries no standard library source (a frozen or stripped build).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if _EXCLUDED.intersection(parts[:-1]) or parts[0].startswith(_EXCLUDED_PREFIXES):
-            continue
-        if split_of(parts[0].removesuffix(".py")) in splits:
-            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    paths = []
+    for module in root.iterdir():
+        if module.name in _EXCLUDED or module.name.startswith(_EXCLUDED_PREFIXES):
+            continue  # above all site-packages, which may hold a hundred thousand files
+        if split_of(module.name.removesuffix(".py")) in splits:
+            found = [module] if module.suffix == ".py" else module.rglob("*.py")
+            paths += [path for path in found if not _EXCLUDED.intersection(path.relative_to(root).parts[:-1])]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(paths)]
     if not texts:
         raise FileNotFoundError(
             f"no standard library source under {root}: this Python was built without it. "

@@ -1,4 +1,7 @@
-"""Pictures of curves over training steps, by matplotlib's object interface: no global state, no display."""
+"""Pictures of curves over training steps, by matplotlib's object interface: no global state, no display.
+
+matplotlib is loaded with the first picture, so that `taid plan`, which draws none, does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Series = list[tuple[int, float]]
 
@@ -49,6 +52,9 @@ class Line:
 
 def panels(units: list[str], last_step: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
     """Panels one above the other over one axis of steps, each of `height` inches."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     # 1,120 pixels: sharp on a dense screen, and text of 9.5 points is still legible on a phone.
     figure = Figure(figsize=(5.6, height * len(units) + 0.2), dpi=200, layout="constrained")
     axes_list = list(figure.subplots(len(units), sharex=True, squeeze=False)[:, 0])

@@ -185,7 +185,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """By their steps, the first one first."""
+    """Return the checkpoints with their steps, the first one first."""
     return sorted((int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name)))
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from rich.table import Table as RichTable
-from scipy import stats
+from scipy.special import stdtrit
 
 from taid.artifacts import run_folder
 from taid.artifacts.plots import GRID, INK, MUTED, Plot, panels, png_of
@@ -63,7 +62,7 @@ class Interval:
         n = len(values)
         if n < 2:
             return cls(values[0], None)
-        return cls(statistics.fmean(values), float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n))
+        return cls(statistics.fmean(values), float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n))
 
     def text(self, digits: int, *, sign: bool = False) -> str:
         """Return the interval as text for a table."""
@@ -357,6 +356,8 @@ def _plot_results(found: ComparisonResults) -> Plot:
     """Plot each run as a point and each mean with its interval, the best on top."""
     order = sorted(found.methods, key=lambda method: -method.measures["cross_entropy"].mean)
     names = [name for name in _COMPARED if name in found.columns]
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.6, 0.9 + 0.3 * len(order)), dpi=200, layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0], strict=True):
         axes.spines[["top", "right", "left"]].set_visible(False)

@@ -211,7 +211,7 @@ class Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's, of keys that are all different."""
+        """Build the mapping as SafeLoader does, and refuse a key that stands twice."""
         seen: list[Any] = []
         for key, _ in node.value:
             if key.value in seen:
@@ -261,7 +261,7 @@ def _names(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def _of_launcher(name: Any) -> str:
-    """What to say of an option that starts processes, where it is not one."""
+    """Say how processes are started, if the unknown option is one that starts them."""
     if name not in ("accelerate_config", *LAUNCHER):
         return ""
     return ": processes are started on the command line, by --accelerate_config ddp|fsdp2|zero2|zero3|FILE"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DataArguments:
-    """Where the rows come from."""
+    """The rows of a run: names of data sets or files, and how they are read."""
 
     dataset_name: list[str] | None = field(
         default=None,

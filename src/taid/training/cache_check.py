@@ -86,7 +86,7 @@ class RunRows:
 
 @dataclass(frozen=True)
 class AskedTeacher:
-    """Whose answers a run asks for, as far as a cache depends on it.
+    """The teacher whose answers a run asks for, as far as a cache depends on it.
 
     Attributes:
         name: of the teacher, or None where the configuration has none.

@@ -1,4 +1,4 @@
-"""What happens beside the steps: a progress bar or a line a logged step, the run's folder, and SIGTERM."""
+"""Callbacks beside the steps: a progress bar or a line a logged step, the run's folder, and SIGTERM."""
 
 from __future__ import annotations
 

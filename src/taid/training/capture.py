@@ -203,7 +203,7 @@ def _announce(source: _Source, folder: Path) -> int:
     free = shutil.disk_usage(folder).free
     if accelerator.is_main_process:
         size = f"{each:,.0f} bytes each: {total * each / 1e6:,.1f} MB"
-        about = f", about {duration(seconds)}" if total else ""
+        about = f", about {duration(max(seconds, 1))}" if total else ""
         print(f"{folder}: {total:,} trained tokens to capture, {size}{about}", flush=True)
     if total * each > free:
         raise OSError(

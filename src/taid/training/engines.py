@@ -69,7 +69,7 @@ def _is_set(name: str) -> bool:
 
 
 def lost(error: Exception) -> str | None:
-    """What to say where a process has waited in vain for another one; None for any other error."""
+    """Return the message for a process that has waited in vain for another one; None for any other error."""
     is_of_peers = "gloo" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
     return f"another process of the run is gone or hangs ({error})" if is_of_peers else None
 

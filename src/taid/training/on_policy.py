@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 def row_of(ids: list[int], labels: list[int]) -> Row | None:
-    """What is prompt and what is answer: the last stretch of trained tokens, up to its end; None if none is trained."""
+    """Split a row into prompt and answer, the last stretch of trained tokens; None if no token is trained."""
     trained = [place for place, label in enumerate(labels) if label != -100]
     if not trained:
         return None
@@ -105,7 +105,7 @@ class Threshold:
         return min(self.rises, 10) / 10
 
     def after(self, loss: float, step: int) -> Threshold:
-        """What it is after an evaluation; one of a step that was evaluated before changes nothing."""
+        """Return the threshold after an evaluation; a step that was evaluated before changes nothing."""
         if step <= self.step:
             return self
         return Threshold(self.rises + (self.loss is not None and loss > self.loss), loss, step)
@@ -231,7 +231,7 @@ class AnswerSampler:
 
     @property
     def _fresh(self) -> float:
-        """Of these, the share that is sampled in this step."""
+        """The share of these micro-batches that is sampled anew in this step."""
         if self.args.sampling == "mixed" or len(self.buffer) < self.args.sampling_buffer_size:
             return 1.0
         step, total_steps = self._progress()

@@ -1,4 +1,4 @@
-"""What TRL and transformers make necessary: one method a fault, with its reason and what ends it.
+"""Workarounds for TRL and transformers: one method a fault, with its reason and the release that ends it.
 
 The versions are TRL 1.16 and transformers 5.23. The faults stand in ``transformers/trainer.py``
 (https://github.com/huggingface/transformers) and ``trl/trainer/sft_trainer.py`` (https://github.com/huggingface/trl).
