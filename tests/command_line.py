@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterable
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 _LIBRARIES = (
@@ -31,7 +31,9 @@ class Command:
         self.stdout = self.stderr = ""
         self._folder = Path(tempfile.mkdtemp(prefix="command-", dir=os.environ["HF_HOME"]))  # conftest.py removes it
         outputs = [self._folder / name for name in ("out", "err")]
-        given = ([str(word) for word in words], code, dict(env or os.environ), os.getcwd(), *outputs)
+        forkserver.ensure_running()
+        server = forkserver._forkserver._forkserver_address
+        given = ([str(word) for word in words], code, dict(env or os.environ), os.getcwd(), *outputs, server)
         self._outputs = outputs
         self._process = _context.Process(target=_begin, args=given)
         self._process.start()
@@ -70,8 +72,11 @@ def run_taid(*words: object, env: dict[str, str] | None = None, timeout: float =
     return command
 
 
-def _begin(words, code, environment, folder, out, err) -> None:
+def _begin(words, code, environment, folder, out, err, server) -> None:
     """In the process that was forked: `python -m taid ...`, or `python -c code ...`."""
+    # The runs of a comparison are forked from where this process was: a server of its own would load all libraries.
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = lambda: None
     gc.freeze()  # or each collection would go through all libraries
     os.environ.clear()
     os.environ.update(environment)

@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from command_line import Command
 from taid import demo
 
 SMALL = """
@@ -26,10 +25,10 @@ for _ in range(2):
 def done(tmp_path_factory):
     """A demo of one step on a row a module, twice in one folder: the folder, and what it printed each time."""
     folder = tmp_path_factory.mktemp("demo") / "taid-demo"
-    command = [sys.executable, "-c", SMALL, str(folder)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stderr
-    _, first, second = finished.stdout.split("taid compare ")
+    finished = Command([folder], code=SMALL)
+    printed, said = finished.communicate(600)
+    assert finished.returncode == 0, said
+    _, first, second = printed.split("taid compare ")
     return folder, first, second
 
 

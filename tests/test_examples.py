@@ -130,10 +130,14 @@ def test_the_gradient_at_a_small_t_is_t_times_that_of_reverse_kl():
     assert (taid_gradient / t - reverse_gradient).norm() < 0.01 * reverse_gradient.norm()
 
 
-@pytest.mark.cli
-def test_the_command_draws_the_picture_of_the_documentation(tmp_path, narrow):
-    said = run("mode_averaging", tmp_path / "new" / "modes.png")
+def test_the_command_draws_the_picture_of_the_documentation(tmp_path, narrow, broad, monkeypatch, capsys):
+    trained = {averaging.NARROW: narrow, averaging.BROAD: broad}
+    monkeypatch.setattr(averaging, "all_runs", trained.__getitem__)
+    monkeypatch.setattr(sys, "argv", ["mode_averaging.py", "--picture", str(tmp_path / "new" / "modes.png")])
+    averaging.main()
+    said = capsys.readouterr().out
     assert averaging.table(narrow) in said
+    assert averaging.table(broad) in said
     assert "up to t = 0.85" in said
     kept = ROOT / "docs" / "pictures" / "mode_averaging.png"
     assert kept.stat().st_size < 60_000

@@ -92,6 +92,7 @@ def test_the_tables_have_every_row_and_every_figure(asked):
 
 
 @pytest.mark.cli
+@pytest.mark.slow  # four processes that load the libraries each
 def test_real_models_are_measured_in_processes_of_their_own(student_folder, teacher_folder, make_model):
     card = inference_speed.measure(str(student_folder), str(teacher_folder), use_cpu=True, rounds=1)
     rows = {row["name"]: row for row in card["rows"]}
