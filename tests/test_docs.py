@@ -367,9 +367,14 @@ def check_pytest(words: list[str]) -> None:
     parser.add_argument("-m")
     options = parser.parse_args(words)
     for file in options.files:
-        tests = re.findall(r"def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"))
+        functions = [node for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+                     if isinstance(node, ast.FunctionDef)]  # fmt: skip
+        is_slow = {function.name: "pytest.mark.slow" in map(ast.unparse, function.decorator_list)
+                   for function in functions if function.name.startswith("test_")}  # fmt: skip
         for word in set(re.findall(r"\w+", options.k)) - {"and", "or", "not"}:
-            assert any(word in test for test in tests), f"{file} has no test with {word!r} in its name"
+            found = [test for test in is_slow if word in test]
+            assert found, f"{file} has no test with {word!r} in its name"
+            assert options.m is not None or not any(is_slow[test] for test in found), f"{file} -k {word} needs -m ''"
 
 
 def beside_the_configuration(command: str) -> list[tuple[str, str]]:
