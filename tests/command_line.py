@@ -76,7 +76,7 @@ def _begin(words, code, environment, folder, out, err, server) -> None:
     """In the process that was forked: `python -m taid ...`, or `python -c code ...`."""
     # The runs of a comparison are forked from where this process was: a server of its own would load all libraries.
     forkserver._forkserver._forkserver_address = server
-    forkserver._forkserver.ensure_running = lambda: None
+    forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
     gc.freeze()  # or each collection would go through all libraries
     os.environ.clear()
     os.environ.update(environment)

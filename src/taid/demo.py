@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shlex
@@ -78,7 +77,7 @@ _EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 _EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")
 
 
-def run(output_dir: Path, *, steps: int = STEPS, seeds: int = SEEDS) -> results.ComparisonResults:
+def run(output_dir: Path, *, steps: int = STEPS, seeds: int = SEEDS, processes: int = 1) -> results.ComparisonResults:
     """Write rows and a recipe, compare the methods, and print the table and what the students write.
 
     Raises:
@@ -93,7 +92,7 @@ def run(output_dir: Path, *, steps: int = STEPS, seeds: int = SEEDS) -> results.
     arguments = [
         "--config", str(output_dir / "recipe.yaml"), "--variants", str(output_dir / "variants.yaml"),
         "--objectives", ",".join(METHODS), "--seeds", str(seeds),
-        "--test", str(output_dir / "test.jsonl"), "--processes", str(min(4, os.cpu_count() or 1)),
+        "--test", str(output_dir / "test.jsonl"), "--processes", str(processes),
         "--output_dir", str(output_dir / "comparison"),
     ]  # fmt: skip
     print(f"taid compare {shlex.join(arguments)}", flush=True)

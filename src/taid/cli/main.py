@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output_dir", type=Path, default=Path("taid-demo"), help="default: %(default)s")
     demo.add_argument("--steps", type=int, default=200, help="optimizer steps a run (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=3, help="runs a method (default: %(default)s)")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, processes=min(4, os.cpu_count() or 1))
     return parser
 
 
@@ -172,14 +172,18 @@ def cache(argv: Sequence[str]) -> int:
 
 def compare(argv: Sequence[str]) -> int:
     """``taid compare``: compare methods x seeds of one recipe, from one start on the same batches, in one table."""
+    from taid.comparison import options as comparison
+    from taid.comparison import workers
+
+    options, arguments = comparison.options_of(argv)
+    workers.preload(options.processes)
+
     from rich.console import Console
 
-    from taid.comparison import options as comparison
     from taid.comparison import results, runner
     from taid.comparison.plan import ComparisonPlan
     from taid.config.parsing import configured
 
-    options, arguments = comparison.options_of(argv)
     recipe = configured(arguments, "compare", comparison.own_options()[1])
     plan = ComparisonPlan.from_options(options, arguments, *recipe)
     try:
@@ -275,6 +279,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from taid.comparison import workers
+
+    workers.preload(options.processes)
+
     from taid.demo import run
 
-    run(options.output_dir, steps=options.steps, seeds=options.seeds)
+    run(options.output_dir, steps=options.steps, seeds=options.seeds, processes=options.processes)

@@ -20,6 +20,26 @@ from typing import Any
 Job = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
+def preload(processes: int) -> Any:
+    """Begin to load the libraries in the process that jobs are forked from, while the caller loads its own.
+
+    Args:
+        processes: the number of jobs at a time, which share the processor's cores.
+
+    Returns:
+        The context of multiprocessing in which jobs start: forked where the system can, else begun anew.
+    """
+    # The process that is forked reads it when it loads the libraries.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
+    forkserver.set_forkserver_preload(["taid.comparison.preload"])
+    forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
 class Workers:
     """Run jobs in a limited number of processes, and stop at the first that fails.
 
@@ -30,12 +50,7 @@ class Workers:
 
     def __init__(self, logs: Path, processes: int) -> None:
         self.logs, self.processes = logs, processes
-        has_forks = "forkserver" in multiprocessing.get_all_start_methods()
-        self.context: Any = multiprocessing.get_context("forkserver" if has_forks else "spawn")
-        if has_forks:
-            self.context.set_forkserver_preload(["taid.comparison.preload"])
-        # The process that is forked reads it when it loads the libraries.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        self.context = preload(processes)
 
     def do(self, jobs: list[Job]) -> None:
         """Run all jobs and return when they are done.

@@ -69,7 +69,7 @@ class Options:
 
     objective: ObjectiveName = field(
         default="taid",
-        metadata={"help": "What the student is trained on; all but 'sft' compare it with a teacher."},
+        metadata={"help": "The objective that is minimised; all but 'sft' compare the student with a teacher."},
     )
     taid_schedule: Schedule = field(
         default="paper",

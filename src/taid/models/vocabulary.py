@@ -128,10 +128,8 @@ def split_differently(one: Any, other: Any, texts: Iterable[str] = ()) -> tuple[
 
 def _same_pipeline(one: Any, other: Any) -> bool:
     """Return whether two fast tokenizers are the same to the last merge, which spares a probe of every token."""
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
-    if None in backends or type(one) is not type(other):
-        return False
-    return len({backend.to_str() for backend in backends}) == 1
+    is_fast = all(hasattr(tokenizer, "backend_tokenizer") for tokenizer in (one, other))
+    return is_fast and type(one) is type(other) and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
 
 
 def _as_text(tokenizer: Any, ids: list[int]) -> list[str]:
