@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from command_line import Command
 from taid import demo
+from taid.cli.main import main
 
 SMALL = """
 import sys
@@ -99,11 +100,10 @@ def test_the_recipe_says_how_many_steps(tmp_path):
     assert recipe["dataset_name"] == str(tmp_path / "a b" / "train.jsonl")
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"seeds": -1}])
-def test_a_demo_of_nothing_is_refused(tmp_path, options):
-    ((name, number),) = options.items()
-    with pytest.raises(ValueError, match=f"--{name} must be at least 1, got {number}"):
-        demo.run(tmp_path, **options)
+@pytest.mark.parametrize(("name", "number"), [("steps", 0), ("seeds", -1)])
+def test_a_demo_of_nothing_is_refused(tmp_path, capsys, name, number):
+    assert main(["demo", f"--{name}", str(number), "--output_dir", str(tmp_path)]) == 2
+    assert f"--{name} must be at least 1, got {number}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

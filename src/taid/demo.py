@@ -38,7 +38,6 @@ from taid.models.loading import load_model, load_tokenizer
 
 Split = Literal["models", "train", "validation", "test"]
 METHODS = {"fine_tuning": "fine-tuning", "forward_kl": "forward KL", "taid": "TAID"}
-STEPS, SEEDS = 200, 3
 CHARACTERS, APART = 600, 450  # length of a row, more than max_length needs, and from one row's start to the next's
 HELD_OUT_ROWS = 64
 PROMPTS, NEW_TOKENS = 3, 40
@@ -77,16 +76,13 @@ _EXCLUDED |= {"site-packages", "dist-packages", "__pycache__"}
 _EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")
 
 
-def run(output_dir: Path, *, steps: int = STEPS, seeds: int = SEEDS, processes: int = 1) -> results.ComparisonResults:
+def run(output_dir: Path, *, steps: int, seeds: int, processes: int) -> results.ComparisonResults:
     """Write rows and a recipe, compare the methods, and print the table and what the students write.
 
     Raises:
-        ValueError: `output_dir` holds something else, or `steps` or `seeds` is no positive number.
+        ValueError: `output_dir` holds something else.
         FileNotFoundError: this Python has no standard library in source.
     """
-    for name, number in (("steps", steps), ("seeds", seeds)):
-        if number < 1:
-            raise ValueError(f"--{name} must be at least 1, got {number}")
     start, console = time.perf_counter(), Console(width=None if sys.stdout.isatty() else 160)
     write_files(output_dir, steps)
     arguments = [

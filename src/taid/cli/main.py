@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     demo = commands.add_parser("demo", help="a small taid compare on this Python's own standard library, in minutes")
     demo.add_argument("--output_dir", type=Path, default=Path("taid-demo"), help="default: %(default)s")
-    demo.add_argument("--steps", type=int, default=200, help="optimizer steps a run (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=160, help="optimizer steps a run (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=3, help="runs a method (default: %(default)s)")
     demo.set_defaults(run=_demo, processes=min(4, os.cpu_count() or 1))
     return parser
@@ -279,6 +279,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    for name in ("steps", "seeds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+
     from taid.comparison import workers
 
     workers.preload(options.processes)
