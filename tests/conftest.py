@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import gc
 import json
 import os
@@ -81,6 +82,22 @@ def _environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+_NO_PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A report's pictures take a second a run: they are drawn where they, or the documentation's, are looked at."""
+    if request.module.__name__ in ("test_report", "test_card", "test_docs", "test_examples"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("taid.artifacts.report.png_of", lambda figure: _NO_PICTURE)
+        yield
 
 
 @pytest.fixture(scope="session")

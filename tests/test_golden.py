@@ -21,6 +21,7 @@ from vision_models import make_processor, make_vision_model
 
 pytestmark = [
     pytest.mark.cli,
+    pytest.mark.slow,  # runs that are killed, and runs of several processes
     pytest.mark.skipif(not hasattr(os, "fork"), reason="its command lines run in forked processes"),
 ]
 

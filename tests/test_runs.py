@@ -74,7 +74,7 @@ def metrics(folder):
     return [{k: v for k, v in row.items() if k not in TIMING} for row in run_folder.read_metrics(folder)]
 
 
-@pytest.mark.slow  # test_golden.py resumes a killed run too, in a process that has the libraries
+@pytest.mark.slow  # three processes that load the libraries each
 def test_a_killed_and_resumed_run_ends_like_one_left_alone_byte_for_byte(recipe, tmp_path):
     options = {"max_steps": 24, "logging_steps": 5, "save_strategy": "steps", "save_steps": 4, "eval_steps": 6,
                "optim": "adamw_torch", "learning_rate": 1e-3, "per_device_train_batch_size": 3}  # fmt: skip
