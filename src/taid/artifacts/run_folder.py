@@ -189,6 +189,32 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name)))
 
 
+def checkpoint_to_resume(output_dir: Path, asked: str | bool | None) -> Path | None:
+    """Return the checkpoint that ``--resume_from_checkpoint [PATH]`` means; None for a new run.
+
+    Raises:
+        ValueError: there is no whole checkpoint, or it belongs to another folder.
+    """
+    if asked is None or str(asked).lower() == "false":
+        return None
+    folder = output_dir if str(asked).lower() == "true" else Path(str(asked)).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"cannot resume: folder {folder} does not exist")
+    checkpoint = folder if (folder / "trainer_state.json").exists() else last_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"cannot resume: {folder} holds no complete checkpoint; start without --resume_from_checkpoint, and "
+            "with --overwrite_output_dir where a run has begun there"
+        )
+    if checkpoint.resolve().parent != output_dir.resolve():
+        raise ValueError(
+            f"cannot resume: {checkpoint} belongs to the run in {checkpoint.parent}, not to output_dir {output_dir}: "
+            "name that folder as output_dir, or copy it"
+        )
+    check_resumable(checkpoint)
+    return checkpoint
+
+
 def check_resumable(checkpoint: Path) -> None:
     """Refuse a checkpoint that lacks the optimizer's state, is damaged, or is older than others of the same run.
 

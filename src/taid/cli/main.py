@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from taid.artifacts import run_folder
 from taid.cli import launch as launcher
 from taid.evaluation import options as evaluation_options
 from taid.training import engines
@@ -99,6 +100,9 @@ def _screen(argv: Sequence[str], command: str) -> None:
     if found is None or is_tried:  # what is planned or tried may be of another machine
         return
     model, data, args = found
+    if command == "train":
+        given = vars(args)  # those of transformers among them
+        run_folder.checkpoint_to_resume(Path(given["output_dir"]), given["resume_from_checkpoint"])
     is_elsewhere = args.teacher_server_url is not None or (args.teacher_cache is not None and command != "cache")
     is_loaded = args.distillation_share > 0 and not is_elsewhere
     teacher = args.teacher_model_name_or_path if is_loaded else None

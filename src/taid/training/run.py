@@ -43,7 +43,7 @@ def train(model: ModelConfig, data: DataArguments, args: TAIDConfig) -> None:
     """
     output_dir, is_main = Path(args.output_dir), args.process_index == 0
     with run_folder.claimed(output_dir) if is_main else contextlib.nullcontext():
-        checkpoint = checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
+        checkpoint = run_folder.checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
         if is_main and checkpoint is None:
             run_folder.check_free(output_dir, overwrite=args.overwrite_output_dir)
         trainer = build_trainer(model, data, args, resuming=checkpoint is not None)
@@ -127,32 +127,6 @@ def build_trainer(model: ModelConfig, data: DataArguments, args: TAIDConfig, *, 
         trainer.remove_callback(callback)
     trainer.add_callback(StepProgress)
     return trainer
-
-
-def checkpoint_to_resume(output_dir: Path, asked: str | bool | None) -> Path | None:
-    """Return the checkpoint that ``--resume_from_checkpoint [PATH]`` means; None for a new run.
-
-    Raises:
-        ValueError: there is no whole checkpoint, or it belongs to another folder.
-    """
-    if asked is None or str(asked).lower() == "false":
-        return None
-    folder = output_dir if str(asked).lower() == "true" else Path(str(asked)).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"cannot resume: folder {folder} does not exist")
-    checkpoint = folder if (folder / "trainer_state.json").exists() else run_folder.last_checkpoint(folder)
-    if checkpoint is None:
-        raise ValueError(
-            f"cannot resume: {folder} holds no complete checkpoint; start without --resume_from_checkpoint, and "
-            "with --overwrite_output_dir where a run has begun there"
-        )
-    if checkpoint.resolve().parent != output_dir.resolve():
-        raise ValueError(
-            f"cannot resume: {checkpoint} belongs to the run in {checkpoint.parent}, not to output_dir {output_dir}: "
-            "name that folder as output_dir, or copy it"
-        )
-    run_folder.check_resumable(checkpoint)
-    return checkpoint
 
 
 def _is_evaluated(trainer: TAIDTrainer) -> bool:
