@@ -95,7 +95,7 @@ def train(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
         ["train", "--model_name_or_path", "a", "--dataset_name", "absent.jsonl"],
         ["train", "--model_name_or_path", "./absent", "--dataset_name", "a/b"],
         ["train", "--accelerate_config", "ddp", "--num_processes", "2", "--skew", "2"],
-        ["train", "--model_name_or_path", "a", "--dataset_name", "a/b", "--resume_from_checkpoint", "absent"],
+        "train --model_name_or_path a --dataset_name a/b --output_dir b --resume_from_checkpoint absent".split(),
         ["demo", "--steps", "0"],
         ["evaluate", "nope"],
         ["evaluate", "a/b", "--data", "absent.jsonl"],

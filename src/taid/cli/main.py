@@ -100,8 +100,8 @@ def _screen(argv: Sequence[str], command: str) -> None:
     if found is None or is_tried:  # what is planned or tried may be of another machine
         return
     model, data, args = found
-    if command == "train":
-        given = vars(args)  # those of transformers among them
+    given = vars(args)  # those of transformers among them
+    if command == "train" and given["output_dir"]:
         run_folder.checkpoint_to_resume(Path(given["output_dir"]), given["resume_from_checkpoint"])
     is_elsewhere = args.teacher_server_url is not None or (args.teacher_cache is not None and command != "cache")
     is_loaded = args.distillation_share > 0 and not is_elsewhere
