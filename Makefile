@@ -1,8 +1,8 @@
 # Everything runs in .venv; `make` alone lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
-# A worker a core; a file's tests stay together, because they share what they have trained.
-PYTEST := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Three workers keep two cores busy, because some wait for a command. A file's tests stay together: they share models.
+PYTEST := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install dev demo test test-all lint check format docs clean
 
