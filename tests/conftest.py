@@ -92,7 +92,7 @@ _NO_PICTURE = base64.b64decode(
 @pytest.fixture(autouse=True, scope="module")
 def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """A report's pictures take a second a run: they are drawn where they, or the documentation's, are looked at."""
-    if request.module.__name__ in ("test_report", "test_card", "test_docs", "test_examples"):
+    if request.module.__name__ in ("test_report", "test_card", "test_docs", "test_examples", "test_golden"):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
