@@ -267,7 +267,7 @@ def last_logged(folder: Path) -> int:
 
 
 def torn(folder: Path, alone: Path) -> list[str]:
-    """What is not whole in checkpoints under their names; an engine's own files are read when it goes on from them."""
+    """Return what is not whole in checkpoints; an engine's own files are read when it goes on from them."""
 
     def files(checkpoint: Path) -> set[str]:
         names = (str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*"))

@@ -307,7 +307,7 @@ def give_back() -> None:
 
 
 def fused_sizes(x: Inputs) -> dict[str, Any]:
-    """What the fused loss returns of gradients and holds of one model's logits, in MB, and what computes its rows."""
+    """Return the MB of the fused loss's gradients and of one model's logits, and what computes its rows."""
     V, trained = len(x.student_weight), int((x.labels != -100).sum())
     dtype = HeadProducts(x.student_weight, V, None, False).tile_dtype
     tile = chunk_rows(trained, V, dtype.itemsize, DEVICE) * V * dtype.itemsize
@@ -385,7 +385,7 @@ ERRORS = ("KL(p_t, q)", "cross-entropy", "dL/dlogits", "dL/dhidden", "dL/dhead")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """What a product rounds to that adds up in float32, also where the CPU's own takes minutes."""
+    """Return what a product that adds up in float32 rounds to, also where the CPU's own takes minutes."""
     return (a.float() @ b.float()).to(a.dtype) if SLOW_BFLOAT16 and a.dtype == torch.bfloat16 else a @ b
 
 

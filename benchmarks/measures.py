@@ -1,4 +1,4 @@
-"""What the measures of `taid evaluate` say of objectives: the demo's pair, forward and reverse KL and TAID.
+"""Measure students of forward KL, reverse KL and TAID by all columns of `taid evaluate`, on the demo's pair.
 
     python benchmarks/measures.py --out runs/measures
 

@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def planned(folder: Path, case: dict[str, object]) -> dict[str, float]:
-    """What `taid plan` says that a process holds."""
+    """Return what a process holds by `taid plan`."""
     from taid.cli.main import _recipe
     from taid.planning.footprint import Layout, size
     from taid.planning.plan import footprint_of

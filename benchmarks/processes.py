@@ -109,7 +109,7 @@ def finish(commands: list[list[str]], log: Path) -> None:
 
 
 def tokens_per_second(recipe: Path, engine: str, processes: int) -> float:
-    """Of all processes together."""
+    """Return the sum over all processes."""
     out = recipe.parent
     folders = [out / f"run_{number}" for number in range(processes if engine == "apart" else 1)]
     launched = [] if engine == "apart" else ["--accelerate_config", engine, "--num_processes", str(processes), *PORT]
@@ -120,7 +120,7 @@ def tokens_per_second(recipe: Path, engine: str, processes: int) -> float:
 
 
 def in_turns(recipe: Path, engine: str, processes: int, steps: int) -> list[list[dict[str, Any]]]:
-    """What each process saw of each step."""
+    """Return what each process saw of each step."""
     from taid.cli import launch
 
     out = recipe.parent / f"{engine}_{processes}"

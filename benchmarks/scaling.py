@@ -1,4 +1,4 @@
-"""What limits a run on 8 to 512 GPUs, from counts of FLOPs and bytes: nothing here is measured.
+"""Count FLOPs and bytes of a run on 8 to 512 GPUs, and name what limits it: nothing here is measured.
 
     python benchmarks/scaling.py
 

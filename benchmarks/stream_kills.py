@@ -192,7 +192,7 @@ def kills_of(
 
 
 def place_behind(path: Path, row: int) -> list[int]:
-    """Where a row of a file of lines, or of a .parquet file, ends, as `taid.data.stream_sources.Files` says it."""
+    """Return where a row of a file ends, as `taid.data.stream_sources.Files` says it."""
     if path.suffix == ".parquet":
         return [0, row, row - 1]
     from taid.data import loading
@@ -202,7 +202,7 @@ def place_behind(path: Path, row: int) -> list[int]:
 
 
 def cpu_seconds() -> float:
-    """Of all processes that have ended: on a machine that others use, the clock would say what they do."""
+    """Return the CPU time of all processes that have ended: on a shared machine the clock would say what others do."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

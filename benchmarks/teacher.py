@@ -1,4 +1,4 @@
-"""What a cached teacher costs and what it loses, against the teacher itself.
+"""Measure what a cached teacher costs and loses, against the teacher itself.
 
     python benchmarks/teacher.py quality [--teacher DIR --student DIR] [--out runs/teacher]
     python benchmarks/teacher.py time [--rounds 3]

@@ -62,7 +62,7 @@ class Step(NamedTuple):
 
 
 class Measures(NamedTuple):
-    """Where a distribution has its mass, and how far it is from the teacher's."""
+    """The masses of a distribution, and its distance from the teacher's."""
 
     between: float
     """Mass between the modes, more than two of the teacher's standard deviations from each."""
@@ -106,7 +106,7 @@ def distil(loss: Loss, schedule: TAIDSchedule, start: tuple[float, float] = NARR
 
 
 def measure(logits: Tensor) -> Measures:
-    """What the table says of a distribution over the ids, ``[IDS]``."""
+    """Measure a distribution over the ids, ``[IDS]``, for the table."""
     first, second = (slice(centre - 2 * WIDTH, centre + 2 * WIDTH + 1) for centre in CENTRES)
     probs, teacher = logits.softmax(-1), teacher_logits()
     return Measures(
@@ -150,7 +150,7 @@ def table(runs: dict[str, list[Step]]) -> str:
 
 
 def picture(narrow: dict[str, list[Step]], broad: dict[str, list[Step]]) -> Figure:
-    """Where each run from the narrow start ends; below, the mass between the modes along TAID's t, from both starts."""
+    """Draw the ends of runs from the narrow start; below, the mass between the modes along t from both starts."""
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.05))
     first = figure.add_subplot(grid[0, 0])

@@ -57,8 +57,9 @@ def long_sentences() -> Iterator[tuple[str, int, str]]:
 
 
 def clauses_alone() -> Iterator[tuple[str, int, str]]:
-    """Yield file, line and first line of each docstring of the package that begins without a main clause."""
-    for file in sorted((ROOT / "src" / "taid").rglob("*.py")):
+    """Yield file, line and first line of each docstring that begins without a main clause."""
+    folders = ("src/taid", "tests", "scripts", "benchmarks", "examples")
+    for file in sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 words = (ast.get_docstring(node) or "").split("\n")[0]

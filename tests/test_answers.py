@@ -174,7 +174,7 @@ def test_a_collapsed_student_is_seen(args, make_model, tokenizer, make_rows):
 
 
 def test_the_generation_loss_is_the_teachers_of_every_sampled_token(args, make_model, tokenizer, make_rows):
-    """By hand in float64, over the shared ids, the end of an answer included and the prompt left out."""
+    """Compute it by hand in float64, over the shared ids, the end of an answer included and the prompt left out."""
     student, teacher = make_model(300, seed=1), make_model(308, hidden_size=48, seed=2)
     rows = make_rows("prompt", 5)
     numbers, _ = generate(

@@ -146,7 +146,7 @@ def test_the_tree_of_the_design_is_the_files():
 
 
 def links(path: Path) -> list[str]:
-    """What a page links to, fenced blocks and code left out."""
+    """Return what a page links to, fenced blocks and code left out."""
     text = re.sub(r"`[^`]*`", "", prose(path))
     return re.findall(r"\]\(\s*<?([^)>\s]+)", text) + re.findall(r"\b(?:src|href)=\"([^\"]+)\"", text)
 
@@ -344,7 +344,7 @@ def check_launcher(words: list[str]) -> None:
 
 
 def check_taid(words: list[str]) -> None:
-    """By the parsers of the command line itself; a configuration that is not there is left away."""
+    """Parse it by the parsers of the command line itself; a configuration that is not there is left away."""
     command, *rest = words
     if "--help" in words:
         assert command == "--help" or options_of(command)

@@ -161,7 +161,7 @@ def require_equal(one, other):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """What one process gives in each case, and a cache of the teacher."""
+    """Return what one process gives in each case, and a cache of the teacher."""
     recipe = ["--config", str(folder / "recipe.yaml")]
     runs = [
         ["cache", *recipe, "--teacher_cache", str(folder / "cache"), "--output_dir", str(folder / "unused")],

@@ -237,7 +237,7 @@ BITS = {
 
 
 def log_probs(model, tokenizer, rows):
-    """Of each token of the completions, over the shared ids, and which token it is."""
+    """Return the logits of each token of the completions, over the shared ids, and which token it is."""
     found, targets = [], []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]

@@ -33,7 +33,7 @@ def one_thread():
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the fused loss is given."""
+    """The arguments of the fused loss."""
 
     student_hidden: torch.Tensor
     student_head: Head
@@ -122,7 +122,7 @@ def truth(given_, case, kd_ratio=1.0, vocabulary_size=None):
 
 
 def error(actual, expected):
-    """Of a whole tensor, by the Euclidean norm."""
+    """Return the relative error of a whole tensor, by the Euclidean norm."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 

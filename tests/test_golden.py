@@ -54,7 +54,7 @@ def test_golden_json_holds_these_runs_and_comes_from_this_machine():
 
 @pytest.fixture(scope="module")
 def found(request, shared, server, tmp_path_factory):
-    """What comes of those runs that the tests at hand ask for."""
+    """Return the outcome of each run that the tests at hand ask for."""
     asked = {item.callspec.params["name"] for item in request.session.items
              if item.path == Path(__file__) and hasattr(item, "callspec")}  # fmt: skip
     folders = {name: tmp_path_factory.mktemp("run") for name in NAMES if name in asked}
@@ -90,7 +90,7 @@ def command_lines(name):
 
 
 def result(name, folder):
-    """What has come of a run, or in one text why nothing has."""
+    """Return the outcome of a run, or in one text why there is none."""
     if why := commands.failure(folder):
         return why
     if name in PLANS:

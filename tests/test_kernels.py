@@ -84,7 +84,7 @@ class Case:
 
     @property
     def scale(self):
-        """What the objective multiplies its divergence with."""
+        """Return the factor of the objective's divergence."""
         return self.parameters.get("temperature", 1.0) ** 2
 
     @property
@@ -98,7 +98,7 @@ class Case:
 
     @property
     def gradient_scale(self):
-        """What it multiplies differences of probabilities with in its gradient."""
+        """Return the factor of differences of probabilities in its gradient."""
         if self.objective in ("abkd", "amid"):
             return 1 / (self.parameters["alpha"] or 1.0)
         weight = max(1.0, self.parameters.get("alpha", 1.0), self.parameters.get("beta", 1.0))
@@ -282,7 +282,7 @@ def test_a_small_share_costs_the_plain_form_digits_and_a_small_power_none(form, 
 
 
 def bound_near_the_teacher(form, case):
-    """Of the value's relative error at |d| = 0.01, where float32 keeps 6e-6 of d."""
+    """The bound is of the value's relative error at |d| = 0.01, where float32 keeps 6e-6 of d."""
     if case.is_mixture:  # terms of first order in d cancel to second order; with a share of 0.9, to a tenth of that
         return 1e-3 if 0.9 in case.parameters.values() else 1e-4
     if case.objective == "tvd":

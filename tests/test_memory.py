@@ -1,4 +1,4 @@
-"""What a traced micro-batch holds is what a real one holds, counted; and engines share it out as they say."""
+"""A traced micro-batch holds what a real one holds, counted; and engines share it out as they say."""
 
 import copy
 import warnings

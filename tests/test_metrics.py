@@ -113,7 +113,7 @@ def test_a_uniform_student_has_ten_tokens_in_the_head_and_a_fifth_in_the_tail():
     ("place", "head", "tail"), [(0, 1, 0), (9, 1, 0), (10, 0, 0), (77, 0, 0), (78, 0, 1), (96, 0, 1)]
 )
 def test_a_sure_student_is_in_the_head_the_tail_or_neither(place, head, tail):
-    """Of 97 tokens by the teacher's order, 0 to 9 are the head and the last 19 the tail."""
+    """Among 97 tokens in the teacher's order, 0 to 9 are the head and the last 19 the tail."""
     teacher = logits()
     student = torch.full_like(teacher, -torch.inf)
     student.scatter_(-1, teacher.argsort(-1, descending=True)[:, place, None], 0.0)
@@ -128,7 +128,7 @@ def test_of_few_tokens_all_are_the_head_and_of_less_than_five_none_is_the_tail()
 
 
 def test_equally_likely_tokens_share_the_places_that_are_left():
-    """As if the order among them were drawn: the mean over all orders."""
+    """Return the mean over all orders, as if the order among them were drawn."""
     student = logits(1, 12)
     q = student.double().softmax(-1)[0]
     teacher = torch.tensor([[5.0] * 8 + [1.0] * 4])  # two of the last four are in the head, two of them in the tail
@@ -209,7 +209,7 @@ def pair(kind, rows=2, positions=40, ids=97):
 
 
 def of_heads(found, labels, ids=97):
-    """By the plain formula, of logits in float64 from the same numbers."""
+    """Compute it by the plain formula, from logits in float64 of the same numbers."""
     trained = labels != -100
     logits = [
         Head(

@@ -86,7 +86,7 @@ def table() -> dict[str, list[str]]:
 
 
 def hours(plan: str) -> str:
-    """What a plan says of hours, as the table says it."""
+    """Return the hours of a plan as the table has them."""
     said = re.findall(r"^time of (.+): (?:at most |about )?([\d.,]+) hours", plan, re.MULTILINE)
     words = {"taid cache": "cache ", "taid train": "", "the teacher's server, if it has as many": "server "}
     return ", ".join(words[command] + number for command, number in said)

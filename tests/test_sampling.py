@@ -161,7 +161,7 @@ def test_at_a_low_temperature_answers_are_those_of_transformers_whatever_the_mod
 
 
 def test_sampling_draws_by_the_probabilities_of_the_student(make, student_folder):
-    """Of 4,000 first tokens after one prompt: total variation to the student's distribution, as for exact draws."""
+    """4,000 first tokens after one prompt are as far from the student's distribution as exact draws are."""
     data = Dataset.from_list([{"input_ids": [7, 8, 9, 10], "labels": [-100, -100, 9, 10]}] * 500)
     trainer = make(data=data, sampling_share=1.0, sampling_max_new_tokens=1)
     counts, found = torch.zeros(300), {"micro_batches": 0, "sampled": 0}
@@ -662,7 +662,7 @@ def test_two_processes_resume_with_the_buffer_that_they_share(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "engine"), [("mixed", "ddp"), ("adaptive", "ddp"), ("adaptive", "fsdp2")])
 def test_two_processes_sample_the_same_micro_batches_and_what_one_process_samples(recipe, tmp_path, sampling, engine):
-    """Of answers that are the likeliest, so that they do not depend on which process draws them."""
+    """The answers are the likeliest ones, so that they do not depend on which process draws them."""
     options = {"sampling": sampling, "sampling_temperature": GREEDY, "save_strategy": "no", "logging_steps": 1,
                "max_steps": 12, "eval_steps": 1}  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"

@@ -328,7 +328,7 @@ def test_a_server_that_does_not_name_its_tokens_is_warned_of(serve, tmp_path, st
 
 
 def test_a_label_is_not_taken_for_one_of_the_likeliest(serve):
-    """Where the teacher's own token is among them, and the label is listed beside them."""
+    """The teacher's own token is among them, and the label is listed beside them."""
     served = ServedTeacher(Server(serve().url), Vocabulary(tuple(range(300))), 2, rows=301)
     listed = {i: {"logprob": p} for i, p in ((300, -0.5), (7, -1.5), (9, -3.0), (5, -9.0))}
     assert served._of_position(listed, 5, asked=3)[0] == [7, 9]

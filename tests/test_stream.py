@@ -61,7 +61,7 @@ def opened(*names, weights=None, **options):
 
 
 def numbered(dataset):
-    """What stands for TRL's preparation where no tokens are needed."""
+    """Stand in for TRL's preparation where no tokens are needed."""
     return dataset.map(lambda row: {"n": row["text"], "input_ids": list(row["text"].encode())})
 
 

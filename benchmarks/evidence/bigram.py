@@ -1,4 +1,4 @@
-"""What does a moving t change, and what only Adam's memory? A student so small that each answer takes seconds.
+"""Tell apart what a moving t changes and what Adam's memory does, with a student so small that a run takes seconds.
 
     python benchmarks/evidence/bigram.py
 
@@ -37,7 +37,7 @@ RATES, SEEDS = (5e-2, 1e-1, 2e-1, 4e-1), 5
 
 
 class Before(NamedTuple):
-    """What a schedule is told before a step."""
+    """The state of a run that a schedule is told before a step."""
 
     learned: float  # the share that is done of the sum of all learning rates
     step: int

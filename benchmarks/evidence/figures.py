@@ -171,7 +171,7 @@ def with_tables(page: str) -> str:
 
 
 def frontier(settings: dict[str, float]) -> Figure:
-    """What each method gives up of KL(p || q) for KL(q || p), beside forward KL; who gives up more is left out."""
+    """Draw what each method gives up of KL(p || q) for KL(q || p), beside forward KL; who gives up more is left out."""
     figure = Figure(figsize=(10.4, 4.2 * math.ceil(len(settings) / 2)), dpi=150, layout="constrained")
     panels = figure.subplots(math.ceil(len(settings) / 2), 2, squeeze=False).flat
     for (name, most), axes in zip(settings.items(), panels, strict=True):
@@ -195,7 +195,7 @@ def frontier(settings: dict[str, float]) -> Figure:
 
 
 def teachers(settings: dict[str, str]) -> Figure:
-    """What a student of one size comes to under each teacher, by how good the teacher is."""
+    """Draw where a student of one size ends under each teacher, by how good the teacher is."""
     comparisons = [read(name) for name in settings]
     x = [found.references["teacher"]["held_out"]["cross_entropy"] for found in comparisons]
     figure = Figure(figsize=(10.4, 4.2), dpi=150, layout="constrained")

@@ -1,4 +1,4 @@
-"""What is kept of a run, a comparison and a plan, and how two of such outcomes are told apart."""
+"""Keep the outcome of a run, a comparison and a plan, and tell two outcomes apart."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def of_comparison(folder):
 
 
 def machine():
-    """What numbers may depend on in their last digits."""
+    """Return all that numbers may depend on in their last digits."""
     from importlib.metadata import version
 
     cpu = Path("/proc/cpuinfo")
@@ -73,7 +73,7 @@ def _is_same(expected, found, exact):
 
 
 def _digest(folder):
-    """Of names, types, shapes and bytes of all weights; what else a file holds may change."""
+    """Digest names, types, shapes and bytes of all weights; what else a file holds may change."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         for name, weight in sorted(load_file(path).items()):
